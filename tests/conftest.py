@@ -1,11 +1,20 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return REPOSITORY
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +24,42 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no data: {root} is not a folder (set TREELORA_DATA)")
     return root
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., VisionTransformer]:
+    """Makes a timm ViT of three blocks, with the same random weights at every call."""
+
+    def make(num_classes: int = 6, depth: int = 3) -> VisionTransformer:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = VisionTransformer(
+                img_size=8,
+                patch_size=4,
+                in_chans=1,
+                embed_dim=16,
+                depth=depth,
+                num_heads=2,
+                num_classes=num_classes,
+            )
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_benchmark():
+    """Three experiences of two classes; the images of a class are noise around its own pattern."""
+    from avalanche.benchmarks import nc_benchmark
+    from avalanche.benchmarks.utils import make_tensor_classification_dataset
+
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(6, 1, 8, 8, generator=generator)
+
+    def dataset(n_per_class: int):
+        targets = torch.arange(6).repeat_interleave(n_per_class)
+        noise = torch.randn(len(targets), 1, 8, 8, generator=generator)
+        images = patterns[targets] + 0.5 * noise
+        return make_tensor_classification_dataset(images, targets, task_labels=0)
+
+    return nc_benchmark(dataset(16), dataset(8), n_experiences=3, task_labels=False, shuffle=False)
