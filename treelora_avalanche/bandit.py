@@ -1,0 +1,227 @@
+"""The search for the most similar past task: lower confidence bounds on a tree.
+
+Eq. 2 of `TreeLoRA <https://arxiv.org/abs/2506.10355>`_ (Qian et al., ICML 2025), after the bandits
+on smooth trees of Coquelin & Munos (2007). Every past task is an arm, and a pull of arm k at a step
+of training shows the noisy distance ξ between the current task and task k. The bound of a node says
+how near its tasks may be, in all optimism; the search goes from the root to the child of the
+smallest bound until it meets an arm, and pulls it. With n pulls through a node, their mean μ, and
+a horizon of T steps, its bound B is
+
+* ``μ − c σ sqrt(log T / n)`` for an arm,
+* ``max(min over the children of B, μ − c σ sqrt(log T / n) − δ)`` for an inner node,
+* below all others for a node that was never visited.
+
+Our reading where the paper is open, or where we depart from it:
+
+* σ, the standard deviation of ξ within arms, is estimated on the way. The paper's bonus has no
+  σ, so it drowns distances of any other scale than its own: 512 arms, distances up to 1, noise
+  0.1, 2,000 steps end at a regret of about 1,430 without, which is that of choosing blindly.
+* The horizon T stands in place of the current step t, so that time alone changes no bound, and
+  a step touches only the path it went.
+* The paper prints the bound of an inner node as ``max over {min over children of (B − δ)}``, of
+  one term; the second term is from Coquelin & Munos.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from treelora_avalanche.tree import FlatTree
+
+SIGMA_FLOOR = 1e-6
+"""The least σ, for observations without noise."""
+
+_UNVISITED = -1e6
+"""Bound of a node never visited, far below any distance."""
+
+
+def lower_confidence_bound(
+    mean: Tensor, count: Tensor, sigma: Tensor, horizon: int, c: float = 2.0
+) -> Tensor:
+    """How small the expectation behind ``count`` observations may well be (Eq. 2).
+
+    :param mean: mean of the observations, any shape.
+    :param count: their number, at least 1; broadcast against ``mean``.
+    :param sigma: standard deviation of one observation; broadcast against ``mean``.
+    :param horizon: number of steps T of the whole search.
+    :param c: width of the confidence interval; the paper's is 2.
+    :return: ``mean − c sigma sqrt(log(horizon) / count)``.
+    """
+    return mean - c * math.sqrt(math.log(horizon)) * sigma * count.rsqrt()
+
+
+def pooled_sigma(squares: Tensor, freedom: Tensor) -> Tensor:
+    """Standard deviation within arms, from all arms together.
+
+    :param squares: sum over arms of the squared deviations from the arm's mean.
+    :param freedom: sum over arms of the number of observations less one.
+    :return: ``sqrt(squares / freedom)``, and at least the floor; the floor before any arm has been
+        pulled twice.
+    """
+    return (squares / freedom.clamp(min=1)).sqrt().clamp(min=SIGMA_FLOOR)
+
+
+class LCBSearch:
+    """Lower-confidence-bound search for all layers at once, over one shared tree.
+
+    A step is O(height) whatever the number of arms, waits for no device, and writes into tensors
+    of fixed shape, so it can be captured in a CUDA graph.
+
+    >>> search = LCBSearch(tree.flatten(), n_layers=5, horizon=1000)
+    >>> arms = search.select()  # (n_layers,)
+    >>> search.update(distances)  # (n_layers,), between the current task and arms
+
+    :param tree: the tree of past tasks.
+    :param n_layers: number of layers, each of which searches on its own.
+    :param horizon: number of steps T of the current task.
+    :param c: width of the confidence interval; the paper's is 2.
+    :param seed: decides between nodes never visited.
+    :param device: where the statistics live and the search runs.
+    :raises ValueError: if ``n_layers`` or ``horizon`` is below 1.
+    """
+
+    means: Tensor
+    """``(n_layers, n_nodes)``: mean distance observed through each node; 0 if never visited."""
+
+    counts: Tensor
+    """``(n_layers, n_nodes)``: number of pulls through each node, as floating point."""
+
+    bounds: Tensor
+    """``(n_layers, n_nodes)``: B of each node. Below −1e6 where never visited, in random order."""
+
+    delta: Tensor
+    """``(n_layers, n_nodes)``: δ of each node, to be rescaled if the distances are."""
+
+    def __init__(
+        self,
+        tree: FlatTree,
+        n_layers: int,
+        horizon: int,
+        *,
+        c: float = 2.0,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("n_layers", n_layers), ("horizon", horizon)):
+            if value < 1:
+                raise ValueError(
+                    f"`{name}` should be at least 1 but the value passed is {value}. "
+                    + {
+                        "n_layers": "Pass the number of adapted layers.",
+                        "horizon": "Pass the number of training steps of the task.",
+                    }[name]
+                )
+        self.horizon = horizon
+        self.c = c
+        n_nodes = len(tree.children)
+        shape = (n_layers, n_nodes)
+        # Drawn on the CPU, so that a seed means the same on every device.
+        priority = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        best_child = tree.children.new_zeros(shape)
+        inner = (tree.children[:, 0] != torch.arange(n_nodes)).nonzero().squeeze(1)
+        row = tree.children[inner]  # (n_inner, width)
+        first = priority[:, row].argmax(-1, keepdim=True)  # (n_layers, n_inner, 1)
+        best_child[:] = torch.arange(n_nodes)
+        best_child[:, inner] = row.expand(n_layers, -1, -1).gather(-1, first).squeeze(-1)
+
+        self.n_arms = n_nodes - len(inner)
+        self.means = torch.zeros(shape, device=device)
+        self.counts = torch.zeros(shape, device=device)
+        self.bounds = ((1 + priority) * _UNVISITED).to(device)
+        self.delta = tree.delta.to(device).repeat(n_layers, 1)
+        self._children = tree.children.to(device)
+        self._best_child = best_child.to(device)  # of the smallest bound; an arm's is itself
+        self._squares = torch.zeros(n_layers, 1, device=device)
+        self._freedom = torch.zeros(n_layers, 1, device=device)
+        # The way of the last `select`, from the root. An arm met early is repeated to the end.
+        self._path = torch.full((n_layers, tree.height + 1), tree.root, device=device)
+        self._selected = False
+
+    @property
+    def sigma(self) -> Tensor:
+        """``(n_layers,)``: σ, the standard deviation of the distances within arms so far."""
+        return pooled_sigma(self._squares, self._freedom).squeeze(1)
+
+    def select(self) -> Tensor:
+        """Follows the smallest bound from the root down to an arm.
+
+        :return: ``(n_layers,)``, long: the arm to pull for each layer.
+        """
+        way = self._path.unbind(1)
+        for parent, child in pairwise(way):
+            torch.gather(self._best_child, 1, parent[:, None], out=child[:, None])
+        self._selected = True
+        return way[-1].clone()
+
+    @torch.no_grad()
+    def update(self, distances: Tensor) -> None:
+        """Takes in what the pull has shown, along the path of the last :meth:`select` only.
+
+        Where the path has met its arm before the end, the arm stands there several times. That is
+        harmless: all that is written is computed from what stood before, so it is the same.
+
+        :param distances: ``(n_layers,)``: the distance ξ observed for each selected arm.
+        :raises RuntimeError: if nothing has been selected since the last update.
+        :raises ValueError: if there is not one distance per layer.
+        """
+        if not self._selected:
+            raise RuntimeError("`update` needs arms to go with it. Call `select` first.")
+        path = self._path  # (n_layers, height + 1)
+        if distances.shape != path.shape[:1]:
+            raise ValueError(
+                f"`distances` should have the shape ({len(path)},), one for each layer, but the "
+                f"shape passed is {tuple(distances.shape)}."
+            )
+        self._selected = False
+
+        before = self.means.gather(1, path)
+        count = self.counts.gather(1, path) + 1
+        deviation = distances.to(before.dtype)[:, None] - before
+        mean = before + deviation / count
+        self.means.scatter_(1, path, mean)
+        self.counts.scatter_(1, path, count)
+
+        # Welford: the arm's squared deviations grow by the distances to its old and new mean.
+        arm_count = count[:, -1:]
+        self._squares += deviation[:, -1:].square() * (1 - 1 / arm_count)
+        self._freedom += (arm_count > 1).to(arm_count.dtype)
+        sigma = pooled_sigma(self._squares, self._freedom)
+
+        own = lower_confidence_bound(mean, count, sigma, self.horizon, self.c)
+        own = own - self.delta.gather(1, path)  # δ of an arm is 0
+        if path.shape[1] > 1:
+            self._update_path_bounds(path, own)
+        else:
+            self.bounds.scatter_(1, path, own)
+
+    def _update_path_bounds(self, path: Tensor, own: Tensor) -> None:
+        """B on the way back from the arm to the root.
+
+        Beside the path nothing has changed, so the smallest bound among a node's other children is
+        looked up for all levels at once, and B = max(min(others, B of the child), own) is left.
+        """
+        children = self._children[path[:, :-1]]  # (n_layers, height, width)
+        flat = children.flatten(1)
+        beside = self.bounds.gather(1, flat).view(children.shape)
+        beside.masked_fill_(children == path[:, 1:, None], math.inf)
+        # max(min(x, others), own) is x clamped between own and max(others, own).
+        ceiling = torch.maximum(beside.amin(-1), own[:, :-1])
+        bounds = list(own.unbind(1))
+        for level in range(path.shape[1] - 2, -1, -1):
+            bounds[level] = torch.clamp(bounds[level + 1], own[:, level], ceiling[:, level])
+        self.bounds.scatter_(1, path, torch.stack(bounds, 1))
+
+        nearest = self.bounds.gather(1, flat).view(children.shape).argmin(-1, keepdim=True)
+        self._best_child.scatter_(1, path[:, :-1], children.gather(-1, nearest).squeeze(-1))
+
+    def best(self) -> Tensor:
+        """``(n_layers,)``, long: the arm of the smallest mean distance among those pulled.
+
+        Arm 0 before the first update.
+        """
+        pulled = self.counts[:, : self.n_arms] > 0
+        return torch.where(pulled, self.means[:, : self.n_arms], math.inf).argmin(1)
