@@ -51,7 +51,7 @@ def tiny_vit() -> Callable[..., VisionTransformer]:
 def tiny_benchmark():
     """Three experiences of two classes; the images of a class are noise around its own pattern."""
     from avalanche.benchmarks import nc_benchmark
-    from avalanche.benchmarks.utils import make_tensor_classification_dataset
+    from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset
 
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(6, 1, 8, 8, generator=generator)
@@ -60,6 +60,6 @@ def tiny_benchmark():
         targets = torch.arange(6).repeat_interleave(n_per_class)
         noise = torch.randn(len(targets), 1, 8, 8, generator=generator)
         images = patterns[targets] + 0.5 * noise
-        return make_tensor_classification_dataset(images, targets, task_labels=0)
+        return _make_taskaware_tensor_classification_dataset(images, targets, task_labels=0)
 
     return nc_benchmark(dataset(16), dataset(8), n_experiences=3, task_labels=False, shuffle=False)

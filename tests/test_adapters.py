@@ -48,7 +48,13 @@ def train_a_little(model, steps=3):
 
 @pytest.mark.parametrize(
     ("layers", "blocks"),
-    [("first:2", [0, 1]), ("last:2", [1, 2]), ("last:9", [0, 1, 2]), ("all", [0, 1, 2]), ([1], [1])],
+    [
+        ("first:2", [0, 1]),
+        ("last:2", [1, 2]),
+        ("last:9", [0, 1, 2]),
+        ("all", [0, 1, 2]),
+        ([1], [1]),
+    ],
 )
 def test_layers_are_chosen_by_block(tiny_vit, layers, blocks):
     names = find_adaptable_layers(tiny_vit(), layers)

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 LayerChoice = str | Sequence[int]
 
+DEFAULT_LAYERS = "last:5"
 DEFAULT_TARGET_MODULES = ("qkv",)
 
 
@@ -32,12 +34,12 @@ DEFAULT_TARGET_MODULES = ("qkv",)
 
 def find_adaptable_layers(
     model: nn.Module,
-    layers: LayerChoice = "last:5",
+    layers: LayerChoice = DEFAULT_LAYERS,
     target_modules: Sequence[str] | None = None,
 ) -> list[str]:
     """Names of the linear layers that LoRA is to adapt, from the input side to the output side.
 
-    :param model: a transformer whose blocks are numbered in its module names (``blocks.7.attn.qkv``).
+    :param model: a transformer whose module names number its blocks (``blocks.7.attn.qkv``).
     :param layers: which blocks: ``"first:k"``, ``"last:k"`` (all of them where there are fewer than
         k), ``"all"``, or a sequence of block numbers.
     :param target_modules: last parts of the names of the linear layers inside a block, such as
@@ -97,7 +99,7 @@ def _nearest(name: str, known: Any) -> str:
 def add_lora(
     model: nn.Module,
     *,
-    layers: LayerChoice = "last:5",
+    layers: LayerChoice = DEFAULT_LAYERS,
     rank: int = 10,
     alpha: float = 10,
     target_modules: Sequence[str] | None = None,
@@ -126,19 +128,26 @@ def add_lora(
         target_modules=names,
         modules_to_save=[classifier] if classifier else None,
     )
-    # transformers' own class is asked of `model`, and any module will do.
-    return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+    # peft asks for one of transformers' models, and any module will do.
+    return get_peft_model(model, config)  # type: ignore[arg-type, return-value, unused-ignore]
 
 
 def _classifier_name(model: nn.Module) -> str | None:
     """Where the classifier hangs in the model: timm tells; else the usual names are tried."""
     get_classifier = getattr(model, "get_classifier", None)
-    head = get_classifier() if callable(get_classifier) else None
+    head: object = get_classifier() if callable(get_classifier) else None
     for name, module in model.named_modules():
-        if module is head and isinstance(head, nn.Linear):
-            return name
+        if module is head and isinstance(module, nn.Linear):
+            return str(name)
     usual = ("classifier", "score", "head", "fc")
     return next((n for n in usual if isinstance(getattr(model, n, None), nn.Linear)), None)
+
+
+def classifier_outputs(model: nn.Module) -> int | None:
+    """Number of outputs of the classifier that is trained beside the adapter; None without one."""
+    heads = (m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
+    outputs = (getattr(head.original_module, "out_features", None) for head in heads)
+    return next((n for n in outputs if isinstance(n, int)), None)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -207,9 +216,9 @@ class LayerShape(NamedTuple):
 class LoRAFactors:
     """The live LoRA factors of a model as one tensor ``(n_layers, dim)``, without copies.
 
-    The parameters become views into :attr:`stack`: what the optimizer writes is seen there, and what
-    is written there is what the model computes with. Layers with fewer than ``dim`` values are
-    padded with zeros. Two of these on the same model share one stack.
+    The parameters become views into :attr:`stack`: what the optimizer writes is seen there, and
+    what is written there is what the model computes with. Layers with fewer than ``dim`` values
+    are padded with zeros. Two of these on the same model share one stack.
 
     :param model: a model that carries LoRA layers of peft.
     :raises ValueError: if it carries none.
@@ -227,7 +236,8 @@ class LoRAFactors:
         self.shapes: list[LayerShape] = []
         for layer in layers.values():
             adapter = layer.active_adapters[0]
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            a = layer.lora_A[adapter].get_parameter("weight")
+            b = layer.lora_B[adapter].get_parameter("weight")
             self.parameters.append((a, b))
             self.shapes.append(LayerShape(a.shape[0], a.shape[1], b.shape[0]))
         self.dim = max(shape.size for shape in self.shapes)
@@ -255,9 +265,9 @@ class LoRAFactors:
 class SignatureSketch:
     """A fixed random sample of every layer's coordinates, which stands for the whole layer.
 
-    The L1 distance over a uniform sample of coordinates, divided by the sampled share, is an unbiased
-    estimate of the L1 distance over all of them, and reading it costs ``size`` numbers per layer
-    whatever the size of the layer. ``benchmarks/signature_sketch.py`` compares it with random
+    The L1 distance over a uniform sample of coordinates, divided by the sampled share, is an
+    unbiased estimate of the L1 distance over all of them, and reading it costs ``size`` numbers per
+    layer whatever the size of the layer. ``benchmarks/signature_sketch.py`` compares it with random
     projections.
 
     :param shapes: the shapes of the layers' factors.
@@ -287,7 +297,7 @@ class SignatureSketch:
 
         :param factors: the factors now, ``(n_layers, dim)``.
         :param start: the *sketch* of the factors at the start of the task, ``(n_layers, size)``.
-        :return: displacement divided by its L1 norm, ``(n_layers, size)``; zero where nothing moved.
+        :return: displacement divided by its L1 norm, ``(n_layers, size)``; 0 where nothing moved.
         """
         return nn.functional.normalize(self(factors) - start, p=1.0, dim=1)
 
@@ -487,4 +497,4 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: adapter_config.json is missing.")
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)

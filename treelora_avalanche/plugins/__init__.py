@@ -1,0 +1,23 @@
+"""Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
+
+from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
+from treelora_avalanche.plugins.lcb_selector import (
+    LCBSelectorPlugin,
+    NearestSelectorPlugin,
+    RandomSelectorPlugin,
+    SelectorPlugin,
+)
+from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
+from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
+
+__all__ = [
+    "FiniteLossPlugin",
+    "LCBSelectorPlugin",
+    "NearestSelectorPlugin",
+    "NonFiniteLossError",
+    "RandomSelectorPlugin",
+    "SelectorPlugin",
+    "SparseUpdatePlugin",
+    "TreeBuilderPlugin",
+    "proximal_step",
+]

@@ -1,0 +1,140 @@
+"""Choose, at every step and for every layer, the past task nearest to the current one.
+
+The current task is known by its running signature: the direction in which it has moved the adapter
+so far. :class:`LCBSelectorPlugin` looks at one past task per layer and step, as in Section 3.2 of
+TreeLoRA; :class:`NearestSelectorPlugin` looks at all of them, which stored signatures make cheap;
+:class:`RandomSelectorPlugin` looks at none, and is the control.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
+
+from treelora_avalanche.adapters import LoRAFactors, SignatureSketch
+from treelora_avalanche.bandit import LCBSearch
+from treelora_avalanche.tree import AdapterTree
+
+
+class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Common part of the selectors: keeps the running signature, and the picks.
+
+    :param tree: the tree of task signatures, shared with the other plugins.
+    """
+
+    def __init__(self, tree: AdapterTree):
+        super().__init__()
+        self.tree = tree
+        self.picks: Tensor | None = None
+        """Index of the adapter picked for every layer, ``(n_layers,)``; None in the first task."""
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Notes where the adapter starts, and puts the stored signatures on the device."""
+        self.picks = None
+        if len(self.tree):
+            self._factors = LoRAFactors(strategy.model)
+            device = self._factors.stack.device
+            self._sketch = SignatureSketch(self._factors.shapes, device=device)
+            self._start = self._sketch(self._factors.stack)
+            self._signatures = self.tree.signatures.to(device)  # (n_adapters, n_layers, size)
+            self._start_search(strategy)
+
+    def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Picks an adapter for every layer."""
+        if len(self.tree):
+            self.picks = self._select()
+
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Observes how far the picked adapters are from where the step has led."""
+        if self.picks is not None:
+            self._observe(self._sketch.direction(self._factors.stack, self._start))
+
+    def _start_search(self, strategy: Any) -> None:
+        raise NotImplementedError
+
+    def _select(self) -> Tensor:
+        raise NotImplementedError
+
+    def _observe(self, signature: Tensor) -> None:
+        """Learns from the running signature ``(n_layers, size)``."""
+
+
+class LCBSelectorPlugin(SelectorPlugin):
+    """Picks by lower confidence bound on the tree: one past task per layer and step (Eq. 2).
+
+    The search starts anew with every experience, and its horizon is the number of steps of that
+    experience. Works with any strategy whose model carries LoRA. Task labels are not used.
+
+    :param tree: the tree of task signatures, shared with the other plugins.
+    :param seed: seed of the order in which tasks not looked at yet are tried.
+    """
+
+    def __init__(self, tree: AdapterTree, seed: int = 0):
+        super().__init__(tree)
+        self.seed = seed
+
+    search: LCBSearch
+    """The search of the current experience; there is none in the first."""
+
+    def _start_search(self, strategy: Any) -> None:
+        n_layers = self._signatures.shape[1]
+        self.search = LCBSearch(
+            self.tree.flatten(),
+            n_layers,
+            horizon=strategy.train_epochs * len(strategy.dataloader),
+            seed=self.seed + strategy.clock.train_exp_counter,
+            device=self._signatures.device,
+        )
+        self._layers = torch.arange(n_layers, device=self._signatures.device)
+
+    def _select(self) -> Tensor:
+        return self.search.select()
+
+    def _observe(self, signature: Tensor) -> None:
+        picked = self._signatures[self.picks, self._layers]  # (n_layers, size)
+        self.search.update((signature - picked).abs().sum(-1))
+
+
+class NearestSelectorPlugin(SelectorPlugin):
+    """Picks the exact nearest past task by distance to every stored signature.
+
+    Shows what the bandit gives up. The work of a step grows with the number of tasks, slowly: it
+    reads one sketch per task and layer.
+
+    :param tree: the tree of task signatures, shared with the other plugins.
+    """
+
+    def _start_search(self, strategy: Any) -> None:
+        self._nearest = self._signatures.new_zeros(self._signatures.shape[1], dtype=torch.long)
+
+    def _select(self) -> Tensor:
+        return self._nearest
+
+    def _observe(self, signature: Tensor) -> None:
+        self._nearest = (self._signatures - signature).abs().sum(-1).argmin(0)
+
+
+class RandomSelectorPlugin(SelectorPlugin):
+    """Picks uniformly at random: the control that any selection must beat.
+
+    :param tree: the tree of task signatures, shared with the other plugins.
+    :param seed: seed of the picks.
+    """
+
+    def __init__(self, tree: AdapterTree, seed: int = 0):
+        super().__init__(tree)
+        self.seed = seed
+
+    def _start_search(self, strategy: Any) -> None:
+        device = self._signatures.device
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(self.seed + strategy.clock.train_exp_counter)
+
+    def _select(self) -> Tensor:
+        n_adapters, n_layers, _ = self._signatures.shape
+        return torch.randint(
+            n_adapters, (n_layers,), generator=self._generator, device=self._signatures.device
+        )

@@ -1,0 +1,40 @@
+"""Files every finished task in the tree and in the bank (TreeLoRA, Section 3.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+
+from treelora_avalanche.adapters import AdapterBank, LoRAFactors, SignatureSketch
+from treelora_avalanche.tree import AdapterTree
+
+
+class TreeBuilderPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """After every experience, stores the adapter and inserts its signature into the tree.
+
+    The signature of a task is the direction in which its training moved the adapter. When the tree
+    merges adapters to stay within its budget, the bank merges the same ones. Works with any
+    strategy whose model carries LoRA; it never changes the training. Task labels are not used.
+
+    :param tree: the tree of task signatures, shared with the other plugins.
+    :param bank: the bank of finished adapters, shared with the other plugins.
+    """
+
+    def __init__(self, tree: AdapterTree, bank: AdapterBank):
+        super().__init__()
+        self.tree = tree
+        self.bank = bank
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Notes where the adapter starts."""
+        self._factors = LoRAFactors(strategy.model)
+        self._sketch = SignatureSketch(self._factors.shapes, device=self._factors.stack.device)
+        self._start = self._sketch(self._factors.stack)
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Stores the adapter in the bank and its signature in the tree."""
+        signature = self._sketch.direction(self._factors.stack, self._start)
+        self.bank.append(self._factors)
+        for merge in self.tree.insert(signature):
+            self.bank.merge(*merge)

@@ -1,0 +1,94 @@
+"""TreeLoRA (Qian et al., ICML 2025, arXiv 2506.10355) as an Avalanche strategy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+from torch import nn
+
+from treelora_avalanche.adapters import (
+    DEFAULT_LAYERS,
+    AdapterBank,
+    find_adaptable_layers,
+    lora_layers,
+)
+from treelora_avalanche.plugins import (
+    LCBSelectorPlugin,
+    NearestSelectorPlugin,
+    RandomSelectorPlugin,
+    SelectorPlugin,
+    SparseUpdatePlugin,
+    TreeBuilderPlugin,
+)
+from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.seq_lora import SeqLoRA
+from treelora_avalanche.tree import AdapterTree
+
+SELECTORS: dict[str, type[SelectorPlugin]] = {
+    "lcb": LCBSelectorPlugin,
+    "nearest": NearestSelectorPlugin,
+    "random": RandomSelectorPlugin,
+}
+
+
+@positional_model
+class TreeLoRAStrategy(SeqLoRA):
+    """TreeLoRA: one LoRA adapter, pulled in every layer towards that of the most similar past task.
+
+    Finished tasks are filed in a K-D tree by the direction in which they moved the adapter. During
+    training a bandit search on that tree (lower confidence bounds) looks at one past task per layer
+    and step, and a sparse update keeps the adapter close, in most coordinates exactly, to the one it
+    picks. With ``tree_lambda=0`` this is :class:`SeqLoRA`, bit for bit. Task labels are not used.
+
+    :param model: a pretrained model, see :class:`SeqLoRA`.
+    :param tree_lambda: strength lambda of the pull (Eq. 3).
+    :param selection: ``"lcb"``, the paper's search; ``"nearest"``, the exact nearest by distance to
+        all stored signatures; ``"random"``, the control.
+    :param depth: levels of the tree; by default the number of adapted matrices, at most 64.
+    :param max_adapters: storage budget: beyond it the two closest adapters are merged into one. None
+        keeps all.
+    :param seed: seed of the selection.
+    :param plugins: further plugins, which run before TreeLoRA's own; the list is copied.
+    :param kwargs: the arguments of :class:`SeqLoRA`.
+    :raises ValueError: if an argument is out of range; the model is then as it was.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        tree_lambda: float = 0.1,
+        selection: str = "lcb",
+        depth: int | None = None,
+        max_adapters: int | None = None,
+        seed: int = 0,
+        plugins: Sequence[SupervisedPlugin] | None = None,
+        **kwargs: Any,
+    ):
+        if selection not in SELECTORS:
+            nearest = difflib.get_close_matches(selection, SELECTORS, n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(f"`selection` is {selection!r}{hint}; use one of {list(SELECTORS)}.")
+        if depth is not None:
+            n_layers = len(lora_layers(model)) or len(
+                find_adaptable_layers(
+                    model, kwargs.get("layers", DEFAULT_LAYERS), kwargs.get("target_modules")
+                )
+            )
+            if depth > n_layers:
+                raise ValueError(
+                    f"`depth` is {depth}, and only {n_layers} matrices are adapted, one per level; "
+                    "lower it, or adapt more layers."
+                )
+        self.tree = AdapterTree(depth, max_adapters=max_adapters)
+        self.bank = AdapterBank()
+        options = {} if selection == "nearest" else {"seed": seed}
+        self.selector = SELECTORS[selection](self.tree, **options)
+        regularizer = SparseUpdatePlugin(self.selector, self.bank, tree_lambda)
+        builder = TreeBuilderPlugin(self.tree, self.bank)
+        super().__init__(
+            model=model, plugins=[*(plugins or ()), builder, self.selector, regularizer], **kwargs
+        )
