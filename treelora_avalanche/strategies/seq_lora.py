@@ -19,7 +19,7 @@ from treelora_avalanche.adapters import (
     LayerChoice,
     TrainableView,
     add_lora,
-    classifier_outputs,
+    find_classifier,
     lora_layers,
 )
 from treelora_avalanche.plugins import FiniteLossPlugin
@@ -113,12 +113,12 @@ class SeqLoRA(SupervisedTemplate):
                 f"experience {experience.current_experience} has no samples; "
                 "leave it out of the stream."
             )
-        n_outputs = classifier_outputs(self.model)
+        classifier = find_classifier(self.model)
         largest = max(experience.classes_in_this_experience)
-        if n_outputs is not None and largest >= n_outputs:
+        if classifier is not None and largest >= classifier.out_features:
             raise ValueError(
                 f"experience {experience.current_experience} has class {largest}, and the model's "
-                f"classifier {n_outputs} outputs; make the model with num_classes={largest + 1} or "
+                f"classifier {classifier.out_features} outputs; make the model with num_classes={largest + 1} or "
                 "more."
             )
         super()._before_training_exp(**kwargs)

@@ -1,0 +1,39 @@
+"""LoRA adapters: attach them with peft, read and write their factors, keep the finished ones.
+
+The adapter of a task is one matrix ``(n_layers, dim)``: row ``l`` holds the LoRA factors A and B of
+the ``l``-th adapted weight matrix, counted from the input side (theta_n of the specification).
+:class:`LoRAFactors` lays the live factors out in exactly that matrix, so that everything TreeLoRA
+does with them is one tensor operation for all layers.
+"""
+
+from treelora_avalanche.adapters.attach import (
+    DEFAULT_LAYERS,
+    LayerChoice,
+    TrainableView,
+    add_lora,
+    classifier_name,
+    find_adaptable_layers,
+    find_classifier,
+    lora_layers,
+)
+from treelora_avalanche.adapters.bank import AdapterBank, merge_factors
+from treelora_avalanche.adapters.factors import LayerShape, LoRAFactors, SignatureSketch
+from treelora_avalanche.adapters.folders import load_adapter, save_adapter
+
+__all__ = [
+    "DEFAULT_LAYERS",
+    "AdapterBank",
+    "LayerChoice",
+    "LayerShape",
+    "LoRAFactors",
+    "SignatureSketch",
+    "TrainableView",
+    "add_lora",
+    "classifier_name",
+    "find_adaptable_layers",
+    "find_classifier",
+    "load_adapter",
+    "lora_layers",
+    "merge_factors",
+    "save_adapter",
+]

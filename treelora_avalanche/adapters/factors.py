@@ -1,0 +1,121 @@
+"""The LoRA factors of all adapted layers as one matrix, and the signatures read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from treelora_avalanche.adapters.attach import lora_layers
+
+
+class LayerShape(NamedTuple):
+    """Shapes of one layer's factors: A is ``(rank, n_in)`` and B ``(n_out, rank)``."""
+
+    rank: int
+    n_in: int
+    n_out: int
+
+    @property
+    def size(self) -> int:
+        """Number of values in A and B together."""
+        return self.rank * (self.n_in + self.n_out)
+
+    def split(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of A ``(rank, n_in)`` and B ``(n_out, rank)`` in a row ``(dim,)`` of the matrix."""
+        n_a = self.rank * self.n_in
+        return (
+            row[:n_a].view(self.rank, self.n_in),
+            row[n_a : self.size].view(self.n_out, self.rank),
+        )
+
+
+class LoRAFactors:
+    """The live LoRA factors of a model as one tensor ``(n_layers, dim)``, without copies.
+
+    The parameters become views into :attr:`stack`: what the optimizer writes is seen there, and
+    what is written there is what the model computes with. Layers with fewer than ``dim`` values
+    are padded with zeros. Two of these on the same model share one stack.
+
+    :param model: a model that carries LoRA layers of peft.
+    :raises ValueError: if it carries none.
+    """
+
+    def __init__(self, model: nn.Module):
+        layers = lora_layers(model)
+        if not layers:
+            raise ValueError(
+                f"`model` ({type(model).__name__}) carries no LoRA layers; attach them first with "
+                "treelora_avalanche.adapters.add_lora(model)."
+            )
+        self.names = list(layers)
+        self.parameters: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.shapes: list[LayerShape] = []
+        for layer in layers.values():
+            adapter = layer.active_adapters[0]
+            a = layer.lora_A[adapter].get_parameter("weight")
+            b = layer.lora_B[adapter].get_parameter("weight")
+            self.parameters.append((a, b))
+            self.shapes.append(LayerShape(a.shape[0], a.shape[1], b.shape[0]))
+        self.dim = max(shape.size for shape in self.shapes)
+        self.stack: Tensor = self._shared_stack()
+
+    def _shared_stack(self) -> Tensor:
+        first = self.parameters[0][0].data
+        storage = first.untyped_storage()
+        stack = first.new_empty(0)
+        if storage.nbytes() == len(self.shapes) * self.dim * first.element_size():
+            stack.set_(storage, 0, (len(self.shapes), self.dim))  # type: ignore[call-overload]
+            if all(p.data_ptr() == v.data_ptr() for p, v in self._parameters_and_views(stack)):
+                return stack
+        stack = first.new_zeros(len(self.shapes), self.dim)  # (n_layers, dim)
+        for parameter, view in self._parameters_and_views(stack):
+            view.copy_(parameter.data)
+            parameter.data = view
+        return stack
+
+    def _parameters_and_views(self, stack: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for row, shape, pair in zip(stack, self.shapes, self.parameters, strict=True):
+            yield from zip(pair, shape.split(row), strict=True)
+
+
+class SignatureSketch:
+    """A fixed random sample of every layer's coordinates, which stands for the whole layer.
+
+    The L1 distance over a uniform sample of coordinates, divided by the sampled share, is an
+    unbiased estimate of the L1 distance over all of them, and reading it costs ``size`` numbers per
+    layer whatever the size of the layer. ``benchmarks/signature_sketch.py`` compares it with random
+    projections.
+
+    :param shapes: the shapes of the layers' factors.
+    :param size: number of coordinates per layer (all of them in a smaller layer).
+    :param seed: seed of the sample; equal seeds give equal samples.
+    :param device: where the factors live.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        size: int = 256,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        size = min(size, *(shape.size for shape in shapes))
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randperm(s.size, generator=generator)[:size].sort().values for s in shapes]
+        self.coordinates = torch.stack(rows).to(device)  # (n_layers, size)
+
+    def __call__(self, factors: Tensor) -> Tensor:
+        """Sketch of factors ``(n_layers, dim)``: a new tensor ``(n_layers, size)``."""
+        return factors.gather(1, self.coordinates)
+
+    def direction(self, factors: Tensor, start: Tensor) -> Tensor:
+        """Signature of a task: the direction in which its training moved the adapter.
+
+        :param factors: the factors now, ``(n_layers, dim)``.
+        :param start: the *sketch* of the factors at the start of the task, ``(n_layers, size)``.
+        :return: displacement divided by its L1 norm, ``(n_layers, size)``; 0 where nothing moved.
+        """
+        return nn.functional.normalize(self(factors) - start, p=1.0, dim=1)
