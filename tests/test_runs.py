@@ -1,0 +1,429 @@
+"""Runs and comparisons: what a run folder holds, what is run again, what a failure leaves."""
+
+import io
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from avalanche.core import SupervisedPlugin
+from avalanche.training import Naive
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+
+from treelora_avalanche import compare as compare_module
+from treelora_avalanche.compare import compare
+from treelora_avalanche.methods import METHODS, Method
+from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
+from treelora_avalanche.plugins import NonFiniteLossError
+from treelora_avalanche.reports.figures import FIGURES, write_figures
+from treelora_avalanche.reports.table import rich_table, summarise, write_table
+from treelora_avalanche.runs import (
+    SCHEMA_VERSION,
+    Ingredients,
+    finished_results,
+    git_hash,
+    resolve_config,
+    run,
+    run_name,
+    stored_bytes,
+    write_text,
+)
+from treelora_avalanche.settings import RunSettings
+from treelora_avalanche.tree import AdapterTree
+
+SETTINGS = RunSettings(epochs=2, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu")
+
+
+def changed(**changes):
+    values = {name: getattr(SETTINGS, name) for name in SETTINGS.__dataclass_fields__}
+    return RunSettings(**{**values, **changes})
+
+
+@pytest.fixture
+def ingredients(tiny_benchmark, tiny_vit):
+    return Ingredients(0, tiny_benchmark, tiny_vit())
+
+
+def json_lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------ one run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_folder(method, ingredients, tiny_vit, tmp_path):
+    folder = tmp_path / "run"
+    results = run(method, 0, SETTINGS, folder, ingredients=ingredients)
+
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert results["schema_version"] == SCHEMA_VERSION
+    assert (results["method"], results["seed"], results["epochs"]) == (method, 0, 2)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config == results["config"] == resolve_config(method, 0, SETTINGS)
+    assert config["lr"] == 0.01
+
+    for kind in ("class_incremental", "within_task"):
+        matrix = results["accuracy_matrix"][kind]
+        assert torch.tensor(matrix).shape == (3, 3)
+        assert results["metrics"][kind] == {
+            "overall_performance": pytest.approx(overall_performance(matrix)),
+            "backward_transfer": pytest.approx(backward_transfer(matrix)),
+            "forgetting": pytest.approx(forgetting(matrix)),
+        }
+    assert results["stream"]["trained"] == [0, 1, 2]
+    assert results["stream"]["classes"] == [[0, 1], [2, 3], [4, 5]]
+    assert results["stream"]["train_samples"] == [32, 32, 32]
+    assert results["timings"]["steps"] == 3 * 2 * 4
+    assert all(number > 0 for number in results["timings"].values())
+    assert results["memory"]["peak_bytes"] > 0
+    trainable, total = (results["parameters"][key] for key in ("trainable", "total"))
+    assert 0 < trainable <= total
+    assert (trainable == total) == (method == "Naive")
+    assert results["versions"]["torch"]
+    assert results["git_hash"] is None or re.fullmatch("[0-9a-f]{40}", results["git_hash"])
+
+    lines = json_lines(folder)
+    assert [line["event"] for line in lines] == ["epoch", "epoch", "task"] * 3
+    assert all(line["loss"] > 0 for line in lines if line["event"] == "epoch")
+    last = lines[-1]
+    assert last["class_incremental"] == results["metrics"]["class_incremental"]
+    assert last["accuracy"]["within_task"] == results["accuracy_matrix"]["within_task"][-1]
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert len((folder / "eval_results.csv").read_text().splitlines()) == 1 + 3 * 3
+
+    names = sorted(path.name for path in folder.glob("adapters/*"))
+    if not METHODS[method].uses_lora:
+        assert not names
+    else:
+        assert names == ["task_000", "task_001", "task_002"]
+        restored = PeftModel.from_pretrained(tiny_vit(), str(folder / "adapters" / "task_002"))
+        correct = 0
+        with torch.no_grad():
+            restored.eval()
+            for x, y, *_ in ingredients.benchmark.test_stream[2].dataset:
+                correct += int(restored(x[None]).argmax()) == int(y)
+        count = results["stream"]["test_samples"][2]
+        assert correct / count == pytest.approx(
+            results["accuracy_matrix"]["class_incremental"][2][2]
+        )
+    if method == "TreeLoRA":
+        state = json.loads((folder / "tree.json").read_text())
+        tree = AdapterTree.from_dict({**state, **load_file(folder / "tree.safetensors")})
+        assert tree.n_tasks == 3
+        assert results["memory"]["stored_bytes"] > 0
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_same_run_twice_is_the_same(ingredients, tmp_path):
+    before = {k: v.clone() for k, v in ingredients.backbone.state_dict().items()}
+    first, second = (
+        run("TreeLoRA", 0, SETTINGS, tmp_path / name, ingredients=ingredients) for name in "ab"
+    )
+    assert first["accuracy_matrix"] == second["accuracy_matrix"]
+    losses = [
+        [line["loss"] for line in json_lines(tmp_path / name) if line["event"] == "epoch"]
+        for name in "ab"
+    ]
+    assert losses[0] == losses[1]
+    for name, value in ingredients.backbone.state_dict().items():
+        assert torch.equal(value, before[name]), "the next method starts from the same backbone"
+
+
+def test_config_comes_first(ingredients, tmp_path, monkeypatch):
+    def build(*args):
+        assert (tmp_path / "config.yaml").is_file()
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setitem(METHODS, "Broken", Method("fails", build, lr=0.1))
+    with pytest.raises(RuntimeError, match="no such luck"):
+        run("Broken", 0, SETTINGS, tmp_path, ingredients=ingredients)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_what_was_learned_before_a_crash_is_kept(ingredients, tmp_path):
+    def crash_in_task_two(now):
+        if now.task == 2:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("TreeLoRA", 0, SETTINGS, tmp_path, ingredients=ingredients, progress=crash_in_task_two)
+    assert (tmp_path / "adapters" / "task_000" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "tree.json").is_file()
+    assert [line["event"] for line in json_lines(tmp_path)] == ["epoch", "epoch", "task"]
+    assert not (tmp_path / "results.json").exists()
+    # Run again in the same folder: nothing of the first attempt is left over.
+    run("TreeLoRA", 0, SETTINGS, tmp_path, ingredients=ingredients)
+    assert len(json_lines(tmp_path)) == 9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_no_number_stops_the_run(method, ingredients, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="step"):
+        run(method, 0, changed(lr=1e30), tmp_path, ingredients=ingredients)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_progress_counts_to_the_end(ingredients, tmp_path):
+    seen = []
+    run("SeqLoRA", 0, SETTINGS, tmp_path, ingredients=ingredients, progress=seen.append)
+    assert [now.step for now in seen if now.epoch] == sorted(now.step for now in seen)
+    assert seen[0].accuracy is None
+    assert (seen[0].task, seen[0].epoch, seen[0].step) == (1, 1, 1)
+    assert (seen[-1].task, seen[-1].epoch, seen[-1].step) == (3, 2, 24)
+    assert all((now.n_tasks, now.n_epochs, now.n_steps) == (3, 2, 24) for now in seen)
+
+
+def test_ingredients_of_another_seed_are_refused(ingredients, tmp_path):
+    with pytest.raises(ValueError, match="prepared for seed 0, not 1"):
+        run("SeqLoRA", 1, SETTINGS, tmp_path, ingredients=ingredients)
+
+
+def test_other_peoples_files_are_left_alone(ingredients, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run("SeqLoRA", 0, SETTINGS, tmp_path, ingredients=ingredients)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match="is a file"):
+        run("SeqLoRA", 0, SETTINGS, tmp_path / "thesis.tex", ingredients=ingredients)
+
+
+def test_another_finished_run_is_not_overwritten(ingredients, tmp_path):
+    first = run("SeqLoRA", 0, SETTINGS, tmp_path, ingredients=ingredients)
+    with pytest.raises(ValueError, match="another finished run"):
+        run("Naive", 0, SETTINGS, tmp_path, ingredients=ingredients)
+    assert json.loads((tmp_path / "results.json").read_text()) == first
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+def test_only_what_matters_makes_another_run():
+    def name(method, **changes):
+        return run_name(resolve_config(method, 0, changed(**changes)))
+
+    assert name("Naive", rank=3) == name("Naive")
+    assert name("SeqLoRA", rank=3) != name("SeqLoRA")
+    assert name("SeqLoRA", tree_lambda=0.5) == name("SeqLoRA")
+    assert name("TreeLoRA", tree_lambda=0.5) != name("TreeLoRA")
+    assert name("Naive", epochs=3) != name("Naive")
+    assert name("Naive", lr=METHODS["Naive"].lr) == name("Naive", lr=None)
+
+
+def test_finished_means_this_configuration_and_version(ingredients, tmp_path):
+    config = resolve_config("SeqLoRA", 0, SETTINGS)
+    assert finished_results(tmp_path, config) is None
+    results = run("SeqLoRA", 0, SETTINGS, tmp_path, ingredients=ingredients)
+    assert finished_results(tmp_path, config) == results
+    assert finished_results(tmp_path, resolve_config("SeqLoRA", 0, changed(epochs=3))) is None
+    older = {**results, "versions": {**results["versions"], "treelora-avalanche": "0.0.1"}}
+    for content in (json.dumps(older), "{", "[]", "{}"):
+        (tmp_path / "results.json").write_text(content)
+        assert finished_results(tmp_path, config) is None
+
+
+def test_stored_bytes_counts_what_plugins_keep():
+    model = nn.Linear(4, 2)
+
+    class Keeper(SupervisedPlugin):
+        def __init__(self):
+            super().__init__()
+            kept = torch.zeros(10)  # 40 bytes
+            self.nested = {"a": [kept, kept[:3]], "b": (nn.Linear(2, 1),)}  # 12 more
+            self.views_of_the_model = [model.weight[0], model.bias.detach()]
+
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        plugins=[Keeper()],
+        evaluator=None,
+    )
+    assert stored_bytes(strategy) == 40 + 12
+
+
+def test_git_hash_is_that_of_a_checkout():
+    assert git_hash() is None or re.fullmatch("[0-9a-f]{40}", git_hash())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "`--rank` should be at least 1, but it is 0"),
+        ({"tree_lambda": -0.1}, "`--tree_lambda` should be at least 0, but it is -0.1"),
+        ({"tree_lambda": float("nan")}, "`--tree_lambda` should be at least 0"),
+        ({"epochs": 0}, "`--epochs` should be at least 1"),
+        ({"batch_size": 0}, "`--batch_size` should be at least 1"),
+        ({"n_experiences": 0}, "`--n_experiences` should be at least 1"),
+        ({"depth": 0}, "`--depth` should be at least 1"),
+        ({"max_adapters": 0}, "`--max_adapters` should be at least 1"),
+        ({"lr": 0.0}, "`--lr` should be a positive number"),
+        ({"alpha": float("nan")}, "`--alpha` should be a positive number"),
+        ({"scenario": "digit"}, "unknown `--scenario` 'digit'.*Did you mean 'digits'"),
+        ({"selection": "nearst"}, "unknown `--selection` 'nearst'.*Did you mean 'nearest'"),
+        ({"scenario": "image_folder"}, "needs `--data FOLDER`"),
+        ({"data": "x"}, "`--data` is 'x', but digits bring their own data"),
+        ({"model": "deit_tiny_patch16_224"}, "`--model` is 'deit_tiny_patch16_224', but digits"),
+        (
+            {"scenario": "image_folder", "data": "x", "model": "digits_vit"},
+            "`--model digits_vit` goes with `--scenario digits` only",
+        ),
+    ],
+)
+def test_wrong_settings_are_named_as_flags(changes, message):
+    with pytest.raises(ValueError, match=message):
+        changed(**changes)
+
+
+# --------------------------------------------------------------------------------------- many runs
+
+
+@pytest.fixture
+def counted(monkeypatch, tiny_benchmark, tiny_vit):
+    """Comparisons on the tiny stream; yields the lists of preparations and trainings."""
+    calls = {"prepared": [], "trained": []}
+
+    def prepare(seed, settings):
+        calls["prepared"].append(seed)
+        return Ingredients(seed, tiny_benchmark, tiny_vit())
+
+    def counting_run(method, seed, *args, **kwargs):
+        calls["trained"].append((method, seed))
+        return run(method, seed, *args, **kwargs)
+
+    monkeypatch.setattr(compare_module, "prepare", prepare)
+    monkeypatch.setattr(compare_module, "run", counting_run)
+    return calls
+
+
+def quiet_compare(*args, **kwargs):
+    stream = io.StringIO()
+    cells = compare(*args, console=Console(file=stream, width=100), **kwargs)
+    return cells, stream.getvalue()
+
+
+def test_finished_cells_are_not_run_again(counted, tmp_path):
+    one_epoch = changed(epochs=1)
+    cells, _ = quiet_compare(["SeqLoRA", "Naive"], [0, 1], one_epoch, tmp_path)
+    assert sorted(counted["trained"]) == [
+        ("Naive", 0),
+        ("Naive", 1),
+        ("SeqLoRA", 0),
+        ("SeqLoRA", 1),
+    ]
+    assert counted["prepared"] == [0, 1], "methods of one seed share stream and backbone"
+    assert not any(cell.reused for cell in cells)
+
+    again, printed = quiet_compare(["SeqLoRA", "Naive"], [0, 1], one_epoch, tmp_path)
+    assert len(counted["trained"]) == 4
+    assert counted["prepared"] == [0, 1]
+    assert all(cell.reused for cell in again)
+    assert [cell.results for cell in again] == [cell.results for cell in cells]
+    assert printed.count("finished before") == 4
+
+    # A wider comparison runs what is new; changed settings run where they matter.
+    quiet_compare(["SeqLoRA", "Naive"], [0, 1, 2], one_epoch, tmp_path)
+    assert counted["trained"][4:] == [("SeqLoRA", 2), ("Naive", 2)]
+    quiet_compare(["SeqLoRA", "Naive"], [0], changed(epochs=1, rank=1), tmp_path)
+    assert counted["trained"][6:] == [("SeqLoRA", 0)]
+
+
+def test_unfinished_cells_are_run_again(counted, tmp_path):
+    cells, _ = quiet_compare(["Naive"], [0], changed(epochs=1), tmp_path)
+    (cells[0].folder / "results.json").unlink()
+    quiet_compare(["Naive"], [0], changed(epochs=1), tmp_path)
+    assert len(counted["trained"]) == 2
+
+
+def test_a_failing_method_leaves_the_others(counted, tmp_path, monkeypatch):
+    def build(*args):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setitem(METHODS, "Broken", Method("fails", build, lr=0.1))
+    cells, printed = quiet_compare(["Broken", "Naive"], [0], changed(epochs=1), tmp_path)
+    broken, naive = cells
+    assert broken.results is None
+    assert broken.error == "RuntimeError: first line second line"
+    assert "failed  Broken, seed 0: RuntimeError: first line second line" in printed
+    assert "Traceback" in (broken.folder / "error.txt").read_text()
+    assert naive.results is not None
+
+
+def test_names_are_checked_before_anything_is_run(counted, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown method 'TreeLora'.*Did you mean 'TreeLoRA'"):
+        compare(["Naive", "TreeLora"], [0], SETTINGS, tmp_path)
+    with pytest.raises(ValueError, match="`--methods` and `--seeds`"):
+        compare(["Naive"], [], SETTINGS, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        compare(["Naive"], [0], SETTINGS, tmp_path / "file")
+    assert not counted["trained"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_live_lines(counted, tmp_path, terminal):
+    stream = io.StringIO()
+    console = Console(file=stream, width=100, force_terminal=terminal)
+    compare(["Naive", "SeqLoRA"], [0], changed(epochs=1), tmp_path, console=console)
+    printed = stream.getvalue()
+    assert ("task 3/3" in printed) == terminal
+    assert "Naive" in printed
+    assert "SeqLoRA" in printed
+    assert printed.count("done, acc") >= 2
+
+
+# ---------------------------------------------------------------------------------------- reports
+
+
+@pytest.fixture
+def results(counted, tmp_path):
+    cells, _ = quiet_compare(["SeqLoRA", "Naive"], [0, 1], changed(epochs=1), tmp_path / "runs")
+    return [cell.results for cell in cells]
+
+
+def test_table(results, tmp_path):
+    for result, accuracy in zip(results, (0.5, 0.6, 0.2, 0.2), strict=True):
+        result["metrics"]["class_incremental"]["overall_performance"] = accuracy
+    rows = summarise(results)
+    assert [(row.method, row.seeds) for row in rows] == [("SeqLoRA", [0, 1]), ("Naive", [0, 1])]
+    assert rows[0].mean["accuracy"] == pytest.approx(0.55)
+    assert rows[0].std["accuracy"] == pytest.approx(0.05 * 2**0.5)  # over n - 1
+    write_table(results, tmp_path)
+    assert "| SeqLoRA | 55.0 ± 7.1 |" in (tmp_path / "table.md").read_text()
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["rows"][1]["mean"]["accuracy"] == pytest.approx(0.2)
+
+
+def test_one_seed_has_no_deviation(results, tmp_path):
+    write_table(results[:1], tmp_path)
+    assert "±" not in (tmp_path / "table.md").read_text()
+    assert (
+        json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["std"]["accuracy"] is None
+    )
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_table_fits_the_terminal(results, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(rich_table(results, width))
+    text = console.file.getvalue()
+    assert "…" not in text
+    for heading in ("Acc ↑", "in task ↑", "Bwt ↓", "Forget ↓", "Time", "/step", "params"):
+        assert text.count(heading) == 1
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_figures(results, tmp_path):
+    paths = write_figures(results, tmp_path / "figures")
+    assert [path.name for path in paths] == list(FIGURES)
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5000

@@ -1,0 +1,226 @@
+"""Many methods and seeds side by side, on the same streams and backbones.
+
+Every cell (method, seed) has its run folder, named after its configuration. Cells that are finished
+are not run again; a cell that fails leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as LiveLines
+
+from .methods import find_method
+from .runs import (
+    Ingredients,
+    Progress,
+    finished_results,
+    prepare,
+    resolve_config,
+    run,
+    run_name,
+    write_text,
+)
+from .settings import RunSettings
+
+
+@dataclass
+class Cell:
+    """One run of a comparison."""
+
+    method: str
+    seed: int
+    config: dict[str, Any]
+    folder: Path
+    results: dict[str, Any] | None = None
+    """ What its `results.json` holds; None where it failed. """
+    error: str | None = None
+    """ One line, where it failed. """
+    reused: bool = False
+    """ Whether it was finished before. """
+
+
+class _MethodLines:
+    """One live line per method; where there is no terminal, one line per finished run."""
+
+    def __init__(
+        self, methods: Sequence[str], n_seeds: int, console: Console, *, live: bool = True
+    ):
+        self.n_seeds = n_seeds
+        self.console = console
+        self.live = LiveLines(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not (live and console.is_terminal),
+        )
+        self.lines: dict[str, TaskID] = {}
+        self.done = dict.fromkeys(methods, 0)
+        width = max(len(method) for method in methods)
+        for method in methods:
+            self.lines[method] = self.live.add_task(
+                method.ljust(width), total=None, start=False, state="waiting"
+            )
+
+    def preparing(self, method: str) -> None:
+        """Say that the stream and the backbone are being built."""
+        if self.done[method] == 0:
+            self.live.start_task(self.lines[method])
+        self.live.update(self.lines[method], state="preparing data and backbone")
+
+    def step(self, method: str, now: Progress) -> None:
+        """Move a line on; called at every training step."""
+        if self.live.disable:
+            return
+        accuracy = "" if now.accuracy is None else f"  acc {100 * now.accuracy:5.1f} %"
+        done = self.done[method]
+        self.live.update(
+            self.lines[method],
+            total=self.n_seeds * now.n_steps,
+            completed=done * now.n_steps + now.step,
+            state=f"seed {done + 1}/{self.n_seeds}  task {now.task}/{now.n_tasks}  "
+            f"epoch {now.epoch}/{now.n_epochs}{accuracy}",
+        )
+
+    def finish(self, cell: Cell) -> None:
+        """Close one cell of a line."""
+        self.done[cell.method] += 1
+        line = self.lines[cell.method]
+        last = self.done[cell.method] == self.n_seeds
+        if cell.results is None:
+            self.console.print(
+                f"[red]failed[/red]  {cell.method}, seed {cell.seed}: {escape(cell.error or '')}",
+                soft_wrap=True,
+                highlight=False,
+            )
+            self.live.update(line, state=f"[red]seed {cell.seed} failed")
+        else:
+            accuracy = cell.results["metrics"]["class_incremental"]["overall_performance"]
+            note = "finished before" if cell.reused else "done"
+            state = f"{note}, acc {100 * accuracy:.1f} %"
+            self.live.update(line, state=state)
+            if self.live.disable:
+                self.console.print(f"{cell.method}, seed {cell.seed}: {state}", highlight=False)
+        self.live.update(line, total=self.n_seeds, completed=self.done[cell.method])
+        if last:
+            self.live.stop_task(line)
+
+
+def compare(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    settings: RunSettings,
+    output: Path | str,
+    *,
+    console: Console | None = None,
+) -> list[Cell]:
+    """Run every method with every seed, or take what is finished.
+
+    :param methods: names of the methods, in the order of the table.
+    :param seeds: seeds; all methods meet the same stream and the same backbone under a seed.
+    :param settings: the settings, the same for all methods.
+    :param output: folder of the run folders.
+    :param console: where the live lines go; by default to standard error.
+    :return: one cell per method and seed, failed ones included.
+    :raises ValueError: before anything is run, if a name is unknown or the data cannot be used.
+    """
+    methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
+    if not methods or not seeds:
+        raise ValueError("`--methods` and `--seeds` should name at least one each")
+    for method in methods:
+        find_method(method)
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`--output` should be a folder, but {output} is a file")
+
+    def cell_of(method: str, seed: int) -> Cell:
+        config = resolve_config(method, seed, settings)
+        return Cell(method, seed, config, output / run_name(config))
+
+    cells = [cell_of(method, seed) for method in methods for seed in seeds]
+    lines = _MethodLines(methods, len(seeds), console or Console(stderr=True))
+    with lines.live:
+        # Seed by seed, so that one stream and backbone at a time is in memory.
+        for seed in seeds:
+            ingredients: Ingredients | None = None
+            for cell in (cell for cell in cells if cell.seed == seed):
+                cell.results = finished_results(cell.folder, cell.config)
+                cell.reused = cell.results is not None
+                if cell.results is None:
+                    if ingredients is None:
+                        lines.preparing(cell.method)
+                        ingredients = prepare(seed, settings)
+                    _run_cell(cell, settings, ingredients, lines)
+                lines.finish(cell)
+    return cells
+
+
+def _run_cell(
+    cell: Cell, settings: RunSettings, ingredients: Ingredients, lines: _MethodLines
+) -> None:
+    try:
+        cell.results = run(
+            cell.method,
+            cell.seed,
+            settings,
+            cell.folder,
+            ingredients=ingredients,
+            progress=lambda now: lines.step(cell.method, now),
+        )
+    except Exception as error:
+        # Whatever goes wrong in one method must not cost the hours that the others took. The
+        # traceback is kept; the command ends with exit code 1.
+        message = " ".join(str(error).split())
+        cell.error = f"{type(error).__name__}: {message}"
+        if cell.folder.is_dir():
+            write_text(cell.folder / "error.txt", traceback.format_exc())
+
+
+def train(
+    method: str,
+    seed: int,
+    settings: RunSettings,
+    output: Path | str | None = None,
+    *,
+    console: Console | None = None,
+    verbose: bool = False,
+) -> Cell:
+    """One run with a live line; errors are the caller's.
+
+    :param method: name of the method.
+    :param seed: the run's seed.
+    :param settings: everything else.
+    :param output: the run folder; by default one below `runs/train`, named after the run.
+    :param console: where the live line goes; by default to standard error.
+    :param verbose: Avalanche's `InteractiveLogger` in place of the live line.
+    """
+    config = resolve_config(method, seed, settings)
+    folder = Path(output) if output is not None else Path("runs/train") / run_name(config)
+    cell = Cell(method, seed, config, folder, finished_results(folder, config))
+    cell.reused = cell.results is not None
+    lines = _MethodLines([method], 1, console or Console(stderr=True), live=not verbose)
+    with lines.live:
+        if cell.results is None:
+            lines.preparing(method)
+            cell.results = run(
+                method,
+                seed,
+                settings,
+                folder,
+                progress=lambda now: lines.step(method, now),
+                verbose=verbose,
+            )
+        lines.finish(cell)
+    return cell
+
+
+__all__ = ["Cell", "compare", "train"]

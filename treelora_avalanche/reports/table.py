@@ -1,0 +1,237 @@
+"""The end table of a comparison: for the terminal, for Markdown, for other programs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from ..runs import to_json, write_text
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of the table."""
+
+    key: str
+    header: tuple[str, str]
+    """ Two lines; an arrow says what is better. """
+    read: Callable[[dict[str, Any]], float]
+    """ From the content of a `results.json`. """
+    show: Callable[[float], str]
+    spread: bool = False
+    """ Whether the deviation over seeds is shown in the terminal. """
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def short_bytes(value: float) -> str:
+    """Bytes for the eye: 1.2 MB (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def short_count(value: float) -> str:
+    """A count for the eye: 85.8 M."""
+    return short_bytes(value).replace("kB", "k").replace("MB", "M").replace("GB", "G").rstrip(" B")
+
+
+def short_seconds(value: float) -> str:
+    """Seconds for the eye: 12.3 s, 4 min 05, 2 h 10."""
+    if value < 100:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 100:
+        return f"{minutes} min {seconds:02}"
+    return f"{minutes // 60} h {minutes % 60:02}"
+
+
+COLUMNS = (
+    Column(
+        "accuracy",
+        ("Acc ↑", "%"),
+        lambda r: r["metrics"]["class_incremental"]["overall_performance"],
+        _percent,
+        spread=True,
+    ),
+    Column(
+        "within_task_accuracy",
+        ("in task ↑", "%"),
+        lambda r: r["metrics"]["within_task"]["overall_performance"],
+        _percent,
+        spread=True,
+    ),
+    Column(
+        "backward_transfer",
+        ("Bwt ↓", "%"),
+        lambda r: r["metrics"]["class_incremental"]["backward_transfer"],
+        _percent,
+        spread=True,
+    ),
+    Column(
+        "forgetting",
+        ("Forget ↓", "%"),
+        lambda r: r["metrics"]["class_incremental"]["forgetting"],
+        _percent,
+        spread=True,
+    ),
+    Column("epochs", ("Ep.", "/task"), lambda r: r["epochs"], lambda v: f"{v:.0f}"),
+    Column("train_seconds", ("Time", ""), lambda r: r["timings"]["train_seconds"], short_seconds),
+    Column("ms_per_step", ("ms", "/step"), lambda r: r["timings"]["ms_per_step"], _three_digits),
+    Column(
+        "samples_per_second",
+        ("samples", "/s"),
+        lambda r: r["timings"]["samples_per_second"],
+        lambda v: f"{v:.0f}",
+    ),
+    Column("peak_bytes", ("Peak", "memory"), lambda r: r["memory"]["peak_bytes"], short_bytes),
+    Column(
+        "trainable_parameters",
+        ("Train", "params"),
+        lambda r: r["parameters"]["trainable"],
+        short_count,
+    ),
+    Column("stored_bytes", ("Stored", ""), lambda r: r["memory"]["stored_bytes"], short_bytes),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, over its seeds."""
+
+    method: str
+    seeds: list[int]
+    mean: dict[str, float]
+    std: dict[str, float]
+    """ Sample deviation over seeds; NaN with fewer than two. """
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """One row per method, in the order of first appearance.
+
+    :param results: contents of `results.json` files.
+    """
+    rows = []
+    for method in dict.fromkeys(result["method"] for result in results):
+        own = [result for result in results if result["method"] == method]
+        values = {column.key: [float(column.read(r)) for r in own] for column in COLUMNS}
+        rows.append(
+            Row(
+                method=method,
+                seeds=[result["seed"] for result in own],
+                mean={key: statistics.fmean(v) for key, v in values.items()},
+                std={
+                    key: statistics.stdev(v) if len(v) > 1 else math.nan
+                    for key, v in values.items()
+                },
+            )
+        )
+    return rows
+
+
+def _cell(row: Row, column: Column, plus_minus: str) -> str:
+    text = column.show(row.mean[column.key])
+    if column.spread and not math.isnan(row.std[column.key]):
+        text += plus_minus + column.show(row.std[column.key])
+    return text
+
+
+def caption(results: Sequence[dict[str, Any]]) -> str:
+    """What the numbers mean, in one or two lines.
+
+    :param results: contents of `results.json` files.
+    """
+    first = results[0]
+    stream, seeds = first["stream"], sorted({result["seed"] for result in results})
+    return (
+        f"{first['config']['scenario']}: {len(stream['trained'])} tasks, "
+        f"{len(stream['class_names'])} classes, {first['hardware']['device']}; "
+        f"mean{' ± deviation' if len(seeds) > 1 else ''} over "
+        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n"
+        "Acc: mean over tasks after the last one, among all classes; in task: among its own. "
+        "Bwt = (1/n) Σ f_i(w_i) − f_i(w_n), positive is forgetting; Forget: the same over n − 1. "
+        f"Peak: {first['memory']['peak_kind']}. Stored: tensors kept beside the model."
+    )
+
+
+def rich_table(results: Sequence[dict[str, Any]], width: int = 120) -> Group:
+    """The table for a terminal: in one piece, or in two where the terminal is narrow.
+
+    :param results: contents of `results.json` files.
+    :param width: columns of the terminal.
+    """
+    rows = summarise(results)
+
+    def table(columns: Sequence[Column]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+        table.add_column("Method", style="bold", no_wrap=True)
+        for column in columns:
+            table.add_column("\n".join(column.header).rstrip(), justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(row.method, *(_cell(row, column, "±") for column in columns))
+        return table
+
+    tables = [table(COLUMNS)]
+    if Console(width=1000).measure(tables[0]).maximum > width:
+        learned = [column for column in COLUMNS if column.spread]
+        tables = [table(learned), table([column for column in COLUMNS if not column.spread])]
+    return Group(*tables, Text(caption(results), style="dim"))
+
+
+def markdown_table(results: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown, with its caption.
+
+    :param results: contents of `results.json` files.
+    """
+    headers = ["Method", *(" ".join(column.header).strip() for column in COLUMNS)]
+    lines = [headers, ["---", *("---:" for _ in COLUMNS)]]
+    for row in summarise(results):
+        lines.append([row.method, *(_cell(row, column, " ± ") for column in COLUMNS)])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{caption(results)}\n"
+
+
+def write_table(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write `table.md` and `comparison.json`.
+
+    :param results: contents of `results.json` files.
+    :param folder: an existing folder.
+    """
+    write_text(folder / "table.md", markdown_table(results))
+    rows = [
+        {"method": row.method, "seeds": row.seeds, "mean": row.mean, "std": row.std}
+        for row in summarise(results)
+    ]
+    write_text(folder / "comparison.json", to_json({"schema_version": 1, "rows": rows}) + "\n")
+
+
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "Row",
+    "caption",
+    "markdown_table",
+    "rich_table",
+    "short_bytes",
+    "short_count",
+    "short_seconds",
+    "summarise",
+    "write_table",
+]
