@@ -1,0 +1,197 @@
+"""The command line: parses, then calls the rest. Nothing heavy is imported before that."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from ._version import __version__
+from .methods import METHODS
+from .settings import SCENARIOS, RunSettings, check_known
+
+DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
+DEFAULT_SEEDS = [0]
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Errors are one line: what is wrong and where, without the list of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _complain(message)
+        raise SystemExit(2)
+
+
+def _complain(message: object) -> None:
+    print(f"treelora: error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    types = typing.get_type_hints(RunSettings)
+    for field in fields(RunSettings):
+        parser.add_argument(
+            f"--{field.name}",
+            type=types[field.name],
+            default=field.default,
+            help=field.metadata["help"],
+        )
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The parser of `treelora`, all subcommands included."""
+    parser = _Parser(
+        prog="treelora",
+        description="TreeLoRA and its contenders: continual fine-tuning on Avalanche.",
+        version=__version__,
+    )
+    commands = parser.add_subcommands(dest="command", required=True)
+
+    commands.add_subcommand("list", _Parser(), help="show methods and scenarios")
+
+    train = _Parser(description="Train one method on one stream, into a run folder.")
+    train.add_argument("--method", type=str, default="TreeLoRA", help=", ".join(METHODS))
+    train.add_argument("--seed", type=int, default=0, help="seeds everything")
+    train.add_argument(
+        "--output", type=str | None, default=None, help="run folder; default: one below runs/train"
+    )
+    train.add_argument(
+        "--verbose", action="store_true", help="Avalanche's InteractiveLogger in place of the line"
+    )
+    _add_settings(train)
+    commands.add_subcommand("train", train, help="train one method with one seed")
+
+    compare = _Parser(
+        description="Train methods side by side; without arguments, on a small embedded stream. "
+        "Cells that are finished in the output folder are not run again."
+    )
+    compare.add_argument(
+        "--methods", type=str, default=DEFAULT_METHODS, nargs="+", help=", ".join(METHODS)
+    )
+    compare.add_argument("--seeds", type=int, default=DEFAULT_SEEDS, nargs="+", help="one run each")
+    compare.add_argument("--output", type=str, default="runs/compare", help="folder of the runs")
+    _add_settings(compare)
+    commands.add_subcommand("compare", compare, help="train methods side by side")
+    return parser
+
+
+def _settings(options: Any) -> RunSettings:
+    return RunSettings(**{field.name: options[field.name] for field in fields(RunSettings)})
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own lines: third parties warn about what a user cannot change."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def _list() -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, entries in (("Methods", METHODS), ("Scenarios", SCENARIOS)):
+        table = Table(title=title, title_justify="left", title_style="bold", box=None)
+        for heading in ("", "state", ""):
+            table.add_column(heading, style="" if table.columns else "bold", header_style="dim")
+        for name, entry in entries.items():
+            table.add_row(name, entry.state, entry.description)
+        console.print(table)
+        console.print()
+    return 0
+
+
+def _train(options: Any) -> int:
+    from rich.console import Console
+
+    settings = _settings(options)
+    check_known("method", options.method, METHODS)
+    _quiet()
+    from .compare import train
+    from .plugins import NonFiniteLossError
+    from .reports.table import rich_table
+
+    try:
+        cell = train(
+            options.method, options.seed, settings, options.output, verbose=options.verbose
+        )
+    except NonFiniteLossError as error:
+        _complain(f"{error} What was learned before is saved in the run folder.")
+        return 1
+    assert cell.results is not None
+    console = Console()
+    console.print(rich_table([cell.results], console.width))
+    console.print(f"Run folder: {cell.folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _compare(options: Any) -> int:
+    from rich.console import Console
+
+    settings = _settings(options)
+    for method in options.methods:
+        check_known("method", method, METHODS)
+    _quiet()
+    from .compare import compare
+    from .reports.figures import write_figures
+    from .reports.table import rich_table, write_table
+
+    output = Path(options.output)
+    cells = compare(options.methods, options.seeds, settings, output)
+    results = [cell.results for cell in cells if cell.results is not None]
+    console = Console()
+    if results:
+        write_table(results, output)
+        figures = write_figures(results, output / "figures")
+        console.print(rich_table(results, console.width))
+        console.print(
+            f"Written to {output}: table.md, comparison.json, figures/ ({len(figures)} figures), "
+            "a folder for every run.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    failed = [cell for cell in cells if cell.results is None]
+    if failed:
+        console.print(
+            f"{len(failed)} of {len(cells)} runs failed, see error.txt in their folders.",
+            style="red",
+            highlight=False,
+        )
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `treelora`.
+
+    :param argv: arguments; by default those of the process.
+    :return: 0; 1 if a run of a comparison failed; 2 for wrong input; 130 if interrupted.
+    """
+    options = build_parser().parse_args(argv)
+    try:
+        if options.command == "list":
+            return _list()
+        run_command = {"train": _train, "compare": _compare}[options.command]
+        return run_command(options[options.command])
+    except (ValueError, OSError) as error:
+        # OSError: missing folders and files, weights that cannot be fetched.
+        _complain(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+__all__ = ["build_parser", "main"]
