@@ -489,12 +489,14 @@ class AdapterTree:
         from rich.tree import Tree
 
         def label(node: Node) -> str:
-            if node.children is None:
-                adapters = (f"{k}: {_tasks_in_words(self.tasks[k])}" for k in node.members)
-                text = f"level {node.level}  adapter {'; '.join(adapters)}"
-                return text if len(node.members) == 1 else f"{text}  δ {node.delta:.3g}"
             n_tasks = sum(len(self.tasks[k]) for k in node.members)
-            return f"level {node.level}  δ {node.delta:.3g}  ({n_tasks} tasks)"
+            head = f"level {node.level}  δ {node.delta:.3g}  ({n_tasks} tasks)"
+            if node.children is not None:
+                return head
+            adapters = [f"adapter {k}: {_tasks_in_words(self.tasks[k])}" for k in node.members]
+            if len(adapters) == 1:
+                return f"level {node.level}  {adapters[0]}"
+            return f"{head}  {'; '.join(adapters)}"
 
         def attach(branch: Tree, node: Node) -> Tree:
             for child in node.children or ():
@@ -521,8 +523,8 @@ def principal_direction(centred: Tensor) -> Tensor:
     """The direction along which a group spreads the most, by power iteration.
 
     The iteration starts from the member that is farthest from the mean, so the result does not
-    depend on the order of the members; its largest component is positive. A matrix of size
-    (dim, dim) or (n_members, n_members) is never formed.
+    depend on the order of the members. The largest component, the first if several are equally
+    large, is positive. No matrix of size (dim, dim) or (n_members, n_members) is formed.
 
     :param centred: ``(n_members, dim)``, the members' signatures less their mean.
     :return: ``(dim,)``, of length 1; all zero if the members are identical.
@@ -532,7 +534,9 @@ def principal_direction(centred: Tensor) -> Tensor:
     if len(centred) > 2:  # the difference of two is their principal direction already
         for _ in range(_POWER_ITERATIONS):
             direction = torch.nn.functional.normalize(centred.T @ (centred @ direction), dim=0)
-    sign: Tensor = direction[direction.abs().argmax()].sign()
+    size = direction.abs()
+    first_of_largest = (size >= (1 - 1e-6) * size.max()).int().argmax()  # equal up to rounding
+    sign: Tensor = direction[first_of_largest].sign()
     return direction * sign
 
 
