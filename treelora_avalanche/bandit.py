@@ -14,12 +14,28 @@ a horizon of T steps, its bound B is
 Our reading where the paper is open, or where we depart from it:
 
 * σ, the standard deviation of ξ within arms, is estimated on the way. The paper's bonus has no
-  σ, so it drowns distances of any other scale than its own: 512 arms, distances up to 1, noise
-  0.1, 2,000 steps end at a regret of about 1,430 without, which is that of choosing blindly.
+  σ, so it drowns distances of any other scale than its own.
+* Until σ has 5 degrees of freedom, the first arm is pulled again. A bound set with too small a σ
+  stays too high, and its branch is lost, as a pull brings only its own path up to date.
+* δ is the tree's. A smaller one is faster on clean hierarchies, and loses the way on weak ones.
 * The horizon T stands in place of the current step t, so that time alone changes no bound, and
   a step touches only the path it went.
 * The paper prints the bound of an inner node as ``max over {min over children of (B − δ)}``, of
   one term; the second term is from Coquelin & Munos.
+
+Regret, and the share of runs that find the nearest task, in ``benchmarks/bandit_regret.py`` (noise
+0.1, 2,000 steps, mean of 32 runs; with 512 tasks choosing blindly costs 1,396):
+
+=======================================  ==========  ============
+search                                   512 tasks   4,096 tasks
+=======================================  ==========  ============
+as it is                                  37, 100%      60,  97%
+without the tree                         474, 100%   1,426,   3%
+σ = 1                                    483, 100%     546,  50%
+first arm pulled twice, then on with σ    52,  91%      64,  94%
+at once on with σ = 0 until it is known  198,  38%     187,  31%
+δ = 0                                     22, 100%      40, 100%
+=======================================  ==========  ============
 """
 
 from __future__ import annotations
@@ -34,6 +50,12 @@ from treelora_avalanche.tree import FlatTree
 
 SIGMA_FLOOR = 1e-6
 """The least σ, for observations without noise."""
+
+SIGMA_FREEDOM = 5
+"""Degrees of freedom at which σ counts as known: the first arm is pulled once more than that."""
+
+_UNKNOWN_SIGMA = 1e9
+"""In place of σ while it is unknown; puts the bound of the first path below the unvisited."""
 
 _UNVISITED = -1e6
 """Bound of a node never visited, far below any distance."""
@@ -71,9 +93,13 @@ class LCBSearch:
     A step is O(height) whatever the number of arms, waits for no device, and writes into tensors
     of fixed shape, so it can be captured in a CUDA graph.
 
-    >>> search = LCBSearch(tree.flatten(), n_layers=5, horizon=1000)
-    >>> arms = search.select()  # (n_layers,)
-    >>> search.update(distances)  # (n_layers,), between the current task and arms
+    >>> tree = FlatTree(torch.tensor([[0, 0], [1, 1], [0, 1]]), torch.zeros(3), root=2, height=1)
+    >>> search = LCBSearch(tree, n_layers=1, horizon=100)
+    >>> for _ in range(20):
+    ...     arms = search.select()  # (n_layers,)
+    ...     search.update(torch.tensor([0.9, 0.1])[arms])  # the distance to arm 1 is the smaller
+    >>> search.best()
+    tensor([1])
 
     :param tree: the tree of past tasks.
     :param n_layers: number of layers, each of which searches on its own.
@@ -189,7 +215,11 @@ class LCBSearch:
         arm_count = count[:, -1:]
         self._squares += deviation[:, -1:].square() * (1 - 1 / arm_count)
         self._freedom += (arm_count > 1).to(arm_count.dtype)
-        sigma = pooled_sigma(self._squares, self._freedom)
+        sigma = torch.where(
+            self._freedom < SIGMA_FREEDOM,
+            _UNKNOWN_SIGMA,
+            pooled_sigma(self._squares, self._freedom),
+        )
 
         own = lower_confidence_bound(mean, count, sigma, self.horizon, self.c)
         own = own - self.delta.gather(1, path)  # δ of an arm is 0
@@ -219,9 +249,15 @@ class LCBSearch:
         self._best_child.scatter_(1, path[:, :-1], children.gather(-1, nearest).squeeze(-1))
 
     def best(self) -> Tensor:
-        """``(n_layers,)``, long: the arm of the smallest mean distance among those pulled.
+        """The arm that is the nearest beyond doubt: that of the smallest *upper* bound.
 
-        Arm 0 before the first update.
+        The arm of the smallest mean is often one that was pulled once, with luck. With 512 tasks
+        and noise 0.3, it was the true nearest in 12% of 32 runs, and this one in 97%.
+
+        :return: ``(n_layers,)``, long; arm 0 before the first update.
         """
-        pulled = self.counts[:, : self.n_arms] > 0
-        return torch.where(pulled, self.means[:, : self.n_arms], math.inf).argmin(1)
+        arms = slice(self.n_arms)
+        upper = lower_confidence_bound(
+            self.means[:, arms], self.counts[:, arms], self.sigma[:, None], self.horizon, -self.c
+        )
+        return torch.where(self.counts[:, arms] > 0, upper, math.inf).argmin(1)

@@ -1,0 +1,207 @@
+"""How much the tree saves the search: regret against the number of past tasks.
+
+Simulates the search for the nearest of N past tasks. The tasks are the leaves of a random binary
+hierarchy: at each level every branch adds a Gaussian vector of 64 numbers, in scale 0.75 times
+the level above, and the sum is divided by its L1 norm. In each of 32 runs the current task is a
+random leaf, moved by one more such vector. A pull of an arm shows its true L1 distance, scaled so
+that the largest of the run is 1, plus Gaussian noise. Regret is the sum over 2,000 rounds of the
+true distances of the arms pulled, less that of the nearest arm. Compared are
+
+* ``tree``: :class:`LCBSearch` on the tree that :class:`AdapterTree` builds of the tasks, of depth
+  16 with the same vector in each layer;
+* ``flat``: the same search with all arms directly beneath the root;
+* ``uniform``: arms chosen blindly.
+
+``nearest found`` is the share of runs at the end of which ``LCBSearch.best`` names the true
+nearest. ``exponent`` is p in ``log regret = p log log2 N + const``, fitted by least squares over
+all sizes to the mean regret over runs: with p = 1 regret grows as the depth of the tree.
+
+Targets (``--check``): with 512 tasks and noise 0.1, a regret of at most 40 and the nearest found in
+at least 95% of the runs; with noise 0.02, an exponent of at most 1. At larger noise the exponent
+is above 1, as it must be: the gap between the nearest task and the next shrinks by 0.75 with
+each level, and telling two arms apart costs a regret of order σ² log T / gap in any search.
+
+    python benchmarks/bandit_regret.py --check
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from treelora_avalanche.bandit import LCBSearch
+from treelora_avalanche.tree import AdapterTree, FlatTree
+
+RATIO = 0.75
+DEPTH = 16
+DIM = 64
+
+MAX_REGRET = 40.0
+MIN_FOUND = 0.95
+MAX_EXPONENT = 1.0
+
+
+class World(NamedTuple):
+    """Past tasks, and the current task of each run."""
+
+    signatures: Tensor  # (n_tasks, DIM)
+    distances: Tensor  # (n_runs, n_tasks), the largest of a run is 1
+    scale: Tensor  # (n_runs,), by which the L1 distances were multiplied
+
+
+class Result(NamedTuple):
+    regret: Tensor  # (n_runs,)
+    found: Tensor  # (n_runs,), bool
+
+
+def simulate(n_tasks: int, n_runs: int, seed: int) -> World:
+    """Draws the hierarchy and the current tasks."""
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.zeros(1, DIM)
+    level = 0
+    while len(position) < n_tasks:
+        level += 1
+        position = position.repeat_interleave(2, dim=0)
+        position += RATIO**level * torch.randn(position.shape, generator=generator)
+    position = position[:n_tasks]
+    leaf = torch.randint(n_tasks, (n_runs,), generator=generator)
+    current = position[leaf]
+    current = current + RATIO ** (level + 1) * torch.randn(current.shape, generator=generator)
+    signatures = torch.nn.functional.normalize(position, p=1, dim=1)
+    current = torch.nn.functional.normalize(current, p=1, dim=1)
+    distances = torch.cdist(current, signatures, p=1)
+    scale = 1 / distances.amax(1)
+    return World(signatures, distances * scale[:, None], scale)
+
+
+def search(world: World, tree: FlatTree, noise: float, rounds: int, seed: int) -> Result:
+    """Runs the search, each run as one of its layers."""
+    distances = world.distances
+    nearest = distances.amin(1)
+    bandit = LCBSearch(tree, len(distances), horizon=rounds, seed=seed)
+    bandit.delta *= world.scale[:, None]
+    generator = torch.Generator().manual_seed(seed + 1)
+    regret = torch.zeros(len(distances))
+    for _ in range(rounds):
+        true = distances.gather(1, bandit.select()[:, None]).squeeze(1)
+        bandit.update(true + noise * torch.randn(true.shape, generator=generator))
+        regret += true - nearest
+    return Result(regret, bandit.best() == distances.argmin(1))
+
+
+def choose_blindly(world: World, rounds: int, seed: int) -> Tensor:
+    """Regret ``(n_runs,)`` of uniform choice."""
+    n_runs, n_tasks = world.distances.shape
+    generator = torch.Generator().manual_seed(seed)
+    arms = torch.randint(n_tasks, (n_runs, rounds), generator=generator)
+    regret = world.distances.gather(1, arms) - world.distances.amin(1, keepdim=True)
+    return regret.sum(1)
+
+
+def flat_tree(n_arms: int) -> FlatTree:
+    """All arms directly beneath the root."""
+    arms = torch.arange(n_arms)
+    # Arms have themselves as children; expanded, not stored n_arms times.
+    children = torch.cat([arms[:, None].expand(-1, n_arms), arms[None]])
+    return FlatTree(children, torch.zeros(n_arms + 1), root=n_arms, height=1)
+
+
+def fitted_exponent(sizes: list[int], regrets: list[float]) -> float:
+    """Slope of log regret against log log2 N, by least squares."""
+    x = torch.tensor([math.log(math.log2(n)) for n in sizes], dtype=torch.float64)
+    y = torch.tensor(regrets, dtype=torch.float64).log()
+    x = x - x.mean()
+    return float((x * y).sum() / x.square().sum())
+
+
+def mean_and_std(values: Tensor) -> str:
+    digits = 1 if values.mean() < 100 else 0
+    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+
+
+def main(
+    sizes: tuple[int, ...] = (8, 64, 512, 4096),
+    noises: tuple[float, ...] = (0.02, 0.1, 0.3),
+    rounds: int = 2000,
+    runs: int = 32,
+    seed: int = 0,
+    check: bool = False,
+) -> None:
+    """Prints the regret of tree search, flat search and uniform choice.
+
+    Args:
+        sizes: Numbers of past tasks; powers of two make the hierarchy complete.
+        noises: Standard deviations of the observed distance, of which the largest is 1.
+        rounds: Steps of the search.
+        runs: Runs, each with a current task of its own.
+        seed: Seed of the tasks and of the noise.
+        check: Exit with 1 if a target is missed. Needs size 512 and noises 0.02 and 0.1.
+    """
+    torch.set_num_threads(1)
+    table = Table(
+        title=f"Regret after {rounds} rounds, mean ± standard deviation over {runs} runs",
+        caption="found, flat ↑: share of runs in which tree, flat search name the nearest at last",
+    )
+    for column in ("tasks", "noise", "tree ↓", "flat ↓", "uniform ↓", "found ↑", "flat ↑"):
+        table.add_column(column, justify="right", no_wrap=True)
+    of_tree: dict[tuple[int, float], Result] = {}
+    for n_tasks in sizes:
+        world = simulate(n_tasks, runs, seed)
+        signatures = world.signatures[:, None].expand(-1, DEPTH, -1)
+        tree = AdapterTree.build(signatures).flatten()
+        blind = choose_blindly(world, rounds, seed)
+        for noise in noises:
+            with_tree = search(world, tree, noise, rounds, seed)
+            flat = search(world, flat_tree(n_tasks), noise, rounds, seed)
+            of_tree[n_tasks, noise] = with_tree
+            table.add_row(
+                str(n_tasks),
+                str(noise),
+                *(mean_and_std(x) for x in (with_tree.regret, flat.regret, blind)),
+                *(f"{100 * x.found.float().mean():.0f}%" for x in (with_tree, flat)),
+            )
+        table.add_section()
+    console = Console()
+    console.print(table)
+
+    exponents = {
+        noise: fitted_exponent(
+            list(sizes), [float(of_tree[n_tasks, noise].regret.mean()) for n_tasks in sizes]
+        )
+        for noise in noises
+        if len(sizes) > 1
+    }
+    for noise, exponent in exponents.items():
+        console.print(f"noise {noise}: tree regret ~ (log2 N)^{exponent:.2f}")
+    if not check:
+        return
+    result = of_tree[512, 0.1]
+    regret, found = float(result.regret.mean()), float(result.found.float().mean())
+    targets = {
+        f"regret at 512 tasks, noise 0.1: {regret:.1f}, at most {MAX_REGRET}": regret <= MAX_REGRET,
+        f"nearest found there: {found:.2f}, at least {MIN_FOUND}": found >= MIN_FOUND,
+        f"exponent at noise 0.02: {exponents[0.02]:.2f}, at most {MAX_EXPONENT}": (
+            exponents[0.02] <= MAX_EXPONENT
+        ),
+    }
+    for text, met in targets.items():
+        console.print(f"[green]met[/]    {text}" if met else f"[red]missed[/] {text}")
+    if not all(targets.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description="Regret of tree search, flat search and uniform choice.")
+    parser.add_function_arguments(main, skip={"check"}, as_group=False)
+    parser.add_argument("--check", action="store_true", help="Exit with 1 if a target is missed.")
+    arguments = parser.parse_args()
+    if arguments.check and not (512 in arguments.sizes and {0.02, 0.1} <= {*arguments.noises}):
+        parser.error("`--check` needs 512 among `--sizes`, 0.02 and 0.1 among `--noises`.")
+    main(**arguments.as_dict())
