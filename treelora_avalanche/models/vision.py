@@ -1,0 +1,252 @@
+"""Pretrained vision transformers from timm, and the preprocessing that belongs to each.
+
+:func:`create_vit` is ``timm.create_model`` for class-incremental use: it also takes a local weight
+file, whatever the number of classes or the image size those weights were trained with.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import load_state_dict
+from torch import Tensor, nn
+from torchvision.transforms import Compose, ConvertImageDtype, Normalize
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+# ------------------------------------------------------------------------------------- the backbone
+
+
+def create_vit(
+    name: str,
+    *,
+    num_classes: int,
+    checkpoint: str | Path | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    pretrained: bool | None = None,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """A vision transformer of timm with pretrained weights and a head of ``num_classes`` classes.
+
+    The weights come from ``checkpoint``, a file on this machine, or else from the hub. Position
+    embeddings are resampled where ``img_size`` is not the size of the pretraining; the classifier
+    of the checkpoint is kept only if it has ``num_classes`` classes; all parameters are float32.
+
+    :param name: name of the model in timm, such as ``vit_base_patch16_224``.
+    :param num_classes: classes of the head, over all tasks; 0 for a model without a head.
+    :param checkpoint: a ``.safetensors`` or ``.pth`` file, or a folder that holds exactly one.
+        Nothing in it is executed: ``.pth`` files are read with ``weights_only=True``.
+    :param img_size: side of the input images in pixels; by default the model's own.
+    :param pretrained: whether to fetch weights from the hub; by default, if there is no
+        ``checkpoint``. False gives random weights.
+    :param timm_kwargs: further arguments of ``timm.create_model``, such as ``drop_path_rate``.
+    :return: the model, as timm makes it.
+    :raises ValueError: if the name is unknown or not a vision transformer, or if the weights in
+        ``checkpoint`` are not those of this model.
+    """
+    _check_name(name)
+    if checkpoint is not None and pretrained:
+        raise ValueError(
+            f"`pretrained` is True and `checkpoint` is {str(checkpoint)!r}: the weights can come "
+            "from one place only. Leave out one of the two."
+        )
+    # Found before the model is built, so that a wrong path fails at once.
+    file = None if checkpoint is None else _checkpoint_file(Path(checkpoint))
+    try:
+        model = timm.create_model(
+            name,
+            pretrained=checkpoint is None and pretrained is not False,
+            num_classes=num_classes,
+            img_size=img_size,
+            **timm_kwargs,
+        )
+    except OSError as error:
+        raise OSError(
+            f"the pretrained weights of {name!r} could not be fetched from the hub "
+            f"({type(error).__name__}); pass a local file as `checkpoint=` (.safetensors or .pth), "
+            "or `pretrained=False` for random weights."
+        ) from error
+    if not hasattr(model, "patch_embed") or not hasattr(model, "blocks"):
+        raise ValueError(
+            f"`name` is {name!r}, a {type(model).__name__}, which is not a vision transformer (no "
+            "patch embedding and blocks); choose one of timm's, such as 'vit_base_patch16_224'."
+        )
+    if file is not None:
+        _load_checkpoint(model, file, num_classes)
+    return model
+
+
+def _check_name(name: str) -> None:
+    if ":" in name:  # 'hf-hub:owner/model' and 'local-dir:folder' are resolved by timm itself
+        return
+    known = timm.list_models() + timm.list_models(pretrained=True)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=3) or ["vit_base_patch16_224"]
+        raise ValueError(
+            f"`name` is {name!r}, which timm {timm.__version__} does not know; did you mean "
+            f"{' or '.join(map(repr, nearest))}? timm.list_models('*vit*') lists the known ones."
+        )
+
+
+def _checkpoint_file(path: Path) -> Path:
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in CHECKPOINT_SUFFIXES)
+        if len(files) != 1:
+            found = ", ".join(f.name for f in files) or "none"
+            raise ValueError(
+                f"`checkpoint` is the folder {str(path)!r}, which holds {len(files)} weight files "
+                f"({found}); pass the path of one {' or '.join(CHECKPOINT_SUFFIXES)} file."
+            )
+        return files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"`checkpoint` is {str(path)!r}, which does not exist.")
+    if path.suffix not in CHECKPOINT_SUFFIXES:
+        raise ValueError(
+            f"`checkpoint` is {str(path)!r}; only {', '.join(CHECKPOINT_SUFFIXES)} files are read."
+        )
+    return path
+
+
+def _load_checkpoint(model: nn.Module, file: Path, num_classes: int) -> None:
+    try:
+        weights = load_state_dict(str(file), weights_only=True)
+        # float32 at once: in float16 the resampled position embeddings would be rounded.
+        weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    except Exception as error:  # each format has exceptions of its own for a file it cannot read
+        raise ValueError(
+            f"`checkpoint` {str(file)!r} cannot be read as plain tensors "
+            f"({str(error).splitlines()[0]}). Files that hold pickled objects are never loaded: "
+            "save the state dict alone, best as .safetensors."
+        ) from error
+    # timm keeps one filter per family of models in its module: it resamples position embeddings
+    # and patches, and understands the key names of the original releases.
+    family = sys.modules[type(model).__module__]
+    if hasattr(family, "checkpoint_filter_fn"):
+        weights = family.checkpoint_filter_fn(weights, model)
+
+    expected = {k: v.shape for k, v in model.state_dict().items()}
+    heads = cast(dict[str, Any], model.pretrained_cfg).get("classifier") or ()
+    head_keys = {
+        f"{head}.{part}"
+        for head in ((heads,) if isinstance(heads, str) else heads)
+        for part in ("weight", "bias")
+    }
+    if any(k in weights and weights[k].shape[0] != num_classes for k in head_keys):
+        weights = {k: v for k, v in weights.items() if k not in head_keys}
+    if weights.keys().isdisjoint(head_keys):  # the head stays freshly initialised
+        expected = {k: v for k, v in expected.items() if k not in head_keys}
+    problems = {
+        "missing": expected.keys() - weights.keys(),
+        "unexpected": weights.keys() - expected.keys(),
+        "of another shape": {
+            k for k in expected.keys() & weights.keys() if expected[k] != weights[k].shape
+        },
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(
+            f"`checkpoint` {str(file)!r} does not hold the weights of this "
+            f"{type(model).__name__} ({listed}). Choose the `name` of the model it was saved from."
+        )
+    model.load_state_dict(weights, strict=False)
+
+
+def _some(keys: set[str], at_most: int = 5) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:at_most]) + (
+        f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    )
+
+
+# ------------------------------------------------------------------------------------ preprocessing
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """timm's evaluation preprocessing, in two halves between which images can be kept.
+
+    ``resize`` is the slow half and ends in bytes; ``normalize`` is the cheap half. Together they
+    are ``timm.data.create_transform`` of the same values. Equal values compare equal, so that
+    images resized for one model are found again for the next. The defaults are those of timm for
+    ImageNet.
+
+    :param input_size: channels, height and width of the model's input; 3 channels.
+    :param interpolation: how PIL resizes: "bicubic", "bilinear", ...
+    :param mean: mean of each channel, of values in [0, 1].
+    :param std: standard deviation of each channel.
+    :param crop_pct: the side of the crop divided by the side that the image is resized to.
+    :param crop_mode: "center", "squash" or "border", as in timm.
+    """
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = timm.data.IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = timm.data.IMAGENET_DEFAULT_STD
+    crop_pct: float = timm.data.DEFAULT_CROP_PCT
+    crop_mode: str = timm.data.DEFAULT_CROP_MODE
+
+    def __post_init__(self) -> None:
+        if len(self.input_size) != 3 or self.input_size[0] != 3:
+            raise ValueError(
+                f"`input_size` is {self.input_size}; images are read as RGB, so it must be "
+                "(3, height, width)."
+            )
+
+    @cached_property
+    def _resize(self) -> Callable[[Image.Image], Tensor]:
+        return create_transform(
+            input_size=self.input_size,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            mean=self.mean,  # the colour of the border in crop_mode "border"
+            use_prefetcher=True,  # timm's name for "leave the normalisation to somebody else"
+        )
+
+    @cached_property
+    def _normalize(self) -> Callable[[Tensor], Tensor]:
+        return Compose([ConvertImageDtype(torch.float32), Normalize(self.mean, self.std)])
+
+    def resize(self, image: Image.Image) -> Tensor:
+        """The image as RGB bytes of the model's input size, ``(3, height, width)``, uint8.
+
+        :param image: an image of any mode and size.
+        """
+        return self._resize(image.convert("RGB"))
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """The bytes as the model wants them, float32.
+
+        :param image: what ``resize`` gives, or a batch of it.
+        """
+        return self._normalize(image)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Both halves.
+
+        :param image: an image of any mode and size.
+        """
+        return self.normalize(self.resize(image))
+
+
+def image_preprocessing(model: nn.Module) -> ImagePreprocessing:
+    """The preprocessing with which a timm model was pretrained, at the model's actual input size.
+
+    :param model: a model of timm, for instance from :func:`create_vit`.
+    """
+    config = resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:  # timm's own table knows only the size of the pretraining
+        config["input_size"] = (config["input_size"][0], *size)
+    return ImagePreprocessing(**config)

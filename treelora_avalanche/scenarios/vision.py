@@ -1,0 +1,285 @@
+"""Class-incremental benchmarks of images: any folder of classes."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from avalanche.benchmarks import NCScenario
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from ..models.vision import ImagePreprocessing
+from .by_class import split_by_class
+
+LAYOUTS = (
+    "Accepted are <root>/train/<class>/<image> with <root>/test/<class>/<image>, or "
+    "<root>/<class>/<image>, of which a test set is drawn"
+)
+
+
+def SplitImageFolder(
+    dataset_root: str | Path,
+    n_experiences: int = 10,
+    *,
+    preprocessing: ImagePreprocessing | None = None,
+    train_transform: Callable[[Tensor], Any] | None = None,
+    eval_transform: Callable[[Tensor], Any] | None = None,
+    classes: Sequence[str] | None = None,
+    fixed_class_order: Sequence[int] | None = None,
+    seed: int | None = None,
+    shuffle: bool = True,
+    test_fraction: float = 0.2,
+    cache_bytes: int = 2 * 1024**3,
+    return_task_id: bool = False,
+) -> NCScenario:
+    """A folder of images, one subfolder per class, as a class-incremental benchmark.
+
+    Two layouts are accepted: ``root/train/<class>/*`` with ``root/test/<class>/*``, a given split;
+    and ``root/<class>/*``, of which a stratified test set is drawn. Files that are not images are
+    ignored, images of any mode are read as RGB.
+
+    :param dataset_root: the folder.
+    :param n_experiences: number of tasks; a divisor of the number of classes.
+    :param preprocessing: how images become tensors; pass
+        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
+        ImageNet at 224 pixels.
+    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+        stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
+    :param eval_transform: the same for the test stream.
+    :param classes: names of the class folders to use; ``classes[i]`` gets label i. By default all,
+        sorted by name.
+    :param fixed_class_order: labels in the order in which they arrive; overrides the drawing.
+    :param seed: seed of the class order and of the drawn split; None draws both from the global
+        random state.
+    :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
+    :param test_fraction: share of each class that becomes the test set where none is given.
+    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
+        here; otherwise files are read on access. Benchmarks of the same files and the same
+        preprocessing share one copy.
+    :param return_task_id: if True, every experience has a task label of its own, else all have 0.
+    :return: the benchmark, which carries ``class_names`` (``class_names[label]``) and ``n_classes``.
+    :raises ValueError: if the folder, the classes or their number do not fit; the message says how
+        to mend it.
+    :raises OSError: if an image cannot be read: here when images are kept in memory, else on
+        access.
+    """
+    root = Path(dataset_root).expanduser()
+    preprocessing = preprocessing or ImagePreprocessing()
+    train, test, class_names = _list_images(root, classes, test_fraction, seed)
+    paths = sorted({image.path for image in train + test})
+    images, row_of = None, {}
+    if len(paths) * math.prod(preprocessing.input_size) <= cache_bytes:
+        images = _decoded(tuple(_stamp(path) for path in paths), preprocessing)
+        row_of = {path: row for row, path in enumerate(paths)}
+    return split_by_class(
+        _Images(train, preprocessing, images, row_of),
+        _Images(test, preprocessing, images, row_of),
+        class_names,
+        n_experiences,
+        seed=seed,
+        fixed_class_order=fixed_class_order,
+        shuffle=shuffle,
+        return_task_id=return_task_id,
+        train_transform=train_transform or preprocessing.normalize,
+        eval_transform=eval_transform or preprocessing.normalize,
+    )
+
+
+# ------------------------------------------------------------------------------- from folder to lists
+
+
+class _Image(NamedTuple):
+    path: str
+    label: int
+
+
+def _list_images(
+    root: Path, classes: Sequence[str] | None, test_fraction: float, seed: int | None
+) -> tuple[list[_Image], list[_Image], list[str]]:
+    """The training images, the test images and the class names."""
+    if not root.is_dir():
+        raise ValueError(f"`dataset_root` is {str(root)!r}, which is not a folder. {LAYOUTS}.")
+    given = [part for part in ("train", "test") if (root / part).is_dir()]
+    if len(given) == 2:
+        train_names, test_names = (_class_folders(root / part) for part in given)
+        class_names = _choose_classes(root, train_names, test_names, classes)
+        train, test = (list(chain(*_images_of(root / part, class_names))) for part in given)
+        return train, test, class_names
+    if given and next((root / given[0]).glob("*/"), None) is not None:
+        missing = "test" if given == ["train"] else "train"
+        raise ValueError(
+            f"`dataset_root` {str(root)!r} has a folder {given[0]!r} with classes but none named "
+            f"{missing!r}. {LAYOUTS}."
+        )
+    names = _class_folders(root)
+    class_names = _choose_classes(root, names, names, classes)
+    train, test = _draw_split(_images_of(root, class_names), class_names, test_fraction, seed)
+    return train, test, class_names
+
+
+def _class_folders(folder: Path) -> list[str]:
+    try:
+        return find_classes(folder)[0]
+    except FileNotFoundError:
+        raise ValueError(f"{str(folder)!r} holds no class folders. {LAYOUTS}.") from None
+
+
+def _choose_classes(
+    root: Path, train: list[str], test: list[str], classes: Sequence[str] | None
+) -> list[str]:
+    if classes is None:
+        if train != test:
+            alone = "; ".join(
+                f"only in {part!r}: {', '.join(sorted(set(names) - set(others)))}"
+                for part, names, others in (("train", train, test), ("test", test, train))
+                if set(names) - set(others)
+            )
+            raise ValueError(
+                f"'train' and 'test' of `dataset_root` {str(root)!r} hold different classes "
+                f"({alone}). Complete them, or name the common ones in `classes=`."
+            )
+        return train
+    names = list(classes)
+    if not names or isinstance(classes, str) or len(set(names)) < len(names):
+        raise ValueError(f"`classes` is {classes!r}; it must be a list of different class names.")
+    known = [name for name in train if name in set(test)]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=3)
+            hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
+            raise ValueError(
+                f"`classes` names {name!r}, which is not among the {len(known)} class folders of "
+                f"{str(root)!r}{hint}"
+            )
+    return names
+
+
+def _images_of(folder: Path, class_names: list[str]) -> list[list[_Image]]:
+    """The images of each class, sorted by path, so that the file system's order never matters."""
+    label_of = {name: label for label, name in enumerate(class_names)}
+    images: list[list[_Image]] = [[] for _ in class_names]
+    for path, label in make_dataset(folder, label_of, IMG_EXTENSIONS, allow_empty=True):
+        images[label].append(_Image(path, label))
+    empty = [name for name, found in zip(class_names, images, strict=True) if not found]
+    if empty:
+        raise ValueError(
+            f"no images in the class folders {', '.join(empty)} of {str(folder)!r} (known "
+            f"extensions: {', '.join(IMG_EXTENSIONS)}). Fill them, delete them, or leave them out "
+            "with `classes=`."
+        )
+    for name, found in zip(class_names, images, strict=True):
+        if not any(Path(path).parent == folder / name for path, _ in found):
+            raise ValueError(
+                f"the images of {name!r} in {str(folder)!r} all lie in subfolders of it, such as "
+                f"{found[0].path!r}. {LAYOUTS}."
+            )
+    return images
+
+
+def _draw_split(
+    images: list[list[_Image]], class_names: list[str], test_fraction: float, seed: int | None
+) -> tuple[list[_Image], list[_Image]]:
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"`test_fraction` is {test_fraction}; it must lie between 0 and 1.")
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    train: list[_Image] = []
+    test: list[_Image] = []
+    for name, found in zip(class_names, images, strict=True):
+        if len(found) < 2:
+            raise ValueError(
+                f"the class {name!r} has a single image, {found[0].path!r}; it takes two to draw "
+                "a training and a test set. Add images, or leave the class out with `classes=`."
+            )
+        # One generator per class: the split of a class does not depend on which others are used.
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+        n_test = min(max(round(test_fraction * len(found)), 1), len(found) - 1)
+        drawn = set(torch.randperm(len(found), generator=generator)[:n_test].tolist())
+        train += [image for i, image in enumerate(found) if i not in drawn]
+        test += [image for i, image in enumerate(found) if i in drawn]
+    return train, test
+
+
+# ---------------------------------------------------------------------------- from files to tensors
+
+
+class _File(NamedTuple):
+    """A file and what changes when it is written again."""
+
+    path: str
+    modified_ns: int
+    size: int
+
+
+def _stamp(path: str) -> _File:
+    stat = os.stat(path)
+    return _File(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+
+
+def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return preprocessing.resize(image)
+    # The many ways in which Pillow says that a file is broken.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise OSError(
+            f"the image {path!r} cannot be read ({error}); replace or delete the file."
+        ) from error
+
+
+@lru_cache(maxsize=2)
+def _decoded(files: tuple[_File, ...], preprocessing: ImagePreprocessing) -> Tensor:
+    """All images as bytes, ``(n, 3, height, width)``; seeds and methods of a comparison share it."""
+    images = torch.empty(len(files), *preprocessing.input_size, dtype=torch.uint8)
+
+    def decode(row: int) -> None:
+        images[row] = _read(files[row].path, preprocessing)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow releases the GIL
+        for _ in pool.map(decode, range(len(files))):
+            pass
+    return images
+
+
+class _Images(Dataset):
+    """Resized images as uint8 tensors with their labels, from memory or from the files.
+
+    :param samples: the images.
+    :param preprocessing: how a file becomes a tensor.
+    :param images: all images of the benchmark in memory, or None.
+    :param row_of: where in ``images`` each path is.
+    """
+
+    def __init__(
+        self,
+        samples: list[_Image],
+        preprocessing: ImagePreprocessing,
+        images: Tensor | None,
+        row_of: dict[str, int],
+    ) -> None:
+        self.samples = samples
+        self.targets = [sample.label for sample in samples]
+        self.preprocessing = preprocessing
+        self.images = images
+        self.rows = [row_of[sample.path] for sample in samples] if images is not None else []
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        if self.images is not None:
+            return self.images[self.rows[index]], label
+        return _read(path, self.preprocessing), label
