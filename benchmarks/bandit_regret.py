@@ -16,10 +16,11 @@ true distances of the arms pulled, less that of the nearest arm. Compared are
 nearest. ``exponent`` is p in ``log regret = p log log2 N + const``, fitted by least squares over
 all sizes to the mean regret over runs: with p = 1 regret grows as the depth of the tree.
 
-Targets (``--check``): with 512 tasks and noise 0.1, a regret of at most 40 and the nearest found in
-at least 95% of the runs; with noise 0.02, an exponent of at most 1. At larger noise the exponent
-is above 1, as it must be: the gap between the nearest task and the next shrinks by 0.75 with
-each level, and telling two arms apart costs a regret of order σ² log T / gap in any search.
+Targets (``--check``), all at noise 0.1: with 512 tasks a regret of at most 40 and the nearest found
+in at least 95% of the runs; an exponent of at most 1. The last is met at noise 0.02 and missed at
+larger noise, where the gap between the nearest task and the next counts: it shrinks by 0.75 with
+each level, and telling two arms apart costs a regret of order σ² log T / gap in any search. A
+smaller δ does not mend it (δ = 0: 1.39 instead of 1.62 at noise 0.1).
 
     python benchmarks/bandit_regret.py --check
 """
@@ -27,11 +28,10 @@ each level, and telling two arms apart costs a regret of order σ² log T / gap 
 from __future__ import annotations
 
 import math
-import sys
 from typing import NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser
+from _command import run
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -126,23 +126,21 @@ def mean_and_std(values: Tensor) -> str:
     return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
 
 
-def main(
+def bandit_regret(
     sizes: tuple[int, ...] = (8, 64, 512, 4096),
     noises: tuple[float, ...] = (0.02, 0.1, 0.3),
     rounds: int = 2000,
     runs: int = 32,
     seed: int = 0,
-    check: bool = False,
-) -> None:
+) -> list[str]:
     """Prints the regret of tree search, flat search and uniform choice.
 
-    Args:
-        sizes: Numbers of past tasks; powers of two make the hierarchy complete.
-        noises: Standard deviations of the observed distance, of which the largest is 1.
-        rounds: Steps of the search.
-        runs: Runs, each with a current task of its own.
-        seed: Seed of the tasks and of the noise.
-        check: Exit with 1 if a target is missed. Needs size 512 and noises 0.02 and 0.1.
+    :param sizes: numbers of past tasks; powers of two make the hierarchy complete.
+    :param noises: standard deviations of the observed distance, of which the largest is 1.
+    :param rounds: steps of the search.
+    :param runs: runs, each with a current task of its own.
+    :param seed: seed of the tasks and of the noise.
+    :return: the missed targets; those of sizes and noises left out are not looked at.
     """
     torch.set_num_threads(1)
     table = Table(
@@ -180,28 +178,19 @@ def main(
     }
     for noise, exponent in exponents.items():
         console.print(f"noise {noise}: tree regret ~ (log2 N)^{exponent:.2f}")
-    if not check:
-        return
-    result = of_tree[512, 0.1]
-    regret, found = float(result.regret.mean()), float(result.found.float().mean())
-    targets = {
-        f"regret at 512 tasks, noise 0.1: {regret:.1f}, at most {MAX_REGRET}": regret <= MAX_REGRET,
-        f"nearest found there: {found:.2f}, at least {MIN_FOUND}": found >= MIN_FOUND,
-        f"exponent at noise 0.02: {exponents[0.02]:.2f}, at most {MAX_EXPONENT}": (
-            exponents[0.02] <= MAX_EXPONENT
-        ),
-    }
-    for text, met in targets.items():
-        console.print(f"[green]met[/]    {text}" if met else f"[red]missed[/] {text}")
-    if not all(targets.values()):
-        sys.exit(1)
+    missed = []
+    result = of_tree.get((512, 0.1))
+    if result is not None:
+        regret, found = float(result.regret.mean()), float(result.found.float().mean())
+        if regret > MAX_REGRET:
+            missed.append(f"regret at 512 tasks, noise 0.1: {regret:.1f}, above {MAX_REGRET}")
+        if found < MIN_FOUND:
+            missed.append(f"nearest found there: {found:.2f}, below {MIN_FOUND}")
+    exponent = exponents.get(0.1, 0.0)
+    if exponent > MAX_EXPONENT:
+        missed.append(f"exponent at noise 0.1: {exponent:.2f}, above {MAX_EXPONENT}")
+    return missed
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description="Regret of tree search, flat search and uniform choice.")
-    parser.add_function_arguments(main, skip={"check"}, as_group=False)
-    parser.add_argument("--check", action="store_true", help="Exit with 1 if a target is missed.")
-    arguments = parser.parse_args()
-    if arguments.check and not (512 in arguments.sizes and {0.02, 0.1} <= {*arguments.noises}):
-        parser.error("`--check` needs 512 among `--sizes`, 0.02 and 0.1 among `--noises`.")
-    main(**arguments.as_dict())
+    run(bandit_regret)
