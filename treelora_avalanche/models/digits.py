@@ -26,7 +26,7 @@ class Digits(NamedTuple):
 
 @lru_cache(maxsize=1)
 def load_digits() -> Digits:
-    """scikit-learn's digits (no download): of each class, three quarters train, one quarter test."""
+    """scikit-learn's digits (no download): three quarters of a class train, one quarter tests."""
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
@@ -69,7 +69,7 @@ def pretrain_self_supervised(
     *,
     epochs: int = 40,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 64,
     learning_rate: float = 4e-3,
     temperature: float = 0.2,
 ) -> VisionTransformer:
@@ -78,7 +78,8 @@ def pretrain_self_supervised(
     Contrastive (SimCLR, arXiv 2002.05709): two views of an image, slightly shifted, turned, scaled
     and noisy, are to be closer to each other than to the views of all other images of the batch.
     Chosen by nearest class mean on the frozen features of held-out training digits, at about equal
-    time: contrastive 91, masked pixel modelling 67, no pretraining 31 (the pixels themselves: 92).
+    time: contrastive 87 to 89, masked pixel modelling with patches of 2 pixels 67, random weights
+    68 to 74, the pixels themselves 92.
 
     Deterministic under ``seed``; the global random state is left as it was.
 
