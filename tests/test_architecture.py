@@ -11,6 +11,7 @@ LAYERS = {
     "tree": 0,
     "bandit": 0,
     "adapters": 1,
+    "state": 1,
     "plugins": 2,
     "models": 2,
     "metrics": 2,

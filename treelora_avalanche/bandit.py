@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +167,48 @@ class LCBSearch:
         # The way of the last `select`, from the root. An arm met early is repeated to the end.
         self._path = torch.full((n_layers, tree.height + 1), tree.root, device=device)
         self._selected = False
+
+    _STATISTICS = (
+        "means", "counts", "bounds", "delta", "_best_child", "_squares", "_freedom", "_path",
+    )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The search as tensors (not copied) and plain values."""
+        return {
+            "horizon": self.horizon,
+            "c": self.c,
+            "selected": self._selected,
+            "children": self._children,
+            **{name.removeprefix("_"): getattr(self, name) for name in self._STATISTICS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues a search at the step where :meth:`state_dict` left it.
+
+        The tensors are written in place, so a captured graph of this search stays valid.
+
+        :param state: what :meth:`state_dict` returned, of a search on an equal tree.
+        :raises ValueError: if the keys or shapes differ, or the tree does. The search is then as it
+            was.
+        """
+        own = self.state_dict()
+        if set(state) != set(own):
+            raise ValueError(
+                f"`state` should have the keys {sorted(own)} but its keys are {sorted(state)}."
+            )
+        for name, tensor in own.items():
+            if isinstance(tensor, Tensor) and state[name].shape != tensor.shape:
+                raise ValueError(
+                    f'`state["{name}"]` should have the shape {tuple(tensor.shape)} but its shape '
+                    f"is {tuple(state[name].shape)}. Use the tree and the layers of that search."
+                )
+        if not torch.equal(state["children"].to(self._children.device), self._children):
+            raise ValueError("`state` is of a search on another tree. Use the tree of that search.")
+        self.horizon = state["horizon"]
+        self.c = state["c"]
+        self._selected = state["selected"]
+        for name in self._STATISTICS:
+            getattr(self, name).copy_(state[name.removeprefix("_")])
 
     @property
     def sigma(self) -> Tensor:

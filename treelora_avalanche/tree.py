@@ -168,6 +168,7 @@ class AdapterTree:
         self.depth = depth
         self.max_adapters = max_adapters
         self.split = split
+        self._given_depth = depth
         self.tasks = []
         self.n_tasks = 0
         self._root: Node | None = None
@@ -466,6 +467,62 @@ class AdapterTree:
                     f"once but they hold {tree._root.members}."
                 )
         return tree
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`to_dict` returns, and what continues the tree to the last bit.
+
+        ``"totals"``, ``(n_nodes - 1, dim)``, are the sums that the nodes keep: their last bit tells
+        the order in which the tasks arrived, and may decide where the next one goes.
+        """
+        nodes = [] if self._root is None else list(self._root.walk())[1:]
+        totals = [node.total for node in nodes]
+        return {
+            **self.to_dict(),
+            "given_depth": self._given_depth,
+            "totals": torch.stack(totals) if totals else torch.zeros(0, 0, dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes this very object the tree of a state, for all that share it.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if its parts do not fit together, or it is of a tree made with other
+            arguments. The tree is then as it was.
+        """
+        expected = {*self.to_dict(), "given_depth", "totals"}
+        if state.get("version") == _FORMAT_VERSION and set(state) != expected:
+            raise ValueError(
+                f"`state` should have the keys {sorted(expected)} but its keys are {sorted(state)}."
+            )
+        try:
+            tree = AdapterTree.from_dict(
+                {key: value for key, value in state.items() if key in self.to_dict()}
+            )
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"`state` is not a tree ({error!r}).") from error
+        given = {
+            "depth": (state["given_depth"], self._given_depth),
+            "max_adapters": (tree.max_adapters, self.max_adapters),
+            "split": (tree.split, self.split),
+        }
+        for name, (saved, own) in given.items():
+            if saved != own:
+                raise ValueError(
+                    f"`{name}` of the tree is {saved!r} in the state and {own!r} here. Make it "
+                    f"with {name}={saved!r} to continue."
+                )
+        nodes = [] if tree._root is None else list(tree._root.walk())[1:]
+        totals = state["totals"].detach().to("cpu", torch.float64, copy=True)
+        if len(totals) != len(nodes) or (nodes and totals.shape[1:] != nodes[0].total.shape):
+            raise ValueError(
+                f'`state["totals"]` should have one row for each of {len(nodes)} nodes but its '
+                f"shape is {tuple(totals.shape)}."
+            )
+        for node, total in zip(nodes, totals.unbind(0), strict=True):
+            node.total = total.clone()
+        self.depth = tree.depth
+        self.tasks, self.n_tasks = tree.tasks, tree.n_tasks
+        self._root, self._storage = tree._root, tree._storage
 
     def _from_plain(self, plain: Any, level: int) -> Node:
         """Restores the node that ``_to_plain`` wrote, and all beneath it."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from treelora_avalanche.adapters.factors import LayerShape, LoRAFactors
+from treelora_avalanche.state import check_keys
 
 
 class AdapterBank:
@@ -80,6 +83,36 @@ class AdapterBank:
             )
         factors[absorbed:-1] = factors[absorbed + 1 :].clone()
         self._n_adapters -= 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adapters, ``(n_adapters, n_layers, dim)``, not copied; and their layers' shapes."""
+        return {
+            "factors": self.factors if self._n_adapters else None,
+            "shapes": [list(shape) for shape in self._shapes],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold the adapters of a state in place of those held now.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if its parts do not fit together; the bank is then as it was.
+        """
+        check_keys(state, {"factors", "shapes"}, "the bank's state")
+        shapes = [LayerShape(*shape) for shape in state["shapes"]]
+        factors = state["factors"]
+        if factors is None:
+            self._storage, self._n_adapters = None, 0
+        else:
+            expected = (len(shapes), max((shape.size for shape in shapes), default=0))
+            if factors.ndim != 3 or tuple(factors.shape[1:]) != expected:
+                raise ValueError(
+                    f"the bank's adapters should be {expected} for layers {shapes}, and are "
+                    f"{tuple(factors.shape[1:])}."
+                )
+            self._storage = factors.detach().to("cpu", copy=True)
+            self._n_adapters = len(factors)
+        self._shapes = shapes
+        self._exchange = None  # it may be made for other shapes
 
     def request(self, picks: Tensor) -> None:
         """Ask for the factors of one adapter per layer; returns at once.

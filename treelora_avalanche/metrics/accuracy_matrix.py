@@ -22,6 +22,8 @@ from avalanche.evaluation.metric_results import MetricResult, MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name, stream_type
 from torch import Tensor
 
+from treelora_avalanche.state import check_keys
+
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate
 
@@ -144,6 +146,54 @@ class AccuracyMatrix(PluginMetric[Tensor]):
         self.untrained = {}
         self._rows = {}
         self._last_stream = None
+        self._start_count()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The accuracies and the order of training, as plain values whose keys are strings."""
+        return {
+            "within_task": self.within_task,
+            "trained": list(self.trained),
+            "untrained": {
+                stream: {str(i): accuracy for i, accuracy in row.items()}
+                for stream, row in self.untrained.items()
+            },
+            "rows": {
+                stream: {
+                    str(j): {str(i): accuracy for i, accuracy in row.items()}
+                    for j, row in rows.items()
+                }
+                for stream, rows in self._rows.items()
+            },
+            "last_stream": self._last_stream,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it lacks keys or has unknown ones, or is of the other kind of
+            accuracy; the metric is then as it was.
+        """
+        check_keys(state, self.state_dict(), f"the state of {self}")
+        if state["within_task"] != self.within_task:
+            raise ValueError(
+                f"`within_task` is {state['within_task']} in the state, and {self.within_task} "
+                "here; list the metrics in the order in which they were saved."
+            )
+        untrained = {
+            stream: {int(i): accuracy for i, accuracy in row.items()}
+            for stream, row in state["untrained"].items()
+        }
+        rows_of = {
+            stream: {
+                int(j): {int(i): accuracy for i, accuracy in row.items()} for j, row in rows.items()
+            }
+            for stream, rows in state["rows"].items()
+        }
+        self.trained = list(state["trained"])
+        self.untrained = untrained
+        self._rows = rows_of
+        self._last_stream = state["last_stream"]
         self._start_count()
 
     def before_training_exp(self, strategy: SupervisedTemplate) -> None:

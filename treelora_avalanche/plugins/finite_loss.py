@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
+from treelora_avalanche.state import check_keys
+
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite."""
@@ -47,6 +49,18 @@ class FiniteLossPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Forgets the remembered weights."""
         self._before.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: all it remembers ends with the experience."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Checks that there is nothing to load.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if there is something.
+        """
+        check_keys(state, (), "the state of FiniteLossPlugin")
 
     def _stop_if_bad(self, strategy: Any) -> None:
         step = int(self._first_bad)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from treelora_avalanche.adapters import LoRAFactors, SignatureSketch
 from treelora_avalanche.bandit import LCBSearch
+from treelora_avalanche.state import check_keys
 from treelora_avalanche.tree import AdapterTree
 
 
@@ -51,6 +52,26 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         """Observes how far the picked adapters are from where the step has led."""
         if self.picks is not None:
             self._observe(self._sketch.direction(self._factors.stack, self._start))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last picks, and the seed. The search itself ends with its experience."""
+        return {"seed": getattr(self, "seed", None), "picks": self.picks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the last picks; the seed must be the same.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it is of a selector with another seed; this one is then as it was.
+        """
+        where = f"the state of {type(self).__name__}"
+        check_keys(state, {"seed", "picks"}, where)
+        seed = getattr(self, "seed", None)
+        if state["seed"] != seed:
+            raise ValueError(
+                f"{where} has the seed {state['seed']}, and this one has {seed}; make it with "
+                f"seed={state['seed']} to continue."
+            )
+        self.picks = None if state["picks"] is None else state["picks"].clone()
 
     def _start_search(self, strategy: Any) -> None:
         raise NotImplementedError

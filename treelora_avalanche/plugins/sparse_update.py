@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.plugins.lcb_selector import SelectorPlugin
+from treelora_avalanche.state import check_keys
 
 
 def proximal_step(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
@@ -92,4 +93,21 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
                     value,
                     strategy.clock.train_iterations,
                 )
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The strength, so that a stream is not continued with another by mistake."""
+        return {"tree_lambda": float(self.tree_lambda)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Checks that the strength is the same; there is nothing to load.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if the strength differs.
+        """
+        check_keys(state, {"tree_lambda"}, "the state of SparseUpdatePlugin")
+        if state["tree_lambda"] != self.tree_lambda:
+            raise ValueError(
+                f"`tree_lambda` is {state['tree_lambda']} in the state, and {self.tree_lambda} "
+                f"here; make it with tree_lambda={state['tree_lambda']} to continue."
             )

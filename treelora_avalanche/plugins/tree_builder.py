@@ -7,6 +7,7 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, SignatureSketch
+from treelora_avalanche.state import check_keys
 from treelora_avalanche.tree import AdapterTree
 
 
@@ -38,3 +39,25 @@ class TreeBuilderPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.bank.append(self._factors)
         for merge in self.tree.insert(signature):
             self.bank.merge(*merge)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tree and the bank."""
+        return {"tree": self.tree.state_dict(), "bank": self.bank.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads the tree and the bank into the objects that the plugins share.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it does not fit; the tree and the bank are then as they were.
+        """
+        check_keys(state, {"tree", "bank"}, "the state of TreeBuilderPlugin")
+        # Both are read into new objects first, so that neither changes where the other is refused.
+        bank = AdapterBank()
+        bank.load_state_dict(state["bank"])
+        n_adapters = len(state["tree"].get("tasks", ()))
+        if len(bank) != n_adapters:
+            raise ValueError(
+                f"the state has {n_adapters} adapters in the tree and {len(bank)} in the bank."
+            )
+        self.tree.load_state_dict(state["tree"])
+        self.bank.load_state_dict(state["bank"])
