@@ -216,7 +216,7 @@ def test_only_what_matters_makes_another_run():
     assert name("SeqLoRA", tree_lambda=0.5) == name("SeqLoRA")
     assert name("TreeLoRA", tree_lambda=0.5) != name("TreeLoRA")
     assert name("Naive", epochs=3) != name("Naive")
-    assert name("Naive", lr=METHODS["Naive"].lr) == name("Naive", lr=None)
+    assert name("Naive", lr=METHODS["Naive"].digits_lr) == name("Naive", lr=None)
 
 
 def test_finished_means_this_configuration_and_version(ingredients, tmp_path):

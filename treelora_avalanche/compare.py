@@ -6,6 +6,7 @@ are not run again; a cell that fails leaves the others alone.
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveLines
 
 from .methods import find_method
@@ -59,23 +60,25 @@ class _MethodLines:
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
+            TextColumn("{task.fields[busy]:5.0f} s"),
             console=console,
             disable=not (live and console.is_terminal),
         )
         self.lines: dict[str, TaskID] = {}
         self.done = dict.fromkeys(methods, 0)
+        self.busy = dict.fromkeys(methods, 0.0)
+        self.begun = 0.0
         width = max(len(method) for method in methods)
         for method in methods:
             self.lines[method] = self.live.add_task(
-                method.ljust(width), total=None, start=False, state="waiting"
+                method.ljust(width), total=1, state="waiting", busy=0.0
             )
 
-    def preparing(self, method: str) -> None:
-        """Say that the stream and the backbone are being built."""
-        if self.done[method] == 0:
-            self.live.start_task(self.lines[method])
-        self.live.update(self.lines[method], state="preparing data and backbone")
+    def begin(self, method: str, state: str) -> None:
+        """Say what happens on a line from now on."""
+        # Its own clock: between two seeds of a method the others have their turn.
+        self.begun = time.monotonic() - self.busy[method]
+        self.live.update(self.lines[method], state=state)
 
     def step(self, method: str, now: Progress) -> None:
         """Move a line on; called at every training step."""
@@ -83,8 +86,10 @@ class _MethodLines:
             return
         accuracy = "" if now.accuracy is None else f"  acc {100 * now.accuracy:5.1f} %"
         done = self.done[method]
+        self.busy[method] = time.monotonic() - self.begun
         self.live.update(
             self.lines[method],
+            busy=self.busy[method],
             total=self.n_seeds * now.n_steps,
             completed=done * now.n_steps + now.step,
             state=f"seed {done + 1}/{self.n_seeds}  task {now.task}/{now.n_tasks}  "
@@ -95,7 +100,6 @@ class _MethodLines:
         """Close one cell of a line."""
         self.done[cell.method] += 1
         line = self.lines[cell.method]
-        last = self.done[cell.method] == self.n_seeds
         if cell.results is None:
             self.console.print(
                 f"[red]failed[/red]  {cell.method}, seed {cell.seed}: {escape(cell.error or '')}",
@@ -111,8 +115,6 @@ class _MethodLines:
             if self.live.disable:
                 self.console.print(f"{cell.method}, seed {cell.seed}: {state}", highlight=False)
         self.live.update(line, total=self.n_seeds, completed=self.done[cell.method])
-        if last:
-            self.live.stop_task(line)
 
 
 def compare(
@@ -157,8 +159,9 @@ def compare(
                 cell.reused = cell.results is not None
                 if cell.results is None:
                     if ingredients is None:
-                        lines.preparing(cell.method)
+                        lines.begin(cell.method, "preparing data and backbone")
                         ingredients = prepare(seed, settings)
+                    lines.begin(cell.method, "starting")
                     _run_cell(cell, settings, ingredients, lines)
                 lines.finish(cell)
     return cells
@@ -210,7 +213,7 @@ def train(
     lines = _MethodLines([method], 1, console or Console(stderr=True), live=not verbose)
     with lines.live:
         if cell.results is None:
-            lines.preparing(method)
+            lines.begin(method, "preparing data and backbone")
             cell.results = run(
                 method,
                 seed,

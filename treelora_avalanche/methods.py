@@ -29,7 +29,11 @@ class Method:
     build: Callable[[nn.Module, RunSettings, float, int, dict[str, Any]], SupervisedTemplate]
     """ From model, settings, learning rate, seed and the arguments that all methods share. """
     lr: float
-    """ Learning rate (Adam) where the user gives none. """
+    """ Learning rate (Adam) where the user gives none: the paper's, for LoRA. """
+    digits_lr: float | None = None
+    """ The same for the digits, chosen for every method by one rule: the best class-incremental
+    accuracy on a quarter of the training digits held out, three seeds, four epochs. At the paper's
+    rate, meant for large images and batches of 192, every method there forgets everything. """
     ignores: frozenset[str] = frozenset()
     """ Settings without a meaning for this method. """
     uses_lora: bool = True
@@ -97,17 +101,20 @@ METHODS: dict[str, Method] = {
         "LoRA pulled towards the adapter of the most similar past task, found in a tree",
         _build_treelora,
         lr=0.005,
+        digits_lr=0.0004,
     ),
     "SeqLoRA": Method(
         "plain LoRA, one adapter trained from task to task",
         _build_seq_lora,
         lr=0.005,
+        digits_lr=0.0004,
         ignores=TREE_OPTIONS,
     ),
     "Naive": Method(
         "Avalanche's fine-tuning of every weight, without LoRA",
         _build_naive,
-        lr=0.0005,
+        lr=0.0001,
+        digits_lr=0.00005,
         ignores=TREE_OPTIONS | LORA_OPTIONS,
         uses_lora=False,
     ),
@@ -140,7 +147,9 @@ def method_config(method: str, seed: int, settings: RunSettings) -> dict[str, An
         if field.name not in entry.ignores
     }
     config["model"] = settings.model_name
-    config["lr"] = entry.lr if settings.lr is None else settings.lr
+    if settings.lr is None:
+        on_digits = settings.scenario == "digits" and entry.digits_lr is not None
+        config["lr"] = entry.digits_lr if on_digits else entry.lr
     return {"method": method, "seed": seed, **config}
 
 

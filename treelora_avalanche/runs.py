@@ -43,6 +43,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import models, scenarios
 from ._version import __version__
 from .adapters import save_adapter
 from .methods import find_method, method_config
@@ -439,17 +440,15 @@ def prepare(seed: int, settings: RunSettings) -> Ingredients:
         pretraining.
     :param settings: the settings.
     """
+    data = None if settings.data is None else Path(settings.data).expanduser()
+    if data is not None and not data.is_dir():
+        raise FileNotFoundError(f"`--data` {data} is not a folder")
     RNGManager.set_random_seeds(seed)
-    from . import models, scenarios
-
     benchmark: Any
     if settings.model_name == DIGITS_VIT:
         benchmark = scenarios.SplitDigits(settings.n_experiences, seed=seed)
         return Ingredients(seed, benchmark, models.pretrained_digits_vit(seed))
-    assert settings.data is not None  # checked by the settings
-    data = Path(settings.data).expanduser()
-    if not data.is_dir():
-        raise FileNotFoundError(f"`--data` {data} is not a folder")
+    assert data is not None  # checked by the settings
     # The number of classes comes from the data, whose preprocessing comes from the model.
     unweighted = models.create_vit(
         settings.model_name, num_classes=0, img_size=settings.img_size, pretrained=False

@@ -81,7 +81,7 @@ class RunSettings:
     img_size: int | None = field(
         default=None, metadata=_help("side of the images in pixels; default: the model's own")
     )
-    epochs: int = field(default=8, metadata=_help("epochs per task, for every method"))
+    epochs: int = field(default=4, metadata=_help("epochs per task, for every method"))
     batch_size: int = field(default=32, metadata=_help("samples per training step"))
     eval_batch_size: int = field(default=256, metadata=_help("samples per evaluation step"))
     lr: float | None = field(

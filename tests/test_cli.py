@@ -1,0 +1,196 @@
+"""The command line, from arguments to files, messages and exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from treelora_avalanche._version import __version__
+from treelora_avalanche.cli import main
+from treelora_avalanche.methods import METHODS, Method
+from treelora_avalanche.settings import SCENARIOS
+
+QUICK = ["--epochs", "1", "--n_experiences", "2", "--layers", "last:1", "--device", "cpu"]
+
+
+@pytest.fixture
+def unpretrained(monkeypatch):
+    """Spares the pretraining of the digits' backbone where accuracy is not the point."""
+    from treelora_avalanche import models
+
+    monkeypatch.setattr(models, "pretrained_digits_vit", lambda seed: models.digits_vit())
+
+
+def call(*arguments):
+    """Exit code of `treelora ...`, however it ends."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def one_line(text):
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["train", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys, treelora_avalanche, treelora_avalanche.cli as cli\n"
+        "try:\n"
+        f"    cli.main({arguments})\n"
+        "finally:\n"
+        "    heavy = {'torch', 'avalanche', 'timm', 'peft', 'numpy', 'matplotlib'}\n"
+        "    assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    if arguments != ["--help"]:
+        for option in ("--tree_lambda", "--config", "--print_config", "--seed", "--output"):
+            assert option in done.stdout
+
+
+def test_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out.strip() == f"treelora {__version__}"
+
+
+def test_list(capsys):
+    assert call("list") == 0
+    printed = capsys.readouterr().out
+    for name in [*METHODS, *SCENARIOS]:
+        assert name in printed
+    assert "ready" in printed
+
+
+def test_compare_on_digits(tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["compare", "--methods", "SeqLoRA", "Naive", "--seeds", 0, "--output", output]
+    arguments += QUICK
+    assert call(*arguments) == 0
+    printed = capsys.readouterr()
+    assert "SeqLoRA" in printed.out
+    assert "Bwt ↓" in printed.out
+    assert "Traceback" not in printed.err
+    assert {path.name for path in output.iterdir() if path.is_file()} == {
+        "table.md",
+        "comparison.json",
+    }
+    assert len(list((output / "figures").glob("*.png"))) == 3
+    assert len(list(output.glob("*/results.json"))) == 2
+    assert call(*arguments) == 0
+    assert capsys.readouterr().err.count("finished before") == 2
+
+
+def test_train_takes_a_runs_config(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert call("train", "--method", "TreeLoRA", "--seed", 0, "--output", first, *QUICK) == 0
+    assert str(first) in capsys.readouterr().out
+    assert call("train", "--config", first / "config.yaml", "--output", second) == 0
+    results = [json.loads((path / "results.json").read_text()) for path in (first, second)]
+    assert results[0]["config"] == results[1]["config"]
+    assert results[0]["seed"] == 0
+    assert results[0]["accuracy_matrix"] == results[1]["accuracy_matrix"]
+    assert call("train", "--config", first / "config.yaml", "--output", second) == 0
+    assert "finished before" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unpretrained")
+def test_verbose_is_avalanches_own_logger(tmp_path, capsys):
+    arguments = ["train", "--method", "Naive", "--output", tmp_path / "run", "--verbose", *QUICK]
+    assert call(*arguments) == 0
+    assert "OverallPerformance/eval_phase/test_stream = " in capsys.readouterr().out
+
+
+def test_print_config_is_a_config(tmp_path, capsys):
+    assert call("compare", "--methods", "Naive", "--layers", "[0,1]", "--print_config") == 0
+    printed = capsys.readouterr().out
+    config = yaml.safe_load(printed)
+    assert config["methods"] == ["Naive"]
+    assert config["layers"] == [0, 1]
+    path = tmp_path / "config.yaml"
+    path.write_text(printed)
+    assert call("compare", "--config", path, "--lr", "0.5", "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out) == {**config, "lr": 0.5}
+
+
+@pytest.mark.usefixtures("unpretrained")
+def test_a_failed_run_gives_exit_code_one(tmp_path, capsys, monkeypatch):
+    def build(*args):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(METHODS, "Broken", Method("fails", build, lr=0.1))
+    output = tmp_path / "out"
+    assert (
+        call("compare", "--methods", "Broken", "Naive", "--seeds", 0, "--output", output, *QUICK)
+        == 1
+    )
+    printed = capsys.readouterr()
+    assert "failed  Broken, seed 0: RuntimeError: out of luck" in printed.err
+    assert "1 of 2 runs failed" in printed.out
+    assert "Naive" in (output / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("unpretrained")
+def test_a_loss_that_is_no_number(tmp_path, capsys):
+    arguments = ["train", "--method", "SeqLoRA", "--lr", "1e30", "--output", tmp_path / "run"]
+    assert call(*arguments, *QUICK) == 1
+    message = one_line(capsys.readouterr().err)
+    assert "step" in message
+    assert "saved" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "command"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["compare", "--epocs", "3"], "--epocs"),
+        (["compare", "--epochs", "three"], 'Parser key "epochs"'),
+        (["compare", "--epochs", "0"], "`--epochs` should be at least 1, but it is 0"),
+        (["train", "--rank", "0"], "`--rank` should be at least 1, but it is 0"),
+        (["train", "--tree_lambda=-1"], "`--tree_lambda` should be at least 0"),
+        (["train", "--method", "TreLoRA"], "unknown method 'TreLoRA'"),
+        (["train", "--method", "TreLoRA"], "Did you mean 'TreeLoRA'?"),
+        (["compare", "--methods", "Naive", "naiv"], "Did you mean 'Naive'?"),
+        (["compare", "--scenario", "digit"], "Did you mean 'digits'?"),
+        (["compare", "--selection", "nearst"], "Did you mean 'nearest'?"),
+        (["compare", "--scenario", "image_folder"], "needs `--data FOLDER`"),
+        (["compare", "--scenario", "image_folder", "--data", "nowhere"], "nowhere is not a folder"),
+        (["compare", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["compare", "--device", "abacus"], "`--device` is 'abacus'"),
+        (["train", "--device", "cuda:77"], "`--device` is 'cuda:77'"),
+        (["compare", "--n_experiences", "3"], "10"),
+        (["train", "--layers", "frist:2"], "frist"),
+        (["train", "--target_modules", "[qkw]"], "qkw"),
+        (["train", "--output", "."], "is not empty"),
+    ],
+)
+@pytest.mark.usefixtures("unpretrained")
+def test_bad_input_is_one_line_and_exit_code_two(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").write_text("")
+    assert call(*arguments) == 2
+    assert message in one_line(capsys.readouterr().err)
+    # Nothing was begun, so nothing is left that looks like a run.
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_wrong_data_folders(tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    arguments = ["compare", "--scenario", "image_folder", "--model", "deit_tiny_patch16_224"]
+    output = ["--output", tmp_path / "out"]
+    assert call(*arguments, "--data", empty, *output) == 2
+    assert str(empty) in one_line(capsys.readouterr().err)
+    (empty / "cats").mkdir()
+    assert call(*arguments, "--data", empty, "--exclude_classes", "[cast]", *output) == 2
+    assert "Did you mean 'cats'?" in one_line(capsys.readouterr().err)
+    arguments[-1] = "deit_tny_patch16_224"
+    assert call(*arguments, "--data", empty, *output) == 2
+    assert "deit_tiny_patch16_224" in one_line(capsys.readouterr().err)
