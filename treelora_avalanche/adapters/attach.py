@@ -138,7 +138,7 @@ def find_classifier(model: nn.Module) -> nn.Linear | None:
     """
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            live = module.modules_to_save[module.active_adapter]
+            live = module.modules_to_save[module.active_adapters[0]]
             return live if isinstance(live, nn.Linear) else None
     plain = model.module if isinstance(model, TrainableView) else model
     name = classifier_name(plain)

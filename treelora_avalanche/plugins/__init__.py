@@ -8,6 +8,7 @@ from treelora_avalanche.plugins.lcb_selector import (
     SelectorPlugin,
 )
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
+from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RandomSelectorPlugin",
     "SelectorPlugin",
     "SparseUpdatePlugin",
+    "TaskAdaptiveHeadPlugin",
     "TreeBuilderPlugin",
     "proximal_step",
 ]

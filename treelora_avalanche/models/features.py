@@ -1,0 +1,65 @@
+"""Features: what a model hands to its classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from treelora_avalanche.adapters import find_classifier
+
+
+def classifier_of(model: nn.Module) -> nn.Linear:
+    """The linear classifier of a model.
+
+    :param model: a model with a linear classifier, with or without LoRA.
+    :raises ValueError: if it has none.
+    """
+    classifier = find_classifier(model)
+    if classifier is None:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no linear classifier whose inputs could be its "
+            "features; make it with num_classes above 0."
+        )
+    return classifier
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the model is in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def extract_features(
+    model: nn.Module, dataset: Any, *, batch_size: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Features of all samples of a dataset, in evaluation mode.
+
+    :param model: any model with a linear classifier.
+    :param dataset: samples whose first two elements are an image and its class.
+    :param batch_size: samples per forward pass.
+    :param device: where the model is.
+    :return: features ``(n_samples, dim)`` and classes ``(n_samples,)``, on the device.
+    """
+    features: list[Tensor] = []
+    targets: list[Tensor] = []
+    classifier = classifier_of(model)
+    hook = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    try:
+        with evaluating(model):
+            for images, target, *_ in DataLoader(dataset, batch_size):
+                model(images.to(device))
+                targets.append(target.to(device))
+    finally:
+        hook.remove()
+    return torch.cat(features), torch.cat(targets)
