@@ -194,3 +194,30 @@ def test_wrong_data_folders(tmp_path, capsys):
     arguments[-1] = "deit_tny_patch16_224"
     assert call(*arguments, "--data", empty, *output) == 2
     assert "deit_tiny_patch16_224" in one_line(capsys.readouterr().err)
+
+
+def test_image_folder_from_a_checkpoint(data_root, tmp_path, capsys):
+    code = call(
+        "compare",
+        "--methods=TreeLoRA",
+        "--seeds=0",
+        "--scenario=image_folder",
+        f"--data={data_root / 'caltech101'}",
+        "--classes=[accordion,Leopards,Faces,yin_yang,anchor]",
+        "--exclude_classes=[Faces]",
+        "--model=deit_tiny_patch16_224",
+        f"--checkpoint={data_root / 'deit_tiny_patch16_224_in1k'}",
+        "--img_size=32",
+        "--n_experiences=2",
+        "--epochs=1",
+        "--layers=last:1",
+        "--device=cpu",
+        f"--output={tmp_path}",
+    )
+    assert code == 0, capsys.readouterr().err
+    (path,) = tmp_path.glob("*/results.json")
+    stream = json.loads(path.read_text())["stream"]
+    names = ["accordion", "Leopards", "yin_yang", "anchor"]
+    assert stream["class_names"] == names
+    images = [len(list((data_root / "caltech101" / "train" / n).glob("*.jpg"))) for n in names]
+    assert sum(stream["train_samples"]) == sum(images)

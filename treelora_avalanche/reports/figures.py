@@ -56,6 +56,7 @@ def accuracy_matrices(results: Sequence[dict[str, Any]]) -> Figure:
     grid = figure.subplots(len(KINDS), len(methods), squeeze=False, sharex=True, sharey=True)
     every = max(1, n_tasks // 10)
     for row, (kind, label) in zip(grid, KINDS.items(), strict=True):
+        top = kind == next(iter(KINDS))
         for axes, (method, own) in zip(row, methods.items(), strict=True):
             matrix = np.nanmean(_matrices(own, kind), axis=0)
             image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100)
@@ -72,7 +73,7 @@ def accuracy_matrices(results: Sequence[dict[str, Any]]) -> Figure:
                     )
             axes.set_xticks(range(0, n_tasks, every), range(1, n_tasks + 1, every))
             axes.set_yticks(range(0, n_tasks, every), range(1, n_tasks + 1, every))
-            if row is grid[0]:
+            if top:
                 axes.set_title(method, fontsize=11)
         row[0].set_ylabel(label)
     figure.supxlabel("accuracy on task", fontsize=10)
