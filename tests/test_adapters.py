@@ -69,11 +69,11 @@ def test_several_kinds_come_in_the_order_of_the_model(tiny_vit):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": "lsat:5"}, "did you mean 'last:5'"),
+        ({"layers": "lsat:5"}, "Did you mean 'last:5'"),
         ({"layers": "last:0"}, "k at least 1"),
         ({"layers": [0, 7]}, "blocks are 0 to 2"),
         ({"layers": []}, "at least one block"),
-        ({"target_modules": ["qvk"]}, "did you mean 'qkv'"),
+        ({"target_modules": ["qvk"]}, "Did you mean 'qkv'"),
         ({"rank": 0}, "`rank` must be at least 1, and is 0"),
         ({"alpha": 0}, "`alpha` must be positive"),
     ],

@@ -8,6 +8,7 @@ import pytest
 # Lower numbers lie deeper; a module may import from its own layer and from deeper ones.
 LAYERS = {
     "_version": 0,
+    "names": 0,
     "tree": 0,
     "bandit": 0,
     "adapters": 1,

@@ -16,7 +16,8 @@ import jsonargparse
 
 from ._version import __version__
 from .methods import METHODS
-from .settings import SCENARIOS, RunSettings, check_known
+from .names import check_known
+from .settings import SCENARIOS, RunSettings
 
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
 DEFAULT_SEEDS = [0, 1, 2]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .settings import RunSettings, check_known
+from .names import check_known
+from .settings import RunSettings
 
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate

@@ -57,7 +57,8 @@ from .metrics import (
     forgetting,
     overall_performance,
 )
-from .settings import DIGITS_VIT, RunSettings, check_known
+from .names import check_known
+from .settings import DIGITS_VIT, RunSettings
 
 SCHEMA_VERSION = 1
 VERSIONED = ("torch", "avalanche-lib", "timm", "peft", "transformers", "numpy")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from .names import check_known
 
 DIGITS_VIT = "digits_vit"
 IMAGE_MODEL = "vit_base_patch16_224"
 SELECTIONS = ("lcb", "nearest", "random")
+HEADS = ("linear", "task_adaptive")
+INFERENCE = ("last", "routed")
 
 
 @dataclass(frozen=True)
@@ -23,22 +25,6 @@ SCENARIOS: dict[str, Scenario] = {
     "digits": Scenario("scikit-learn's digits, 8 x 8 pixels, 10 classes; no download"),
     "image_folder": Scenario("any folder with one folder of images per class"),
 }
-
-
-def check_known(what: str, name: str, known: Iterable[str]) -> None:
-    """Raise an error naming the known names and the nearest match, if `name` is none of them.
-
-    :param what: what is named, as the user writes it.
-    :param name: the name received.
-    :param known: the names there are.
-    """
-    known = list(known)
-    if name in known:
-        return
-    lowered = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
-    hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}.{hint}")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -105,6 +91,16 @@ class RunSettings:
     selection: str = field(
         default="lcb", metadata=_help(f"how TreeLoRA picks a past task: {', '.join(SELECTIONS)}")
     )
+    inference: str = field(
+        default="last",
+        metadata=_help("which adapter of TreeLoRA answers: last, or routed (chosen per sample)"),
+    )
+    head: str = field(
+        default="linear",
+        metadata=_help(
+            "linear, or task_adaptive: re-trained after every task on remembered class statistics"
+        ),
+    )
     depth: int | None = field(
         default=None, metadata=_help("levels of TreeLoRA's tree; default: adapted matrices")
     )
@@ -121,6 +117,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         check_known("`--scenario`", self.scenario, SCENARIOS)
         check_known("`--selection`", self.selection, SELECTIONS)
+        check_known("`--head`", self.head, HEADS)
+        check_known("`--inference`", self.inference, INFERENCE)
         smallest = {
             "n_experiences": 1,
             "img_size": 1,
@@ -160,4 +158,4 @@ class RunSettings:
         return self.model or (DIGITS_VIT if self.scenario == "digits" else IMAGE_MODEL)
 
 
-__all__ = ["SCENARIOS", "RunSettings", "Scenario", "check_known"]
+__all__ = ["SCENARIOS", "RunSettings", "Scenario"]

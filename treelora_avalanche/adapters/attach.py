@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+
+from treelora_avalanche.names import did_you_mean
 
 LayerChoice = str | Sequence[int]
 
@@ -50,7 +51,7 @@ def find_adaptable_layers(
             known = list(dict.fromkeys(name.split(".")[-1] for name in block_of))
             raise ValueError(
                 f"`target_modules` names {kind!r}, which no linear layer of the model's blocks is "
-                f"called{_nearest(kind, known)}. Known: {', '.join(known)}."
+                f"called. Known: {', '.join(known)}.{did_you_mean(kind, known)}"
             )
     candidates = [n for n in block_of if any(n.endswith(f".{kind}") for kind in wanted)]
     chosen = _choose_blocks(layers, sorted({block_of[name] for name in candidates}))
@@ -64,8 +65,8 @@ def _choose_blocks(layers: LayerChoice, blocks: list[int]) -> set[int]:
         match = re.fullmatch(r"(first|last):([1-9]\d*)", layers)
         if match is None:
             raise ValueError(
-                f"`layers` is {layers!r}{_nearest(layers, ('first:5', 'last:5', 'all'))}. "
-                "Use 'first:k', 'last:k' (k at least 1), 'all', or a list of block numbers."
+                f"`layers` is {layers!r}; use 'first:k', 'last:k' (k at least 1), 'all', or a list "
+                f"of block numbers.{did_you_mean(layers, ('first:5', 'last:5', 'all'))}"
             )
         k = int(match[2])
         return set(blocks[:k] if match[1] == "first" else blocks[-k:])
@@ -76,11 +77,6 @@ def _choose_blocks(layers: LayerChoice, blocks: list[int]) -> set[int]:
             f"are {blocks[0]} to {blocks[-1]}."
         )
     return set(layers)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def add_lora(
@@ -177,6 +173,7 @@ class TrainableView(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableView:
         shared = [p for p in self.module.parameters() if not p.requires_grad]
         memo.update((id(tensor), tensor) for tensor in (*shared, *self.module.buffers()))
-        twin = type(self)(copy.deepcopy(self.module, memo))
-        twin.training = self.training
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from treelora_avalanche.adapters import find_classifier
+from treelora_avalanche.adapters import TrainableView, find_classifier
 
 
 def classifier_of(model: nn.Module) -> nn.Linear:
@@ -54,11 +54,13 @@ def extract_features(
     features: list[Tensor] = []
     targets: list[Tensor] = []
     classifier = classifier_of(model)
+    # A view may route its samples elsewhere; the features are those of the live adapter.
+    live = model.module if isinstance(model, TrainableView) else model
     hook = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     try:
-        with evaluating(model):
+        with evaluating(live):
             for images, target, *_ in DataLoader(dataset, batch_size):
-                model(images.to(device))
+                live(images.to(device))
                 targets.append(target.to(device))
     finally:
         hook.remove()

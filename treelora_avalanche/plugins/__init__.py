@@ -7,6 +7,7 @@ from treelora_avalanche.plugins.lcb_selector import (
     RandomSelectorPlugin,
     SelectorPlugin,
 )
+from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
@@ -17,6 +18,7 @@ __all__ = [
     "NearestSelectorPlugin",
     "NonFiniteLossError",
     "RandomSelectorPlugin",
+    "RouterPlugin",
     "SelectorPlugin",
     "SparseUpdatePlugin",
     "TaskAdaptiveHeadPlugin",

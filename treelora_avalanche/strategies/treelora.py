@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,17 @@ from torch import nn
 from treelora_avalanche.adapters import (
     DEFAULT_LAYERS,
     AdapterBank,
+    TrainableView,
     find_adaptable_layers,
     lora_layers,
 )
+from treelora_avalanche.models.routed import RoutedView
+from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import (
     LCBSelectorPlugin,
     NearestSelectorPlugin,
     RandomSelectorPlugin,
+    RouterPlugin,
     SelectorPlugin,
     SparseUpdatePlugin,
     TreeBuilderPlugin,
@@ -32,6 +35,7 @@ SELECTORS: dict[str, type[SelectorPlugin]] = {
     "nearest": NearestSelectorPlugin,
     "random": RandomSelectorPlugin,
 }
+INFERENCE = ("last", "routed")
 
 
 @positional_model
@@ -51,6 +55,9 @@ class TreeLoRAStrategy(SeqLoRA):
     :param max_adapters: storage budget: beyond it the two closest adapters are merged into one. None
         keeps all.
     :param seed: seed of the selection.
+    :param inference: ``"last"``, the live adapter answers, as in the paper; ``"routed"``, each sample
+        is answered by the adapter of the task that the frozen backbone takes it for. Routing needs a
+        head that knows all classes under their own adapters: ``head="task_adaptive"``.
     :param plugins: further plugins, which run before TreeLoRA's own; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
     :raises ValueError: if an argument is out of range; the model is then as it was.
@@ -65,13 +72,12 @@ class TreeLoRAStrategy(SeqLoRA):
         depth: int | None = None,
         max_adapters: int | None = None,
         seed: int = 0,
+        inference: str = "last",
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
-        if selection not in SELECTORS:
-            nearest = difflib.get_close_matches(selection, SELECTORS, n=1)
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-            raise ValueError(f"`selection` is {selection!r}{hint}; use one of {list(SELECTORS)}.")
+        check_known("`selection`", selection, SELECTORS)
+        check_known("`inference`", inference, INFERENCE)
         if depth is not None:
             n_layers = len(lora_layers(model)) or len(
                 find_adaptable_layers(
@@ -88,7 +94,11 @@ class TreeLoRAStrategy(SeqLoRA):
         options = {} if selection == "nearest" else {"seed": seed}
         self.selector = SELECTORS[selection](self.tree, **options)
         regularizer = SparseUpdatePlugin(self.selector, self.bank, tree_lambda)
-        builder = TreeBuilderPlugin(self.tree, self.bank)
-        super().__init__(
-            model=model, plugins=[*(plugins or ()), builder, self.selector, regularizer], **kwargs
-        )
+        own = [TreeBuilderPlugin(self.tree, self.bank), self.selector, regularizer]
+        self.inference = inference
+        if inference == "routed":
+            own.append(RouterPlugin(self.tree, seed))
+        super().__init__(model=model, plugins=[*(plugins or ()), *own], **kwargs)
+
+    def _view(self, model: nn.Module) -> TrainableView:
+        return super()._view(model) if self.inference == "last" else RoutedView(model, self.bank)

@@ -1,0 +1,114 @@
+"""A model that chooses, for every sample, one of the finished adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView
+
+
+class Router(NamedTuple):
+    """Tells from the frozen backbone's features which adapter a sample belongs to.
+
+    :param weight: ``(n_clusters, dim)``; a cluster is a class as one task has shown it.
+    :param bias: ``(n_clusters,)``.
+    :param adapter: index in the bank of each cluster's adapter, ``(n_clusters,)``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    adapter: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The most probable adapter of each sample.
+
+        :param features: frozen features, ``(batch, dim)``.
+        :return: indices in the bank, ``(batch,)``.
+        """
+        probability = (features @ self.weight.T + self.bias).softmax(1)  # (batch, n_clusters)
+        n_adapters = int(self.adapter.max()) + 1
+        of_adapter = probability.new_zeros(len(features), n_adapters)
+        return of_adapter.index_add_(1, self.adapter, probability).argmax(1)
+
+
+class RoutedView(TrainableView):
+    """The view of a model that, in evaluation mode, routes each sample to its adapter.
+
+    One pass through the frozen blocks below the lowest adapted one serves both the choice and the
+    answer. Then the frozen rest tells the adapter, and the samples of each adapter go through the
+    rest once more, with that adapter on. A prediction does not depend on the rest of its batch. In
+    training mode, or while there is no router, the live adapter answers.
+
+    :param module: a peft model around a timm vision transformer.
+    :param bank: the bank of finished adapters.
+    :raises ValueError: if there is no timm vision transformer in the model.
+    """
+
+    def __init__(self, module: nn.Module, bank: AdapterBank):
+        super().__init__(module)
+        self.bank = bank
+        self.router: Router | None = None
+        """Set after every task by the :class:`~treelora_avalanche.plugins.RouterPlugin`."""
+        self._transformer()
+
+    def _transformer(self) -> VisionTransformer:
+        for module in self.module.modules():
+            if isinstance(module, VisionTransformer):
+                return module
+        raise ValueError(
+            "`inference` is 'routed', which takes a timm VisionTransformer; use inference='last'."
+        )
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        if self.training or self.router is None:
+            return self.module(images)
+        factors = LoRAFactors(self.module)
+        first = min(next(int(p) for p in n.split(".") if p.isdigit()) for n in factors.names)
+        vit = self._transformer()
+        with _restored(factors):
+            hidden = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+            for block in vit.blocks[:first]:
+                hidden = block(hidden)
+            factors.stack.zero_()  # LoRA's output is BA x: without factors the model is frozen
+            chosen = self.router(self._features(vit, hidden, first))
+            logits: Tensor | None = None
+            for adapter in chosen.unique().tolist():
+                rows = (chosen == adapter).nonzero().squeeze(1)
+                factors.stack.copy_(self.bank[adapter])
+                answer = vit.head(self._features(vit, hidden[rows], first))
+                if logits is None:
+                    logits = answer.new_empty(len(images), answer.shape[1])
+                logits[rows] = answer
+        return self.module(images) if logits is None else logits  # None: the batch is empty
+
+    def frozen_features(self, images: Tensor) -> Tensor:
+        """Features of the backbone without any adapter, ``(batch, dim)``.
+
+        :param images: a batch of preprocessed images.
+        """
+        factors = LoRAFactors(self.module)
+        vit = self._transformer()
+        with _restored(factors):
+            factors.stack.zero_()
+            return vit.forward_head(vit.forward_features(images), pre_logits=True)
+
+    @staticmethod
+    def _features(vit: VisionTransformer, hidden: Tensor, first: int) -> Tensor:
+        for block in vit.blocks[first:]:
+            hidden = block(hidden)
+        return vit.forward_head(vit.norm(hidden), pre_logits=True)
+
+
+@contextmanager
+def _restored(factors: LoRAFactors) -> Iterator[None]:
+    """Puts the live factors back, whatever happens."""
+    live = factors.stack.clone()
+    try:
+        yield
+    finally:
+        factors.stack.copy_(live)

@@ -1,0 +1,91 @@
+"""Learns, after every task, which adapter a sample belongs to (task-identity inference)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import nn
+
+from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.models.pseudo_features import (
+    ClassStatistics,
+    PseudoFeatures,
+    load_statistics,
+    statistics_of,
+    statistics_state,
+    train_head,
+)
+from treelora_avalanche.models.routed import RoutedView, Router
+from treelora_avalanche.tree import AdapterTree
+
+
+class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Fits the router of a :class:`~treelora_avalanche.models.routed.RoutedView`.
+
+    The router tells the classes of each task apart by the features of the frozen backbone, which
+    never drift. It is trained like the head, on pseudo-features; no image is stored. Costs one
+    frozen pass over the data per experience. Task labels are not used.
+
+    :param tree: the tree that knows which adapter stands for a task; its
+        :class:`~treelora_avalanche.plugins.TreeBuilderPlugin` must come before this plugin.
+    :param seed: seed of the pseudo-features.
+    """
+
+    def __init__(self, tree: AdapterTree, seed: int = 0):
+        super().__init__()
+        self.tree = tree
+        self.seed = seed
+        self.statistics: list[ClassStatistics] = []
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Looks at the task's images through the frozen backbone, and fits the router anew."""
+        view: RoutedView = strategy.model
+        loader = torch.utils.data.DataLoader(
+            strategy.experience.dataset.eval(), strategy.eval_mb_size
+        )
+        with evaluating(view):
+            batches = [(view.frozen_features(x.to(strategy.device)), y) for x, y, *_ in loader]
+        features = torch.cat([frozen for frozen, _ in batches])
+        targets = torch.cat([target for _, target in batches]).to(features.device)
+        self.statistics += statistics_of(features, targets, self.tree.n_tasks - 1, max_rank=64)
+        self._fit(view)
+
+    def before_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Fits the router of a strategy that has just been loaded."""
+        if self.statistics and strategy.model.router is None:
+            self._fit(strategy.model)
+
+    def _fit(self, view: RoutedView) -> None:
+        """Trains the router from nothing, so that it depends on the statistics alone."""
+        device = self.statistics[0].mean.device
+        clusters = [s._replace(label=i) for i, s in enumerate(self.statistics)]
+        head = nn.Linear(len(clusters[0].mean), len(clusters), device=device)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        generator = torch.Generator().manual_seed(self.seed + len(clusters))
+        train_head(
+            head,
+            PseudoFeatures(clusters),
+            epochs=120,
+            n_per_class=16,
+            learning_rate=0.01,
+            generator=generator,
+        )
+        adapter_of_task = {t: a for a, tasks in enumerate(self.tree.tasks) for t in tasks}
+        adapters = [adapter_of_task[s.task] for s in self.statistics]
+        view.router = Router(
+            head.weight.detach(), head.bias.detach(), torch.tensor(adapters, device=device)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics of the classes so far, as tensors and plain values."""
+        return {"statistics": statistics_state(self.statistics)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where another plugin of this class has ended.
+
+        :param state: what :meth:`state_dict` returned.
+        """
+        self.statistics = load_statistics(state["statistics"])
