@@ -243,12 +243,15 @@ def _place(path: tuple[str, ...]) -> str:
 # Dictionaries
 
 
-def check_keys(found: Mapping[str, Any], expected: Iterable[str], where: str) -> None:
+def check_keys(
+    found: Mapping[str, Any], expected: Iterable[str], where: str, remedy: str = ""
+) -> None:
     """Raise an error that names the keys which are missing and those which are too many.
 
     :param found: what was read.
     :param expected: the keys that it should have.
     :param where: what was read, in the words of the message.
+    :param remedy: what to do, a sentence.
     :raises ValueError: if the keys differ, or ``found`` is no dictionary.
     """
     if not isinstance(found, Mapping):
@@ -265,7 +268,7 @@ def check_keys(found: Mapping[str, Any], expected: Iterable[str], where: str) ->
         if keys
     ]
     if parts:
-        raise ValueError(f"{where} {' and '.join(parts)}.")
+        raise ValueError(f"{where} {' and '.join(parts)}. {remedy}".rstrip())
 
 
 def check_same_tensors(
@@ -517,6 +520,19 @@ def check_random_state(state: State) -> None:
         {"keys", "position", "has_gauss", "cached_gaussian"},
         "the random state of numpy",
     )
+    check_same_tensors(
+        *(_random_tensors(each) for each in (state, random_state())),
+        "the tensors of the random state",
+        "It was saved with other versions of the libraries; use those.",
+    )
+
+
+def _random_tensors(state: State) -> dict[str, Any]:
+    return {
+        "python": state["python"]["internal"],
+        "numpy": state["numpy"]["keys"],
+        "torch": state["torch"],
+    }
 
 
 def set_random_state(state: State) -> None:

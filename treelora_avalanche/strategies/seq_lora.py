@@ -24,6 +24,7 @@ from treelora_avalanche.adapters import (
 )
 from treelora_avalanche.plugins import FiniteLossPlugin
 from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.resumable import Resumable
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 @positional_model
-class SeqLoRA(SupervisedTemplate):
+class SeqLoRA(Resumable, SupervisedTemplate):
     """Plain LoRA, trained on one experience after the other with nothing against forgetting.
 
     The base of the other LoRA strategies, and what they are measured against. A plain timm model is
