@@ -13,6 +13,7 @@ from treelora_avalanche.models.features import classifier_of, extract_features
 from treelora_avalanche.models.pseudo_features import (
     ClassStatistics,
     PseudoFeatures,
+    feature_drift,
     train_head,
 )
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
@@ -78,6 +79,18 @@ def test_singular_covariances_and_single_samples_can_be_drawn_from():
     features, labels = source.draw(100, torch.Generator().manual_seed(0))
     assert torch.isfinite(features).all()
     assert torch.equal(features[labels == 1], single.expand(100, 8))
+
+
+def test_drift_of_a_linear_map_is_found_and_undone():
+    before = gaussian(500, 4, 1).double()
+    weight = 0.1 * gaussian(4, 4, 2).double()
+    after = before + before @ weight + 3.0
+    found = feature_drift(before, after, ridge=0.0)
+    old = gaussian(50, 4, 3).double()
+    moved = ClassStatistics.of(0, 0, old).moved(*found)
+    expected = ClassStatistics.of(0, 0, old + old @ weight + 3.0)
+    torch.testing.assert_close(moved.mean, expected.mean)
+    torch.testing.assert_close(moved.factor.T @ moved.factor, expected.factor.T @ expected.factor)
 
 
 def test_head_separates_well_separated_classes_and_leaves_unseen_ones():

@@ -16,7 +16,7 @@ from treelora_avalanche.names import did_you_mean
 
 LayerChoice = str | Sequence[int]
 
-DEFAULT_LAYERS = "last:5"
+DEFAULT_LAYERS = "first:5"
 DEFAULT_TARGET_MODULES = ("qkv",)
 
 

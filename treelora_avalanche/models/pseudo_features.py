@@ -46,6 +46,12 @@ class ClassStatistics(NamedTuple):
             factor = s[:max_rank, None] * vh[:max_rank]
         return cls(label, task, mean, factor if n > 1 else factor[:0])
 
+    def moved(self, weight: Tensor, bias: Tensor) -> ClassStatistics:
+        """The statistics after the features have moved by ``x -> x + x @ weight + bias``."""
+        return self._replace(
+            mean=self.mean + self.mean @ weight + bias, factor=self.factor + self.factor @ weight
+        )
+
 
 def statistics_state(statistics: Sequence[ClassStatistics]) -> list[dict[str, Any]]:
     """Statistics as tensors and plain values, to be saved.
@@ -160,3 +166,22 @@ def statistics_of(
         ClassStatistics.of(label, task, features[targets == label], max_rank)
         for label in targets.unique().tolist()
     ]
+
+
+def feature_drift(before: Tensor, after: Tensor, ridge: float = 0.01) -> tuple[Tensor, Tensor]:
+    """The linear map by which a task's training has moved the features, by least squares.
+
+    Where old classes have gone is read from what has happened to the current images.
+
+    :param before: features of the current images before the task, ``(n_samples, dim)``.
+    :param after: features of the same images after it.
+    :param ridge: pulls the map towards a mere shift: share of the features' total variance that is
+        added in every direction. A task has few images, and a free map would follow their noise.
+    :return: ``weight (dim, dim)`` and ``bias (dim,)`` of ``x -> x + x @ weight + bias``.
+    """
+    center, moved = before.mean(0), (after - before).mean(0)
+    x, y = before - center, after - before - moved
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().sum() + torch.finfo(gram.dtype).tiny)
+    weight = torch.linalg.solve(gram, x.T @ y)
+    return weight, moved - center @ weight

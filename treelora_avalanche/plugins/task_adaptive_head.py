@@ -18,6 +18,7 @@ from treelora_avalanche.models.features import classifier_of, extract_features
 from treelora_avalanche.models.pseudo_features import (
     ClassStatistics,
     PseudoFeatures,
+    feature_drift,
     load_statistics,
     statistics_of,
     statistics_state,
@@ -49,17 +50,18 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
     """Within-task loss, class statistics, and a head re-trained on pseudo-features.
 
     Attaches to any strategy, Avalanche's own too, whose model ends in a linear classifier. It costs
-    one pass over the data after each experience, and stores per class its mean and at most
-    ``max_rank`` directions of its covariance. In a domain-incremental stream a class has statistics
-    for every task. The statistics of old classes stay as they were taken: moving them along with
-    the features of the current images, by a linear map, lost accuracy in every case tried. Task
-    labels are not used.
+    one pass over the data before and one after each experience, and stores per class its mean and
+    at most ``max_rank`` directions of its covariance. In a domain-incremental stream a class has
+    statistics for every task. Task labels are not used.
 
     :param epochs: steps in which the head is re-trained.
     :param n_per_class: pseudo-features per class and step.
     :param learning_rate: learning rate of the re-training.
     :param shrinkage: see :class:`PseudoFeatures`.
     :param max_rank: see :class:`ClassStatistics`.
+    :param follow_drift: move the statistics of old classes along with the features, as the current
+        images show it (:func:`~treelora_avalanche.models.pseudo_features.feature_drift`); False
+        where each class is answered by the adapter of its own task.
     :param seed: seed of the pseudo-features.
     """
 
@@ -71,6 +73,7 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
         learning_rate: float = 0.01,
         shrinkage: float = 0.5,
         max_rank: int = 64,
+        follow_drift: bool = True,
         seed: int = 0,
     ):
         super().__init__()
@@ -79,6 +82,7 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
         self.learning_rate = learning_rate
         self.shrinkage = shrinkage
         self.max_rank = max_rank
+        self.follow_drift = follow_drift
         self.seed = seed
         self.n_tasks = 0
         self.statistics: list[ClassStatistics] = []
@@ -89,15 +93,16 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
             strategy._criterion = WithinTaskLoss(strategy._criterion)
         classes = sorted(strategy.experience.classes_in_this_experience)
         strategy._criterion.current = torch.tensor(classes, device=strategy.device)
+        if self.follow_drift and self.statistics:
+            self._before, _ = self._features(strategy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Takes the statistics of the new classes and re-trains the head on all."""
-        features, targets = extract_features(
-            strategy.model,
-            strategy.experience.dataset.eval(),
-            batch_size=strategy.eval_mb_size,
-            device=strategy.device,
-        )
+        features, targets = self._features(strategy)
+        if self.follow_drift and self.statistics:
+            drift = feature_drift(self._before, features)
+            self.statistics = [s.moved(*drift) for s in self.statistics]
+            del self._before
         self.statistics += statistics_of(features, targets, self.n_tasks, self.max_rank)
         self.n_tasks += 1
         train_head(
@@ -113,6 +118,14 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
         """Gives the strategy its own criterion back."""
         if isinstance(strategy._criterion, WithinTaskLoss):
             strategy._criterion = strategy._criterion.criterion
+
+    def _features(self, strategy: Any) -> tuple[Tensor, Tensor]:
+        return extract_features(
+            strategy.model,
+            strategy.experience.dataset.eval(),
+            batch_size=strategy.eval_mb_size,
+            device=strategy.device,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics of the classes so far, as tensors and plain values."""

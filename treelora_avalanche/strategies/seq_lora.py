@@ -22,11 +22,17 @@ from treelora_avalanche.adapters import (
     find_classifier,
     lora_layers,
 )
-from treelora_avalanche.plugins import FiniteLossPlugin
+from treelora_avalanche.names import check_known
+from treelora_avalanche.plugins import FiniteLossPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.strategies.positional_model import positional_model
 from treelora_avalanche.strategies.resumable import Resumable
 
 logger = logging.getLogger(__name__)
+
+HEADS: dict[str, Callable[[], list[SupervisedPlugin]]] = {
+    "linear": list,
+    "task_adaptive": lambda: [TaskAdaptiveHeadPlugin()],
+}
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -54,6 +60,9 @@ class SeqLoRA(Resumable, SupervisedTemplate):
     :param train_epochs: epochs per experience.
     :param eval_mb_size: mini-batch size for evaluation.
     :param device: where to train.
+    :param head: ``"linear"``, a classifier trained by the loss alone; ``"task_adaptive"``, one that
+        is re-trained after every task, for class-incremental streams: see
+        :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`.
     :param plugins: further plugins; the list is copied.
     :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
     :param eval_every: see :class:`avalanche.training.templates.SupervisedTemplate`.
@@ -76,17 +85,19 @@ class SeqLoRA(Resumable, SupervisedTemplate):
         train_epochs: int = 20,
         eval_mb_size: int | None = 192,
         device: str | torch.device = "cpu",
+        head: str = "linear",
         plugins: Sequence[SupervisedPlugin] | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         eval_every: int = -1,
         **base_kwargs: Any,
     ):
+        check_known("`head`", head, HEADS)
         if not lora_layers(model):
             model = add_lora(
                 model, rank=rank, alpha=alpha, layers=layers, target_modules=target_modules
             )
         logger.info("LoRA adapts %s", ", ".join(lora_layers(model)))
-        view = model if isinstance(model, TrainableView) else TrainableView(model)
+        view = model if isinstance(model, TrainableView) else self._view(model)
         # On its device now: an optimizer made of parameters that move later would train copies.
         view.to(device)
         if optimizer is None:
@@ -101,11 +112,15 @@ class SeqLoRA(Resumable, SupervisedTemplate):
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
             device=device,
-            plugins=[*(plugins or ()), FiniteLossPlugin()],
+            plugins=[*(plugins or ()), *HEADS[head](), FiniteLossPlugin()],
             evaluator=evaluator,
             eval_every=eval_every,
             **base_kwargs,
         )
+
+    def _view(self, model: nn.Module) -> TrainableView:
+        """What :attr:`model` becomes, around a model with LoRA."""
+        return TrainableView(model)
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         experience = self.experience
@@ -119,7 +134,7 @@ class SeqLoRA(Resumable, SupervisedTemplate):
         if classifier is not None and largest >= classifier.out_features:
             raise ValueError(
                 f"experience {experience.current_experience} has class {largest}, and the model's "
-                f"classifier {classifier.out_features} outputs; make the model with num_classes={largest + 1} or "
-                "more."
+                f"classifier {classifier.out_features} outputs; make the model with "
+                f"num_classes={largest + 1} or more."
             )
         super()._before_training_exp(**kwargs)

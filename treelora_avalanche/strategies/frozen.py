@@ -1,0 +1,151 @@
+"""The frozen backbone as a contender: what is not above it is not worth its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+
+from treelora_avalanche.models.features import classifier_of, extract_features
+from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
+from treelora_avalanche.strategies.positional_model import positional_model
+
+
+class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Sets the classifier to the nearest class mean: w = mean, b = -|mean|^2 / 2.
+
+    The means run over all samples of a class, in whatever experience it came. (Avalanche's
+    ``NCMClassifier`` averages the means of experiences by halves, and takes a class not seen yet
+    for one whose mean is zero.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: Tensor | None = None
+        self._counts: Tensor | None = None
+
+    @torch.no_grad()
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Adds the experience's features to the means."""
+        features, targets = extract_features(
+            strategy.model,
+            strategy.experience.dataset.eval(),
+            batch_size=strategy.eval_mb_size,
+            device=strategy.device,
+        )
+        head = classifier_of(strategy.model)
+        if self._sums is None or self._counts is None:
+            self._sums = torch.zeros_like(head.weight)
+            self._counts = torch.zeros_like(head.bias)
+        self._sums.index_add_(0, targets, features)
+        self._counts.index_add_(0, targets, torch.ones_like(features[:, 0]))
+        means = self._sums / self._counts.clamp(min=1)[:, None]
+        head.weight.copy_(means)
+        bias = -0.5 * means.square().sum(1)
+        head.bias.copy_(torch.where(self._counts > 0, bias, float("-inf")))
+
+
+class _FrozenBackbone(SupervisedTemplate):
+    """A backbone that is never trained, and a head that a plugin sets after every experience."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        head: SupervisedPlugin,
+        eval_mb_size: int | None,
+        device: str | torch.device,
+        plugins: Sequence[SupervisedPlugin] | None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None,
+        **base_kwargs: Any,
+    ):
+        classifier_of(model)  # raises where there is none
+        super().__init__(
+            model=model.requires_grad_(False),
+            # The template wants an optimizer, and takes no step with it: there are no epochs.
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=eval_mb_size or 1,
+            train_epochs=0,
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=[*(plugins or ()), head],
+            evaluator=evaluator,
+            **base_kwargs,
+        )
+
+
+@positional_model
+class FrozenNCM(_FrozenBackbone):
+    """Nearest class mean on the features of the frozen backbone. Nothing is trained.
+
+    :param model: a pretrained model with a linear classifier.
+    :param eval_mb_size: samples per forward pass.
+    :param device: where to compute.
+    :param plugins: further plugins; the list is copied.
+    :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
+    :param base_kwargs: further arguments of the template.
+    :raises ValueError: if the model has no linear classifier.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        eval_mb_size: int | None = 192,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[SupervisedPlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        **base_kwargs: Any,
+    ):
+        super().__init__(
+            model=model,
+            head=NearestMeanHeadPlugin(),
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=plugins,
+            evaluator=evaluator,
+            **base_kwargs,
+        )
+
+
+@positional_model
+class FrozenGaussian(_FrozenBackbone):
+    """The frozen backbone with the head that is trained on pseudo-features.
+
+    The control of every strategy with ``head="task_adaptive"``: what the head alone can do. For the
+    head see :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`.
+
+    :param model: a pretrained model with a linear classifier.
+    :param eval_mb_size: samples per forward pass.
+    :param device: where to compute.
+    :param plugins: further plugins; the list is copied.
+    :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
+    :param base_kwargs: further arguments of the template.
+    :raises ValueError: if the model has no linear classifier.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        eval_mb_size: int | None = 192,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[SupervisedPlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        **base_kwargs: Any,
+    ):
+        super().__init__(
+            model=model,
+            head=TaskAdaptiveHeadPlugin(),
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=plugins,
+            evaluator=evaluator,
+            **base_kwargs,
+        )
