@@ -24,6 +24,7 @@ from treelora_avalanche.models.pseudo_features import (
     statistics_state,
     train_head,
 )
+from treelora_avalanche.models.routed import RoutedView
 
 
 class WithinTaskLoss(nn.Module):
@@ -52,16 +53,16 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
     Attaches to any strategy, Avalanche's own too, whose model ends in a linear classifier. It costs
     one pass over the data before and one after each experience, and stores per class its mean and
     at most ``max_rank`` directions of its covariance. In a domain-incremental stream a class has
-    statistics for every task. Task labels are not used.
+    statistics for every task. Old statistics are moved along with the features, as the current
+    images show it (:func:`~treelora_avalanche.models.pseudo_features.feature_drift`); not so in a
+    :class:`~treelora_avalanche.models.routed.RoutedView`, where each class is answered by the
+    adapter of its own task. Task labels are not used.
 
     :param epochs: steps in which the head is re-trained.
     :param n_per_class: pseudo-features per class and step.
     :param learning_rate: learning rate of the re-training.
     :param shrinkage: see :class:`PseudoFeatures`.
     :param max_rank: see :class:`ClassStatistics`.
-    :param follow_drift: move the statistics of old classes along with the features, as the current
-        images show it (:func:`~treelora_avalanche.models.pseudo_features.feature_drift`); False
-        where each class is answered by the adapter of its own task.
     :param seed: seed of the pseudo-features.
     """
 
@@ -73,7 +74,6 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
         learning_rate: float = 0.01,
         shrinkage: float = 0.5,
         max_rank: int = 64,
-        follow_drift: bool = True,
         seed: int = 0,
     ):
         super().__init__()
@@ -82,7 +82,6 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
         self.learning_rate = learning_rate
         self.shrinkage = shrinkage
         self.max_rank = max_rank
-        self.follow_drift = follow_drift
         self.seed = seed
         self.n_tasks = 0
         self.statistics: list[ClassStatistics] = []
@@ -93,13 +92,13 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
             strategy._criterion = WithinTaskLoss(strategy._criterion)
         classes = sorted(strategy.experience.classes_in_this_experience)
         strategy._criterion.current = torch.tensor(classes, device=strategy.device)
-        if self.follow_drift and self.statistics:
+        if self._must_follow(strategy):
             self._before, _ = self._features(strategy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Takes the statistics of the new classes and re-trains the head on all."""
         features, targets = self._features(strategy)
-        if self.follow_drift and self.statistics:
+        if self._must_follow(strategy):
             drift = feature_drift(self._before, features)
             self.statistics = [s.moved(*drift) for s in self.statistics]
             del self._before
@@ -118,6 +117,9 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
         """Gives the strategy its own criterion back."""
         if isinstance(strategy._criterion, WithinTaskLoss):
             strategy._criterion = strategy._criterion.criterion
+
+    def _must_follow(self, strategy: Any) -> bool:
+        return len(self.statistics) > 0 and not isinstance(strategy.model, RoutedView)
 
     def _features(self, strategy: Any) -> tuple[Tensor, Tensor]:
         return extract_features(
