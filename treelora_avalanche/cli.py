@@ -92,6 +92,7 @@ def _before_heavy_imports(settings: RunSettings) -> None:
     """Set what must be set before torch is loaded; what the user has set stays."""
     # Third parties warn about what a user cannot change; the terminal is for our own lines.
     warnings.filterwarnings("ignore")
+    warnings.showwarning = lambda *_, **__: None  # Avalanche sets filters of its own
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger().setLevel(logging.ERROR)
     # OpenMP's threads spin while they wait. Where other programs want the cores as well, small
@@ -106,12 +107,17 @@ def _list() -> int:
     from rich.table import Table
 
     console = Console()
-    for title, entries in (("Methods", METHODS), ("Scenarios", SCENARIOS)):
+    tables = {
+        "Methods": [(name, entry.kind, entry.description) for name, entry in METHODS.items()],
+        "Scenarios": [(name, entry.description) for name, entry in SCENARIOS.items()],
+    }
+    for title, rows in tables.items():
         table = Table(title=title, title_justify="left", title_style="bold", box=None)
-        for heading in ("", "state", ""):
-            table.add_column(heading, style="" if table.columns else "bold", header_style="dim")
-        for name, entry in entries.items():
-            table.add_row(name, entry.state, entry.description)
+        table.show_header = False
+        for column in range(len(rows[0])):
+            table.add_column(style="" if column else "bold", no_wrap=column < len(rows[0]) - 1)
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
         console.print()
     return 0

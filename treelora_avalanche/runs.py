@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ from .metrics import (
 from .names import check_known
 from .settings import DIGITS_VIT, RunSettings
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VERSIONED = ("torch", "avalanche-lib", "timm", "peft", "transformers", "numpy")
 
 
@@ -312,6 +313,9 @@ class _PeakMemory:
 # What is counted at the end
 
 
+_CODE = (type, FunctionType, MethodType, ModuleType)
+
+
 def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Tensor]:
     """All tensors reachable from a plugin's state."""
     if id(value) in visited or depth > 12:
@@ -329,15 +333,15 @@ def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Te
         yield from value.parameters()
         yield from value.buffers()
         yield from _tensors_below(vars(value), visited, depth + 1)
-    elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
+    elif hasattr(value, "__dict__") and not isinstance(value, _CODE):
         yield from _tensors_below(vars(value), visited, depth + 1)
 
 
 def stored_bytes(strategy: Any) -> int:
     """Bytes of the tensors that a strategy's plugins keep from task to task beyond the model.
 
-    Evaluation, counters and progress do not count, nor do samples kept as references into the
-    benchmark's own data.
+    Stored samples count as the tensors that the model sees, though Avalanche keeps references into
+    the benchmark's own data. Evaluation, counters and progress do not count.
 
     :param strategy: an Avalanche strategy between two tasks.
     """
@@ -354,8 +358,25 @@ def stored_bytes(strategy: Any) -> int:
     ]
     model = getattr(strategy.model, "module", strategy.model)
     of_model = {storage(t)[0] for t in (*model.parameters(), *model.buffers())}
-    kept = {storage(t) for t in _tensors_below(plugins, {id(strategy)})}
-    return sum(size for address, size in kept if address not in of_model)
+    passing = ("loss", "mb_output")
+    own_tensors = [
+        value
+        for name, value in vars(strategy).items()
+        if isinstance(value, Tensor) and name not in passing
+    ]
+    kept = {storage(t) for t in _tensors_below([plugins, own_tensors], {id(strategy)})}
+    tensors = sum(size for address, size in kept if address not in of_model)
+    return tensors + _stored_samples_bytes(strategy)
+
+
+def _stored_samples_bytes(strategy: Any) -> int:
+    """Bytes of the samples in a replay memory, or in a cumulative training set."""
+    memories = [getattr(plugin, "storage_policy", None) for plugin in strategy.plugins]
+    stores = [memory.buffer for memory in memories if memory is not None]
+    if getattr(strategy, "dataset", None) is not None:
+        stores.append(strategy.dataset)
+    # All samples have the shape of the first.
+    return sum(len(store) * store[0][0].nbytes for store in stores if len(store))
 
 
 def _version_of(package: str) -> str | None:
@@ -480,7 +501,7 @@ def run(
     progress: ProgressCallback | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Train a method on its stream, evaluating on all of it after every task.
+    """Train a method on its stream, evaluating on the tasks seen so far after every task.
 
     :param method: name of the method, see :data:`treelora_avalanche.methods.METHODS`.
     :param seed: seeds everything: class order, backbone, initialisation, shuffling, selection.
@@ -508,14 +529,12 @@ def run(
         "class_incremental": AccuracyMatrix(),
         "within_task": AccuracyMatrix(within_task=True),
     }
+    # Trained on all tasks at once, there is no order of tasks to measure.
+    continual = [] if entry.joint else [OverallPerformance, BackwardTransfer]
     files = [TensorboardLogger(str(folder / "tensorboard")), CSVLogger(str(folder))]
     evaluator = EvaluationPlugin(
         *matrices.values(),
-        *(
-            kind(within_task=w)
-            for w in (False, True)
-            for kind in (OverallPerformance, BackwardTransfer)
-        ),
+        *(kind(within_task=w) for w in (False, True) for kind in continual),
         EpochLoss(),
         EpochAccuracy(),
         accuracy_metrics(experience=True, stream=True),
@@ -525,8 +544,14 @@ def run(
         loggers=[*files, lines, *([InteractiveLogger()] if verbose else [])],
     )
     samples = [len(experience.dataset) for experience in benchmark.train_stream]
-    steps = [math.ceil(n / settings.batch_size) * settings.epochs for n in samples]
-    counter = ProgressPlugin(progress or (lambda _: None), len(samples), sum(steps))
+    epochs = entry.epochs(settings)
+    stages = _stages(benchmark, joint=entry.joint)
+    trained_on = [
+        sum(samples[: stage.task + 1]) if entry.on_all_seen else samples[stage.task]
+        for stage in stages
+    ]
+    steps = [math.ceil(n / settings.batch_size) * epochs for n in trained_on]
+    counter = ProgressPlugin(progress or (lambda _: None), len(stages), sum(steps))
 
     # Again, whether or not the ingredients were built here: a cell is the same run alone and in a
     # comparison. The model is copied, since the next method starts from the same one.
@@ -537,37 +562,38 @@ def run(
             strategy = entry.build(
                 copy.deepcopy(ingredients.backbone),
                 settings,
-                config["lr"],
+                config.get("lr", 0.0),
                 seed,
                 {
                     "train_mb_size": settings.batch_size,
-                    "train_epochs": settings.epochs,
+                    "train_epochs": epochs,
                     "eval_mb_size": settings.eval_batch_size,
                     "device": device,
                     "plugins": [counter],
                     "evaluator": evaluator,
                 },
             )
-            for task, experience in enumerate(benchmark.train_stream):
+            for stage in stages:
                 with training:
-                    strategy.train(experience)
+                    strategy.train(stage.train)
                 # Before evaluation: what was learned is safe whatever happens next.
                 if entry.uses_lora:
                     (folder / "adapters").mkdir(exist_ok=True)
-                    save_adapter(strategy.model, folder / "adapters" / f"task_{task:03}")
+                    save_adapter(strategy.model, folder / "adapters" / f"task_{stage.task:03}")
                 if hasattr(strategy, "tree"):
                     _write_tree(strategy.tree, folder)
                 with evaluating:
-                    strategy.eval(benchmark.test_stream)
-                scores = {kind: _scores(matrix) for kind, matrix in matrices.items()}
+                    strategy.eval(stage.test)
+                accuracy = {kind: _accuracies(m, stage) for kind, m in matrices.items()}
+                scores = {kind: _scores(matrix) for kind, matrix in accuracy.items()}
                 counter.accuracy = scores["class_incremental"]["overall_performance"]
                 counter.report(strategy)
                 lines.write(
                     event="task",
-                    task=task,
-                    experience=experience.current_experience,
-                    classes=sorted(experience.classes_in_this_experience),
-                    accuracy={kind: m.matrix()[-1].tolist() for kind, m in matrices.items()},
+                    task=stage.task,
+                    experience=benchmark.train_stream[stage.task].current_experience,
+                    classes=sorted(benchmark.train_stream[stage.task].classes_in_this_experience),
+                    accuracy={kind: m[-1].tolist() for kind, m in accuracy.items()},
                     train_seconds=training.seconds,
                     **scores,
                 )
@@ -581,12 +607,14 @@ def run(
         "method": method,
         "seed": seed,
         "config": config,
-        "epochs": settings.epochs,
+        "epochs": epochs,
         "metrics": scores,
         # Row: after training on the j-th task; column: the i-th task, in the order of training.
-        "accuracy_matrix": {kind: m.matrix().tolist() for kind, m in matrices.items()},
+        # Null where it was not evaluated: before a task is seen, and, trained on all at once, in
+        # every row but the last.
+        "accuracy_matrix": {kind: m.tolist() for kind, m in accuracy.items()},
         "stream": {
-            "trained": matrices["class_incremental"].trained,
+            "trained": [experience.current_experience for experience in benchmark.train_stream],
             "classes": [sorted(e.classes_in_this_experience) for e in benchmark.train_stream],
             # Avalanche's own benchmarks have no names.
             "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
@@ -595,8 +623,9 @@ def run(
         },
         "timings": {
             "train_seconds": training.seconds,
-            "ms_per_step": 1000 * training.seconds / counter.step,
-            "samples_per_second": settings.epochs * sum(samples) / training.seconds,
+            "ms_per_step": 1000 * training.seconds / counter.step if counter.step else None,
+            # Of the stream: samples that a method trains on once more do not count again.
+            "samples_per_second": epochs * sum(samples) / training.seconds,
             "eval_seconds": evaluating.seconds,
             "steps": counter.step,
         },
@@ -619,8 +648,34 @@ def run(
     return _without_nan(results)
 
 
-def _scores(matrix: AccuracyMatrix) -> dict[str, float]:
-    accuracies = matrix.matrix()
+@dataclass(frozen=True)
+class _Stage:
+    """What is trained in one go, and what is evaluated then."""
+
+    task: int
+    """ The last task of the stage, counted from 0 in the order of training. """
+    train: Any
+    test: Any
+
+
+def _stages(benchmark: Any, *, joint: bool) -> list[_Stage]:
+    train, test = benchmark.train_stream, benchmark.test_stream
+    n = len(train)
+    if joint:
+        return [_Stage(n - 1, train, test)]
+    # Classes not seen yet have nothing to say.
+    return [_Stage(task, train[task], test[: task + 1]) for task in range(n)]
+
+
+def _accuracies(matrix: AccuracyMatrix, stage: _Stage) -> Tensor:
+    """The matrix so far: a row and a column for every task seen, NaN where not evaluated."""
+    known = matrix.matrix()
+    rows = known.new_full((stage.task + 1, stage.task + 1), math.nan)
+    rows[-len(known) :] = known
+    return rows
+
+
+def _scores(accuracies: Tensor) -> dict[str, float]:
     return {
         "overall_performance": overall_performance(accuracies),
         "backward_transfer": backward_transfer(accuracies),

@@ -10,7 +10,6 @@ DIGITS_VIT = "digits_vit"
 IMAGE_MODEL = "vit_base_patch16_224"
 SELECTIONS = ("lcb", "nearest", "random")
 HEADS = ("linear", "task_adaptive")
-INFERENCE = ("last", "routed")
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,6 @@ class Scenario:
     """One row of the table of scenarios."""
 
     description: str
-    state: str = "ready"
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -76,7 +74,7 @@ class RunSettings:
     rank: int = field(default=10, metadata=_help("rank of the LoRA factors"))
     alpha: float = field(default=10.0, metadata=_help("LoRA's output is scaled by alpha / rank"))
     layers: list[int] | str = field(
-        default="last:5",
+        default="first:5",
         metadata=_help("blocks with LoRA: first:k, last:k, all, or a list of numbers"),
     )
     target_modules: list[str] | None = field(
@@ -90,10 +88,6 @@ class RunSettings:
     )
     selection: str = field(
         default="lcb", metadata=_help(f"how TreeLoRA picks a past task: {', '.join(SELECTIONS)}")
-    )
-    inference: str = field(
-        default="last",
-        metadata=_help("which adapter of TreeLoRA answers: last, or routed (chosen per sample)"),
     )
     head: str = field(
         default="linear",
@@ -118,7 +112,6 @@ class RunSettings:
         check_known("`--scenario`", self.scenario, SCENARIOS)
         check_known("`--selection`", self.selection, SELECTIONS)
         check_known("`--head`", self.head, HEADS)
-        check_known("`--inference`", self.inference, INFERENCE)
         smallest = {
             "n_experiences": 1,
             "img_size": 1,

@@ -24,8 +24,8 @@ class Column:
     key: str
     header: tuple[str, str]
     """ Two lines; an arrow says what is better. """
-    read: Callable[[dict[str, Any]], float]
-    """ From the content of a `results.json`. """
+    read: Callable[[dict[str, Any]], float | None]
+    """ From the content of a `results.json`; None where it is not defined. """
     show: Callable[[float], str]
     spread: bool = False
     """ Whether the deviation over seeds is shown in the terminal. """
@@ -131,7 +131,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     rows = []
     for method in dict.fromkeys(result["method"] for result in results):
         own = [result for result in results if result["method"] == method]
-        values = {column.key: [float(column.read(r)) for r in own] for column in COLUMNS}
+        values = {column.key: [_number(column.read(r)) for r in own] for column in COLUMNS}
         rows.append(
             Row(
                 method=method,
@@ -146,7 +146,13 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
 def _cell(row: Row, column: Column, plus_minus: str) -> str:
+    if math.isnan(row.mean[column.key]):
+        return "–"
     text = column.show(row.mean[column.key])
     if column.spread and not math.isnan(row.std[column.key]):
         text += plus_minus + column.show(row.std[column.key])
