@@ -521,7 +521,8 @@ def check_random_state(state: State) -> None:
         "the random state of numpy",
     )
     check_same_tensors(
-        *(_random_tensors(each) for each in (state, random_state())),
+        _random_tensors(state),
+        _random_tensors(random_state()),
         "the tensors of the random state",
         "It was saved with other versions of the libraries; use those.",
     )

@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from avalanche.evaluation.metrics.forgetting_bwt import Forgetting
-from avalanche.evaluation.metrics.forward_transfer import ForwardTransfer
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
 from avalanche.training.templates.base_sgd import PeriodicEval
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from treelora_avalanche._version import __version__
+from treelora_avalanche.plugins.built_in import has_state, item_state, load_item_state
 from treelora_avalanche.state import (
     State,
     backbone_fingerprint,
@@ -80,14 +79,14 @@ def plugins_without_state(strategy: Any) -> list[str]:
     """Class names of the plugins that keep something and cannot say what.
 
     A plugin needs ``state_dict()`` and ``load_state_dict(state)``, of tensors and plain values,
-    unless it has no attributes at all.
+    unless it has no attributes at all. Of Avalanche's own, EWC and GEM are known.
 
     :param strategy: an Avalanche strategy.
     """
     return [
         type(plugin).__name__
         for plugin in strategy.plugins
-        if not _has_state(plugin)
+        if not has_state(plugin)
         and not isinstance(plugin, (EvaluationPlugin, PeriodicEval, Clock))
         and vars(plugin)
     ]
@@ -213,10 +212,8 @@ def _collect(strategy: Any) -> State:
                 else None
             ),
         },
-        "plugins": {
-            key: _plain(plugin.state_dict()) for key, plugin in _plugins(strategy).items()
-        },
-        "metrics": {key: _metric_state(metric) for key, metric in _metrics(strategy).items()},
+        "plugins": {key: item_state(plugin) for key, plugin in _plugins(strategy).items()},
+        "metrics": {key: item_state(metric) for key, metric in _metrics(strategy).items()},
         "clock": _counters(strategy),
         "random": random_state(),
     }
@@ -279,10 +276,7 @@ def _apply(strategy: Any, state: State) -> None:
     for part, objects in (("plugins", _plugins(strategy)), ("metrics", _metrics(strategy))):
         for key, item in objects.items():
             try:
-                if _has_state(item):
-                    item.load_state_dict(state[part][key])
-                else:
-                    _load_metric_state(item, state[part][key])
+                load_item_state(item, state[part][key], strategy.device)
             except Exception as error:
                 raise ValueError(f"{part}, {key}: {error}") from error
     if state["optimizer"]["state"] is not None:
@@ -351,19 +345,15 @@ def _counters(strategy: Any) -> dict[str, int]:
     return {name: value for name, value in vars(strategy.clock).items() if type(value) is int}
 
 
-def _has_state(item: Any) -> bool:
-    return hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
-
-
 def _plugins(strategy: Any) -> dict[str, Any]:
-    return _keyed(plugin for plugin in strategy.plugins if _has_state(plugin))
+    return _keyed(plugin for plugin in strategy.plugins if has_state(plugin))
 
 
 def _metrics(strategy: Any) -> dict[str, Any]:
     return _keyed(
         metric
         for metric in strategy.evaluator.metrics
-        if _has_state(metric) or _across_experiences(metric) is not None
+        if has_state(metric)
     )
 
 
@@ -376,45 +366,6 @@ def _keyed(items: Iterable[Any]) -> dict[str, Any]:
         keyed[f"{name}.{count.setdefault(name, 0)}"] = item
         count[name] += 1
     return keyed
-
-
-def _plain(state: Any) -> Any:
-    """The state of a module is an ordered dictionary, and those of others may be any mapping."""
-    return {key: _plain(value) for key, value in state.items()} if hasattr(state, "items") else state
-
-
-# --------------------------------------------------------------------------------------------------
-# Avalanche's metrics that compare experiences
-
-
-def _across_experiences(metric: Any) -> Forgetting | ForwardTransfer | None:
-    inner = getattr(metric, "forgetting", None) or getattr(metric, "forward_transfer", None)
-    return inner if isinstance(inner, (Forgetting, ForwardTransfer)) else None
-
-
-def _metric_state(metric: Any) -> State:
-    if _has_state(metric):
-        return _plain(metric.state_dict())
-    return {
-        "train_exp_id": metric.train_exp_id,
-        "at_init": getattr(metric, "at_init", None),
-        "values": {
-            name: [[experience, value] for experience, value in values.items()]
-            for name, values in vars(_across_experiences(metric)).items()
-        },
-    }
-
-
-def _load_metric_state(metric: Any, state: State) -> None:
-    where = f"the state of {type(metric).__name__}"
-    check_keys(state, {"train_exp_id", "at_init", "values"}, where)
-    inner = vars(_across_experiences(metric))
-    check_keys(state["values"], inner, where)
-    values = {name: {key: value for key, value in v} for name, v in state["values"].items()}
-    metric.train_exp_id = state["train_exp_id"]
-    if state["at_init"] is not None:
-        metric.at_init = state["at_init"]
-    inner.update(values)
 
 
 __all__ = [
