@@ -1,4 +1,4 @@
-"""What every class-incremental benchmark of this package does alike: deal the classes out to tasks."""
+"""What every class-incremental benchmark of this package does alike: deal out the classes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def split_by_class(
     :param return_task_id: if True, every experience has a task label of its own, else all have 0.
     :param train_transform: acts on the images of the train stream.
     :param eval_transform: acts on the images of the test stream.
-    :return: the benchmark, which carries ``class_names`` (``class_names[label]``) and ``n_classes``.
+    :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
     """
     n_classes = len(class_names)
     if n_experiences < 1 or n_classes % n_experiences:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -18,14 +16,16 @@ from avalanche.benchmarks import NCScenario
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from ..models.vision import ImagePreprocessing
 from .by_class import split_by_class
-
-LAYOUTS = (
-    "Accepted are <root>/train/<class>/<image> with <root>/test/<class>/<image>, or "
-    "<root>/<class>/<image>, of which a test set is drawn"
+from .folders import (
+    LAYOUTS,
+    _choose_classes,
+    _class_folders,
+    _draw_split,
+    _Image,
+    _images_of,
 )
 
 
@@ -69,7 +69,7 @@ def SplitImageFolder(
         here; otherwise files are read on access. Benchmarks of the same files and the same
         preprocessing share one copy.
     :param return_task_id: if True, every experience has a task label of its own, else all have 0.
-    :return: the benchmark, which carries ``class_names`` (``class_names[label]``) and ``n_classes``.
+    :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
     :raises ValueError: if the folder, the classes or their number do not fit; the message says how
         to mend it.
     :raises OSError: if an image cannot be read: here when images are kept in memory, else on
@@ -78,14 +78,10 @@ def SplitImageFolder(
     root = Path(dataset_root).expanduser()
     preprocessing = preprocessing or ImagePreprocessing()
     train, test, class_names = _list_images(root, classes, test_fraction, seed)
-    paths = sorted({image.path for image in train + test})
-    images, row_of = None, {}
-    if len(paths) * math.prod(preprocessing.input_size) <= cache_bytes:
-        images = _decoded(tuple(_stamp(path) for path in paths), preprocessing)
-        row_of = {path: row for row, path in enumerate(paths)}
+    train_set, test_set = _datasets([train, test], preprocessing, cache_bytes)
     return split_by_class(
-        _Images(train, preprocessing, images, row_of),
-        _Images(test, preprocessing, images, row_of),
+        train_set,
+        test_set,
         class_names,
         n_experiences,
         seed=seed,
@@ -97,12 +93,7 @@ def SplitImageFolder(
     )
 
 
-# ------------------------------------------------------------------------------- from folder to lists
-
-
-class _Image(NamedTuple):
-    path: str
-    label: int
+# --------------------------------------------------------------------------- which images there are
 
 
 def _list_images(
@@ -127,89 +118,6 @@ def _list_images(
     class_names = _choose_classes(root, names, names, classes)
     train, test = _draw_split(_images_of(root, class_names), class_names, test_fraction, seed)
     return train, test, class_names
-
-
-def _class_folders(folder: Path) -> list[str]:
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError:
-        raise ValueError(f"{str(folder)!r} holds no class folders. {LAYOUTS}.") from None
-
-
-def _choose_classes(
-    root: Path, train: list[str], test: list[str], classes: Sequence[str] | None
-) -> list[str]:
-    if classes is None:
-        if train != test:
-            alone = "; ".join(
-                f"only in {part!r}: {', '.join(sorted(set(names) - set(others)))}"
-                for part, names, others in (("train", train, test), ("test", test, train))
-                if set(names) - set(others)
-            )
-            raise ValueError(
-                f"'train' and 'test' of `dataset_root` {str(root)!r} hold different classes "
-                f"({alone}). Complete them, or name the common ones in `classes=`."
-            )
-        return train
-    names = list(classes)
-    if not names or isinstance(classes, str) or len(set(names)) < len(names):
-        raise ValueError(f"`classes` is {classes!r}; it must be a list of different class names.")
-    known = [name for name in train if name in set(test)]
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=3)
-            hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
-            raise ValueError(
-                f"`classes` names {name!r}, which is not among the {len(known)} class folders of "
-                f"{str(root)!r}{hint}"
-            )
-    return names
-
-
-def _images_of(folder: Path, class_names: list[str]) -> list[list[_Image]]:
-    """The images of each class, sorted by path, so that the file system's order never matters."""
-    label_of = {name: label for label, name in enumerate(class_names)}
-    images: list[list[_Image]] = [[] for _ in class_names]
-    for path, label in make_dataset(folder, label_of, IMG_EXTENSIONS, allow_empty=True):
-        images[label].append(_Image(path, label))
-    empty = [name for name, found in zip(class_names, images, strict=True) if not found]
-    if empty:
-        raise ValueError(
-            f"no images in the class folders {', '.join(empty)} of {str(folder)!r} (known "
-            f"extensions: {', '.join(IMG_EXTENSIONS)}). Fill them, delete them, or leave them out "
-            "with `classes=`."
-        )
-    for name, found in zip(class_names, images, strict=True):
-        if not any(Path(path).parent == folder / name for path, _ in found):
-            raise ValueError(
-                f"the images of {name!r} in {str(folder)!r} all lie in subfolders of it, such as "
-                f"{found[0].path!r}. {LAYOUTS}."
-            )
-    return images
-
-
-def _draw_split(
-    images: list[list[_Image]], class_names: list[str], test_fraction: float, seed: int | None
-) -> tuple[list[_Image], list[_Image]]:
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"`test_fraction` is {test_fraction}; it must lie between 0 and 1.")
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
-    train: list[_Image] = []
-    test: list[_Image] = []
-    for name, found in zip(class_names, images, strict=True):
-        if len(found) < 2:
-            raise ValueError(
-                f"the class {name!r} has a single image, {found[0].path!r}; it takes two to draw "
-                "a training and a test set. Add images, or leave the class out with `classes=`."
-            )
-        # One generator per class: the split of a class does not depend on which others are used.
-        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-        n_test = min(max(round(test_fraction * len(found)), 1), len(found) - 1)
-        drawn = set(torch.randperm(len(found), generator=generator)[:n_test].tolist())
-        train += [image for i, image in enumerate(found) if i not in drawn]
-        test += [image for i, image in enumerate(found) if i in drawn]
-    return train, test
 
 
 # ---------------------------------------------------------------------------- from files to tensors
@@ -241,16 +149,37 @@ def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _decoded(files: tuple[_File, ...], preprocessing: ImagePreprocessing) -> Tensor:
-    """All images as bytes, ``(n, 3, height, width)``; seeds and methods of a comparison share it."""
-    images = torch.empty(len(files), *preprocessing.input_size, dtype=torch.uint8)
+    """All images as bytes, ``(n, 3, height, width)``; seeds and methods share one copy."""
+    return _stacked(len(files), preprocessing, lambda row: _read(files[row].path, preprocessing))
 
-    def decode(row: int) -> None:
-        images[row] = _read(files[row].path, preprocessing)
+
+def _stacked(n: int, preprocessing: ImagePreprocessing, read: Callable[[int], Tensor]) -> Tensor:
+    """``read(0)`` to ``read(n - 1)``, read by several threads, ``(n, 3, height, width)``."""
+    images = torch.empty(n, *preprocessing.input_size, dtype=torch.uint8)
+
+    def fill(row: int) -> None:
+        images[row] = read(row)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow releases the GIL
-        for _ in pool.map(decode, range(len(files))):
+        for _ in pool.map(fill, range(n)):
             pass
     return images
+
+
+def _fits(n: int, preprocessing: ImagePreprocessing, cache_bytes: int) -> bool:
+    return n * math.prod(preprocessing.input_size) <= cache_bytes
+
+
+def _datasets(
+    parts: Sequence[list[_Image]], preprocessing: ImagePreprocessing, cache_bytes: int
+) -> list[_Images]:
+    """One dataset per list of images, all over one copy in memory if that fits."""
+    paths = sorted({image.path for part in parts for image in part})
+    images, row_of = None, {}
+    if _fits(len(paths), preprocessing, cache_bytes):
+        images = _decoded(tuple(_stamp(path) for path in paths), preprocessing)
+        row_of = {path: row for row, path in enumerate(paths)}
+    return [_Images(part, preprocessing, images, row_of) for part in parts]
 
 
 class _Images(Dataset):
