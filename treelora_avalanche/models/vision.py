@@ -6,23 +6,35 @@ file, whatever the number of classes or the image size those weights were traine
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import logging
+import pickle
+import re
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import load_state_dict
+from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 from torchvision.transforms import Compose, ConvertImageDtype, Normalize
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+# What iBOT's training adds to the backbone: the projection head (its `models/head.py`) and the
+# embedding of masked patches.
+IBOT_PRETRAINING_KEYS = re.compile(r"head\.(mlp|last_layer|last_norm)2?\.|masked_embed$")
+
+logger = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------- the backbone
@@ -43,6 +55,18 @@ def create_vit(
     embeddings are resampled where ``img_size`` is not the size of the pretraining; the classifier
     of the checkpoint is kept only if it has ``num_classes`` classes; all parameters are float32.
 
+    Checkpoints of iBOT (https://github.com/bytedance/ibot) are read in all their forms: the
+    backbone alone (``checkpoint_teacher.pth``, key ``state_dict``) and the whole training state
+    (``checkpoint.pth``, of which the key ``teacher`` is taken). The second is the only published
+    form of the teacher of "iBOT-21K", ViT-B/16 on ImageNet-22K, used by HiDe-Prompt and TreeLoRA:
+    https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitb_16_pt22k/checkpoint.pth.
+    What belongs to the pretraining only, projection head and mask embedding, is left out; the log
+    says what. iBOT normalises images with ImageNet's mean and deviation, timm's
+    ``vit_base_patch16_224`` with 0.5: take the name ``vit_base_patch16_224.dino``, the same
+    architecture, and :func:`image_preprocessing` gives iBOT's::
+
+        create_vit("vit_base_patch16_224.dino", num_classes=100, checkpoint="checkpoint.pth")
+
     :param name: name of the model in timm, such as ``vit_base_patch16_224``.
     :param num_classes: classes of the head, over all tasks; 0 for a model without a head.
     :param checkpoint: a ``.safetensors`` or ``.pth`` file, or a folder that holds exactly one.
@@ -53,7 +77,7 @@ def create_vit(
     :param timm_kwargs: further arguments of ``timm.create_model``, such as ``drop_path_rate``.
     :return: the model, as timm makes it.
     :raises ValueError: if the name is unknown or not a vision transformer, or if the weights in
-        ``checkpoint`` are not those of this model.
+        ``checkpoint`` are not those of this model, or its file is damaged.
     """
     _check_name(name)
     if checkpoint is not None and pretrained:
@@ -118,17 +142,59 @@ def _checkpoint_file(path: Path) -> Path:
     return path
 
 
-def _load_checkpoint(model: nn.Module, file: Path, num_classes: int) -> None:
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict in a file, under the names of a plain model and in float32."""
     try:
-        weights = load_state_dict(str(file), weights_only=True)
-        # float32 at once: in float16 the resampled position embeddings would be rounded.
-        weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        # iBOT keeps its arguments beside the weights: plain values, and nothing to execute.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # each format has exceptions of its own for a file it cannot read
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError) and _is_pickle(file):
+            raise ValueError(
+                f"`checkpoint` {str(file)!r} cannot be read as plain tensors ({reason}). Files "
+                "that hold pickled objects are never loaded: save the state dict alone, best as "
+                ".safetensors."
+            ) from error
         raise ValueError(
-            f"`checkpoint` {str(file)!r} cannot be read as plain tensors "
-            f"({str(error).splitlines()[0]}). Files that hold pickled objects are never loaded: "
-            "save the state dict alone, best as .safetensors."
+            f"`checkpoint` {str(file)!r} is damaged or incomplete ({file.stat().st_size:,} bytes: "
+            f"{reason}); fetch or write the file again."
         ) from error
+    if isinstance(state.get("teacher"), dict):  # the whole state of a self-distillation
+        others = state.keys() - {"teacher"}
+        logger.info("%s: took 'teacher', left out %s", file, _some(others, at_most=20))
+        state = clean_state_dict(state["teacher"])
+    strange = {str(k) for k, v in state.items() if not isinstance(v, Tensor)}
+    if strange or not state:
+        raise ValueError(
+            f"`checkpoint` {str(file)!r} holds no state dict, neither at its top nor under "
+            f"'state_dict', 'model' or 'teacher' (not tensors: {_some(strange) or 'all is empty'})."
+        )
+    state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    dropped = {name for name in state if IBOT_PRETRAINING_KEYS.match(name)}
+    if dropped:
+        logger.info(
+            "%s: left out %d tensors of iBOT's pretraining, which are not part of the backbone: %s",
+            file,
+            len(dropped),
+            _some(dropped, at_most=len(dropped)),
+        )
+    # float32 at once: in float16 the resampled position embeddings would be rounded.
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+        if name not in dropped
+    }
+
+
+def _is_pickle(file: Path) -> bool:
+    """Whether a file could be torch's at all: a whole zip archive, or a bare pickle."""
+    with file.open("rb") as stream:
+        return stream.read(1) == b"\x80" or zipfile.is_zipfile(stream)
+
+
+def _load_checkpoint(model: nn.Module, file: Path, num_classes: int) -> None:
+    weights = _read_weights(file)
     # timm keeps one filter per family of models in its module: it resamples position embeddings
     # and patches, and understands the key names of the original releases.
     family = sys.modules[type(model).__module__]
@@ -170,6 +236,19 @@ def _some(keys: set[str], at_most: int = 5) -> str:
 
 
 # ------------------------------------------------------------------------------------ preprocessing
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """What a viewer shows; ``convert("RGB")`` alone clips 16 bits and uncovers hidden colours."""
+    if image.mode == "F":
+        raise ValueError("floating point pixels have no known range; save the image as 8 bit")
+    if image.mode.startswith("I"):  # from 16-bit PNG, TIFF or PGM, in 16 or 32 bits per pixel
+        pixels = np.asarray(image).clip(0, 65535)
+        return Image.fromarray(np.rint(pixels / 257).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "PA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -221,9 +300,11 @@ class ImagePreprocessing:
     def resize(self, image: Image.Image) -> Tensor:
         """The image as RGB bytes of the model's input size, ``(3, height, width)``, uint8.
 
-        :param image: an image of any mode and size.
+        :param image: an image of any mode and size. Where it is transparent it is seen on white;
+            16 bits are scaled to 8.
+        :raises ValueError: for floating point images, whose range nothing tells.
         """
-        return self._resize(image.convert("RGB"))
+        return self._resize(_as_rgb(image))
 
     def normalize(self, image: Tensor) -> Tensor:
         """The bytes as the model wants them, float32.
