@@ -1,0 +1,92 @@
+"""Published archives: where they are found on disk, or else fetched, checked and unpacked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision.datasets.utils import download_url, extract_archive
+
+
+class PublishedArchive(NamedTuple):
+    """An archive with a public address."""
+
+    title: str
+    url: str
+    md5: str
+    folder: str
+    """ The folder in it. """
+    example: str
+    """ Something in that folder, to say where things belong. """
+    size: str
+
+    @property
+    def filename(self) -> str:
+        """Name of the archive's file."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+IMAGENET_R = PublishedArchive(
+    title="ImageNet-R",
+    url="https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+    md5="a61312130a589d0ca1a8fca1f2bd3337",
+    folder="imagenet-r",
+    example="n01443537/",
+    size="2.2 GB",
+)
+
+CUB_200_2011 = PublishedArchive(
+    title="CUB-200-2011",
+    url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+    md5="97eceeb196236b17998738112f37df78",
+    folder="CUB_200_2011",
+    example="images.txt",
+    size="1.2 GB",
+)
+
+
+def published_folder(
+    archive: PublishedArchive,
+    dataset_root: str | Path,
+    download: bool,
+    is_it: Callable[[Path], bool],
+) -> Path:
+    """The unpacked archive: ``dataset_root`` itself or the folder of the published name in it.
+
+    A download counts only with the published checksum, and is unpacked beside its final place, so
+    that an interruption never leaves a part of it there.
+
+    :param archive: what to look for.
+    :param dataset_root: where to look, and where to download to.
+    :param download: whether to fetch it if it is not there.
+    :param is_it: tells whether a folder is the unpacked archive.
+    :raises OSError: if it is not there, or cannot be fetched.
+    """
+    root = Path(dataset_root).expanduser()
+    if root.is_dir() and is_it(root):
+        return root
+    folder = root / archive.folder
+    if folder.is_dir():
+        return folder
+    if not download:
+        raise FileNotFoundError(
+            f"`dataset_root` {str(root)!r} holds no {archive.title}. Pass `download=True` to fetch "
+            f"{archive.url} ({archive.size}) into it (an intact {archive.filename} in that folder "
+            f"is unpacked, not fetched again), or unpack it there yourself, so that "
+            f"{str(folder / archive.example)!r} exists."
+        )
+    try:
+        download_url(archive.url, root, archive.filename, archive.md5)
+    # RuntimeError is torchvision's for a wrong checksum.
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"{archive.title} could not be downloaded ({error}). Fetch {archive.url} "
+            f"({archive.size}, MD5 {archive.md5}) by other means, put it as "
+            f"{str(root / archive.filename)!r} and call again: it will be checked and unpacked."
+        ) from error
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root) as temporary:
+        extract_archive(root / archive.filename, temporary)
+        (Path(temporary) / archive.folder).rename(folder)
+    return folder

@@ -1,0 +1,199 @@
+"""CIFAR-100 as a class-incremental stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from avalanche.benchmarks import NCScenario
+from avalanche.benchmarks.datasets import default_dataset_location
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR100
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
+from ..models.vision import ImagePreprocessing
+from .by_class import split_by_class
+from .folders import _choose_classes
+from .vision import _File, _fits, _stacked, _stamp
+
+
+def SplitCIFAR100(
+    n_experiences: int = 10,
+    *,
+    dataset_root: str | Path | None = None,
+    download: bool = True,
+    preprocessing: ImagePreprocessing | None = None,
+    train_transform: Callable[[Tensor], Any] | None = None,
+    eval_transform: Callable[[Tensor], Any] | None = None,
+    classes: Sequence[str] | None = None,
+    fixed_class_order: Sequence[int] | None = None,
+    seed: int | None = None,
+    shuffle: bool = True,
+    cache_bytes: int = 2 * 1024**3,
+    return_task_id: bool = False,
+) -> NCScenario:
+    """CIFAR-100, split by class: 50,000 training and 10,000 test images of 100 classes.
+
+    The images (Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images",
+    https://www.cs.toronto.edu/~kriz/cifar.html) have 32 x 32 pixels; they are enlarged to the input
+    size of the model. torchvision reads the published files, and opens none whose checksum differs.
+
+    :param n_experiences: number of tasks; a divisor of the number of classes.
+    :param dataset_root: the folder that holds, or will hold, ``cifar-100-python``; by default
+        Avalanche's place for data sets.
+    :param download: whether to download what is missing or damaged, 169 MB.
+    :param preprocessing: how images become tensors; pass
+        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
+        ImageNet at 224 pixels.
+    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+        stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
+    :param eval_transform: the same for the test stream.
+    :param classes: names of the classes to use, such as "apple"; ``classes[i]`` gets label i. By
+        default all, with their published labels.
+    :param fixed_class_order: labels in the order in which they arrive; overrides the drawing.
+    :param seed: seed of the class order; None draws it from the global random state.
+    :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
+    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
+        here (at 224 pixels they take 9.0 GB); otherwise each is resized on access. Benchmarks of
+        the same preprocessing share one copy.
+    :param return_task_id: if True, every experience has a task label of its own, else all have 0.
+    :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
+    :raises OSError: if the files are missing or damaged and could not be downloaded; the message
+        says what to fetch and where to put it.
+    :raises ValueError: if the classes or their number do not fit.
+    """
+    root = Path(dataset_root or default_dataset_location("cifar100")).expanduser()
+    preprocessing = preprocessing or ImagePreprocessing()
+    train, test = _readers(root, download)
+    class_names = _choose_classes(root, train.classes, train.classes, classes)
+
+    labels = {train.classes.index(name): label for label, name in enumerate(class_names)}
+    chosen = [np.flatnonzero(np.isin(part.targets, list(labels))) for part in (train, test)]
+    source = _Pixels(
+        tuple(_stamp(str(file)) for file, _ in _files(root)),
+        tuple(class_names),
+        np.concatenate([part.data[rows] for part, rows in zip((train, test), chosen, strict=True)]),
+    )
+    kept = None
+    if _fits(len(source.pixels), preprocessing, cache_bytes):
+        kept = _resized(source, preprocessing)
+    train_labels, test_labels = (
+        [labels[part.targets[row]] for row in rows]
+        for part, rows in zip((train, test), chosen, strict=True)
+    )
+    return split_by_class(
+        _ResizedPixels(source, 0, train_labels, preprocessing, kept),
+        _ResizedPixels(source, len(train_labels), test_labels, preprocessing, kept),
+        class_names,
+        n_experiences,
+        seed=seed,
+        fixed_class_order=fixed_class_order,
+        shuffle=shuffle,
+        return_task_id=return_task_id,
+        train_transform=train_transform or preprocessing.normalize,
+        eval_transform=eval_transform or preprocessing.normalize,
+    )
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+def _files(root: Path) -> list[tuple[Path, str]]:
+    """The published files with their checksums."""
+    listed = [*CIFAR100.train_list, *CIFAR100.test_list]
+    listed.append([CIFAR100.meta["filename"], CIFAR100.meta["md5"]])
+    return [(root / CIFAR100.base_folder / name, md5) for name, md5 in listed]
+
+
+def _readers(root: Path, download: bool) -> tuple[CIFAR100, CIFAR100]:
+    """torchvision's readers of the training and the test images."""
+    wrong = [
+        f"{file.name} is {'damaged (wrong MD5)' if file.is_file() else 'missing'}"
+        for file, md5 in _files(root)
+        if not check_integrity(file, md5)
+    ]
+    archive = root / CIFAR100.filename
+    remedy = (
+        f"Fetch {CIFAR100.url} (169 MB, MD5 {CIFAR100.tgz_md5}) and put it as {str(archive)!r}; "
+        "with `download=True` an intact archive is unpacked, not fetched again."
+    )
+    state = f"in {str(root / CIFAR100.base_folder)!r} {', '.join(wrong)}"
+    if wrong and not download:
+        raise FileNotFoundError(f"CIFAR-100 is not complete: {state}. {remedy}")
+    if wrong:
+        try:
+            # Not by the reader's `download=True`, which overlooks missing class names.
+            download_and_extract_archive(
+                CIFAR100.url, root, filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
+            )
+        # RuntimeError is torchvision's for a wrong checksum.
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"CIFAR-100 could not be downloaded ({error}): {state}. {remedy}"
+            ) from error
+    return CIFAR100(root, train=True), CIFAR100(root, train=False)
+
+
+# ------------------------------------------------------------------------- from pixels to tensors
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """The images of chosen classes, training images first; equal if read from the same files."""
+
+    files: tuple[_File, ...]
+    classes: tuple[str, ...]
+    pixels: np.ndarray = field(compare=False)
+    """ (n, 32, 32, 3), uint8 """
+
+
+def _resize(source: _Pixels, row: int, preprocessing: ImagePreprocessing) -> Tensor:
+    return preprocessing.resize(Image.fromarray(source.pixels[row]))
+
+
+@lru_cache(maxsize=2)
+def _resized(source: _Pixels, preprocessing: ImagePreprocessing) -> Tensor:
+    """All images as bytes, ``(n, 3, height, width)``; seeds and methods share one copy."""
+    return _stacked(
+        len(source.pixels), preprocessing, lambda row: _resize(source, row, preprocessing)
+    )
+
+
+class _ResizedPixels(Dataset):
+    """Consecutive images of a source as uint8 tensors with their labels.
+
+    :param source: the images.
+    :param first: the first row of this dataset in the source.
+    :param targets: the labels.
+    :param preprocessing: how images are resized.
+    :param images: all images of the source in their new size, or None.
+    """
+
+    def __init__(
+        self,
+        source: _Pixels,
+        first: int,
+        targets: list[int],
+        preprocessing: ImagePreprocessing,
+        images: Tensor | None,
+    ) -> None:
+        self.source = source
+        self.first = first
+        self.targets = targets
+        self.preprocessing = preprocessing
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.first + index
+        if self.images is not None:
+            return self.images[row], self.targets[index]
+        return _resize(self.source, row, self.preprocessing), self.targets[index]

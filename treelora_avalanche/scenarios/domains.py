@@ -1,0 +1,172 @@
+"""Domain-incremental benchmarks of images: the same classes, seen in one domain after another."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.benchmarks import GenericCLScenario, dataset_benchmark
+from torch import Tensor
+
+from ..models.vision import ImagePreprocessing
+from .folders import _choose_classes, _class_folders, _draw_split, _Image, _images_of
+from .vision import _datasets
+
+LAYOUTS = (
+    "Accepted are <root>/train/<domain>/<class>/<image> with <root>/test/<domain>/<class>/<image>, "
+    "or <root>/<domain>/<class>/<image>, of which a test set is drawn"
+)
+
+
+def DomainImageFolder(
+    dataset_root: str | Path,
+    *,
+    domains: Sequence[str] | None = None,
+    preprocessing: ImagePreprocessing | None = None,
+    train_transform: Callable[[Tensor], Any] | None = None,
+    eval_transform: Callable[[Tensor], Any] | None = None,
+    classes: Sequence[str] | None = None,
+    seed: int | None = None,
+    shuffle: bool = True,
+    test_fraction: float = 0.2,
+    cache_bytes: int = 2 * 1024**3,
+) -> GenericCLScenario:
+    """A folder of images, one subfolder per domain, as a domain-incremental benchmark.
+
+    Every experience holds all classes, in one domain; such as PACS (Li et al. 2017, "Deeper,
+    Broader and Artier Domain Generalization"), DomainNet or Office-Home. Two layouts are accepted:
+    ``root/train/<domain>/<class>/*`` with ``root/test/<domain>/<class>/*``, a given split; and
+    ``root/<domain>/<class>/*``, of which a test set is drawn, stratified by domain and class. Files
+    that are not images are ignored, images of any mode are read as RGB. The task label is 0
+    everywhere: nothing tells a strategy which domain an image is from.
+
+    :param dataset_root: the folder.
+    :param domains: names of the domain folders to use, in the order in which they arrive; overrides
+        the drawing. By default all.
+    :param preprocessing: how images become tensors; pass
+        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
+        ImageNet at 224 pixels.
+    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+        stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
+    :param eval_transform: the same for the test stream.
+    :param classes: names of the class folders to use; ``classes[i]`` gets label i. By default all,
+        sorted by name.
+    :param seed: seed of the order of the domains and of the drawn split; None draws both from the
+        global random state.
+    :param shuffle: whether to draw the order; if False, domains arrive in alphabetical order.
+    :param test_fraction: share of each class of each domain that becomes the test set where none is
+        given.
+    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
+        here; otherwise files are read on access. Benchmarks of the same files and the same
+        preprocessing share one copy.
+    :return: the benchmark, one experience per domain in both streams. It carries ``domain_names``
+        (``domain_names[experience.current_experience]``), ``class_names`` (``class_names[label]``)
+        and ``n_classes``.
+    :raises ValueError: if the folder, its domains or their classes do not fit; the message says how
+        to mend it.
+    :raises OSError: if an image cannot be read: here when images are kept in memory, else on
+        access.
+    """
+    root = Path(dataset_root).expanduser()
+    preprocessing = preprocessing or ImagePreprocessing()
+    parts = _parts(root)
+    names = _choose_domains(root, parts, domains)
+    if domains is None and shuffle:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+    class_names = _common_classes(root, parts, names, classes)
+
+    train: list[list[_Image]] = []
+    test: list[list[_Image]] = []
+    if seed is None and len(parts) == 1:  # one seed for the splits of all domains
+        seed = int(torch.randint(2**31, ()))
+    for name in names:
+        found = [_images_of(part / name, class_names, LAYOUTS) for part in parts]
+        if len(found) == 2:
+            train_images, test_images = (list(chain(*images)) for images in found)
+        else:
+            # Named as the user finds them; and classes of different domains are drawn apart.
+            cells = [f"{name}/{class_name}" for class_name in class_names]
+            train_images, test_images = _draw_split(found[0], cells, test_fraction, seed)
+        train.append(train_images)
+        test.append(test_images)
+
+    datasets = _datasets(train + test, preprocessing, cache_bytes)
+    # The generator of the same family as `nc_benchmark`, with which Avalanche's strategies work.
+    benchmark = dataset_benchmark(
+        datasets[: len(names)],
+        datasets[len(names) :],
+        train_transform=train_transform or preprocessing.normalize,
+        eval_transform=eval_transform or preprocessing.normalize,
+    )
+    benchmark.domain_names = names
+    benchmark.class_names = class_names
+    benchmark.n_classes = len(class_names)
+    return benchmark
+
+
+def _parts(root: Path) -> list[Path]:
+    """The folders for training and for testing, or the one folder of which both are drawn."""
+    if not root.is_dir():
+        raise ValueError(f"`dataset_root` is {str(root)!r}, which is not a folder. {LAYOUTS}.")
+    given = [root / part for part in ("train", "test") if (root / part).is_dir()]
+    if len(given) == 2:
+        return given
+    if given and next(given[0].glob("*/*/"), None) is not None:
+        missing = "test" if given[0].name == "train" else "train"
+        raise ValueError(
+            f"`dataset_root` {str(root)!r} has a folder {given[0].name!r} with domains but none "
+            f"named {missing!r}. {LAYOUTS}."
+        )
+    return [root]
+
+
+def _choose_domains(root: Path, parts: list[Path], domains: Sequence[str] | None) -> list[str]:
+    found = [_class_folders(part, LAYOUTS) for part in parts]
+    known = sorted(set(found[0]).intersection(*found))
+    if domains is None:
+        alone = sorted(set(chain(*found)) - set(known))
+        if alone:
+            raise ValueError(
+                f"'train' and 'test' of `dataset_root` {str(root)!r} hold different domains (in "
+                f"one of them only: {', '.join(alone)}). Complete them, or name the common ones in "
+                "`domains=`."
+            )
+        return known
+    names = list(domains)
+    if not names or isinstance(domains, str) or len(set(names)) < len(names):
+        raise ValueError(f"`domains` is {domains!r}; it must be a list of different domain names.")
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=3)
+            hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+            raise ValueError(
+                f"`domains` names {name!r}, which is not among the {len(known)} domain folders of "
+                f"{str(root)!r} ({', '.join(known)}).{hint}"
+            )
+    return names
+
+
+def _common_classes(
+    root: Path, parts: list[Path], domains: list[str], classes: Sequence[str] | None
+) -> list[str]:
+    folders = [part / domain for domain in domains for part in parts]
+    found = {folder: set(_class_folders(folder, LAYOUTS)) for folder in folders}
+    everything = set(chain(*found.values()))
+    common = sorted(everything.intersection(*found.values()))
+    if classes is None and len(common) < len(everything):
+        lacking = "; ".join(
+            f"{folder.relative_to(root)} lacks {', '.join(sorted(everything - names))}"
+            for folder, names in sorted(found.items())
+            if everything - names
+        )
+        raise ValueError(
+            f"the domains of `dataset_root` {str(root)!r} hold different classes ({lacking}). "
+            f"Complete them, or name the common ones in `classes=`"
+            f"{': ' + ', '.join(common) if common else ' (there are none)'}."
+        )
+    return _choose_classes(root, common, common, classes)
