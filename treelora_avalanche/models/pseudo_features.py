@@ -69,6 +69,17 @@ def load_statistics(state: list[dict[str, Any]]) -> list[ClassStatistics]:
     return [ClassStatistics(**plain) for plain in state]
 
 
+def move_statistics(
+    statistics: Sequence[ClassStatistics], device: torch.device | str
+) -> list[ClassStatistics]:
+    """The statistics on another device; loaded ones come on the CPU.
+
+    :param statistics: the classes.
+    :param device: where to.
+    """
+    return [s._replace(mean=s.mean.to(device), factor=s.factor.to(device)) for s in statistics]
+
+
 class PseudoFeatures:
     """Draws features as the classes would have them.
 

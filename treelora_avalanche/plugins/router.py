@@ -13,6 +13,7 @@ from treelora_avalanche.models.pseudo_features import (
     ClassStatistics,
     PseudoFeatures,
     load_statistics,
+    move_statistics,
     statistics_of,
     statistics_state,
     train_head,
@@ -38,6 +39,7 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self.tree = tree
         self.seed = seed
         self.statistics: list[ClassStatistics] = []
+        self._loaded = False
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Looks at the task's images through the frozen backbone, and fits the router anew."""
@@ -49,19 +51,28 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             batches = [(view.frozen_features(x.to(strategy.device)), y) for x, y, *_ in loader]
         features = torch.cat([frozen for frozen, _ in batches])
         targets = torch.cat([target for _, target in batches]).to(features.device)
+        self.statistics = move_statistics(self.statistics, features.device)
         self.statistics += statistics_of(features, targets, self.tree.n_tasks - 1, max_rank=64)
         self._fit(view)
+        self._loaded = False
 
     def before_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Fits the router of a strategy that has just been loaded."""
-        if self.statistics and strategy.model.router is None:
-            self._fit(strategy.model)
+        if self._loaded:
+            self._loaded = False
+            self.statistics = move_statistics(self.statistics, strategy.device)
+            strategy.model.router = None
+            if self.statistics:
+                self._fit(strategy.model)
 
     def _fit(self, view: RoutedView) -> None:
         """Trains the router from nothing, so that it depends on the statistics alone."""
         device = self.statistics[0].mean.device
         clusters = [s._replace(label=i) for i, s in enumerate(self.statistics)]
-        head = nn.Linear(len(clusters[0].mean), len(clusters), device=device)
+        # Without the usual initialisation: it would draw from the global generator.
+        head = nn.utils.skip_init(
+            nn.Linear, len(clusters[0].mean), len(clusters), device=str(device)
+        )
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         generator = torch.Generator().manual_seed(self.seed + len(clusters))
@@ -89,3 +100,4 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         :param state: what :meth:`state_dict` returned.
         """
         self.statistics = load_statistics(state["statistics"])
+        self._loaded = True

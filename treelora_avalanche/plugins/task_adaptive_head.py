@@ -20,6 +20,7 @@ from treelora_avalanche.models.pseudo_features import (
     PseudoFeatures,
     feature_drift,
     load_statistics,
+    move_statistics,
     statistics_of,
     statistics_state,
     train_head,
@@ -98,6 +99,7 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Takes the statistics of the new classes and re-trains the head on all."""
         features, targets = self._features(strategy)
+        self.statistics = move_statistics(self.statistics, features.device)
         if self._must_follow(strategy):
             drift = feature_drift(self._before, features)
             self.statistics = [s.moved(*drift) for s in self.statistics]

@@ -163,8 +163,8 @@ class Resumable:
         moment: it is replaced when the new state is written.
 
         Avalanche has ``save_checkpoint`` and ``maybe_load_checkpoint`` (in
-        ``avalanche.checkpointing``) for this. **They do not work with today's torch**: Avalanche 0.6
-        pickles the whole strategy with dill, which fails on every optimizer of ``torch.optim``,
+        ``avalanche.checkpointing``) for this. **They do not work with today's torch**: Avalanche
+        0.6 pickles the whole strategy with dill, which fails on every optimizer of ``torch.optim``,
         and the file that was there before is lost. ``tests/test_state.py`` tells when that is
         mended. Use this method.
 
@@ -350,11 +350,7 @@ def _plugins(strategy: Any) -> dict[str, Any]:
 
 
 def _metrics(strategy: Any) -> dict[str, Any]:
-    return _keyed(
-        metric
-        for metric in strategy.evaluator.metrics
-        if has_state(metric)
-    )
+    return _keyed(metric for metric in strategy.evaluator.metrics if has_state(metric))
 
 
 def _keyed(items: Iterable[Any]) -> dict[str, Any]:

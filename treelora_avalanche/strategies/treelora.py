@@ -44,20 +44,20 @@ class TreeLoRAStrategy(SeqLoRA):
 
     Finished tasks are filed in a K-D tree by the direction in which they moved the adapter. During
     training a bandit search on that tree (lower confidence bounds) looks at one past task per layer
-    and step, and a sparse update keeps the adapter close, in most coordinates exactly, to the one it
-    picks. With ``tree_lambda=0`` this is :class:`SeqLoRA`, bit for bit. Task labels are not used.
+    and step, and a sparse update keeps the adapter close, in most coordinates exactly, to the one
+    it picks. With ``tree_lambda=0`` this is :class:`SeqLoRA`, bit for bit. Task labels are not used.
 
     :param model: a pretrained model, see :class:`SeqLoRA`.
     :param tree_lambda: strength lambda of the pull (Eq. 3).
     :param selection: ``"lcb"``, the paper's search; ``"nearest"``, the exact nearest by distance to
         all stored signatures; ``"random"``, the control.
     :param depth: levels of the tree; by default the number of adapted matrices, at most 64.
-    :param max_adapters: storage budget: beyond it the two closest adapters are merged into one. None
-        keeps all.
+    :param max_adapters: storage budget: beyond it the two closest adapters are merged into one.
+        None keeps all.
     :param seed: seed of the selection.
-    :param inference: ``"last"``, the live adapter answers, as in the paper; ``"routed"``, each sample
-        is answered by the adapter of the task that the frozen backbone takes it for. Routing needs a
-        head that knows all classes under their own adapters: ``head="task_adaptive"``.
+    :param inference: ``"last"``, the live adapter answers, as in the paper; ``"routed"``, each
+        sample is answered by the adapter of the task that the frozen backbone takes it for. Routing
+        needs a head that knows all classes under their own adapters: ``head="task_adaptive"``.
     :param plugins: further plugins, which run before TreeLoRA's own; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
     :raises ValueError: if an argument is out of range; the model is then as it was.

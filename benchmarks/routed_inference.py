@@ -1,0 +1,93 @@
+"""What routed inference costs: its pass over one pass of the live adapter.
+
+Random images through a ViT with random weights and ten finished adapters; the passes alternate, and
+what is compared are medians.
+
+    python benchmarks/routed_inference.py --check
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+
+import timm
+import torch
+from _command import run
+from rich.console import Console
+from rich.table import Table
+
+from treelora_avalanche.adapters import AdapterBank, LoRAFactors, add_lora
+from treelora_avalanche.models.routed import RoutedView, Router
+
+TARGET = 1.6
+
+
+def routed_inference(
+    model: str = "deit_tiny_patch16_224",
+    img_size: int = 112,
+    batch_size: int = 256,
+    layers: str = "last:5",
+    n_adapters: int = 10,
+    rounds: int = 15,
+    device: str = "cpu",
+) -> list[str]:
+    """Times both inference modes.
+
+    :param model: name of a timm ViT; its weights are random.
+    :param img_size: pixels on a side.
+    :param batch_size: images per pass.
+    :param layers: adapted blocks.
+    :param n_adapters: finished adapters, one per class.
+    :param rounds: passes of each mode; the first is not counted.
+    :param device: where to compute.
+    :return: the missed targets.
+    """
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    vit = timm.create_model(model, img_size=img_size, num_classes=100)
+    bank = AdapterBank()
+    view = RoutedView(add_lora(vit, layers=layers), bank).to(device).eval()
+    factors = LoRAFactors(view)
+    for _ in range(n_adapters):
+        factors.stack.normal_(std=0.01)
+        bank.append(factors)
+    # Rows of the weight are directions without preference, so the samples spread over all adapters.
+    weight = torch.randn(n_adapters, vit.num_features, device=device)
+    router = Router(
+        weight, torch.zeros(n_adapters, device=device), torch.arange(n_adapters, device=device)
+    )
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    with torch.no_grad():
+        centre = view.frozen_features(images).mean(0)
+        router = router._replace(bias=-(weight @ centre))
+
+    def milliseconds(mode: Router | None) -> float:
+        view.router = mode
+        start = time.perf_counter()
+        view(images)
+        if images.device.type != "cpu":
+            torch.accelerator.synchronize(images.device)
+        return 1e3 * (time.perf_counter() - start)
+
+    times: dict[str, list[float]] = {"last": [], "routed": []}
+    with torch.no_grad():
+        for _ in range(rounds):
+            times["last"].append(milliseconds(None))
+            times["routed"].append(milliseconds(router))
+        used = len(router(view.frozen_features(images)).unique())
+    last, routed = (statistics.median(values[1:]) for values in times.values())
+    table = Table(title=f"{model} at {img_size} px, batch {batch_size}, {layers} adapted, {device}")
+    for column in ("inference", "ms/batch (median)", "over last"):
+        table.add_column(column, justify="left" if column == "inference" else "right")
+    table.add_row("last", f"{last:.1f}", "1.000")
+    table.add_row(f"routed, {used} adapters in the batch", f"{routed:.1f}", f"{routed / last:.3f}")
+    Console().print(table)
+    if routed / last > TARGET:
+        return [f"routed over last inference is {routed / last:.2f}, above {TARGET}"]
+    return []
+
+
+if __name__ == "__main__":
+    run(routed_inference)
