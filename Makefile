@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Threads that spin while they wait slow each other down where cores are few or busy.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: install demo test lint clean
 

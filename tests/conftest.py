@@ -1,6 +1,10 @@
 """Fixtures that several test files share."""
 
 import os
+
+# Before torch is imported: waiting threads that spin crawl on busy cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -229,7 +229,7 @@ def test_strategy_equals_its_plugins_attached_to_naive(tiny_vit, tiny_benchmark)
         plugins=[
             TreeBuilderPlugin(tree, bank),
             selector,
-            SparseUpdatePlugin(selector, bank, 0.1),
+            SparseUpdatePlugin(selector, bank, 0.5),
         ],
     )
     train(attached, tiny_benchmark)

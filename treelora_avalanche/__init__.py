@@ -1,0 +1,91 @@
+"""Continual fine-tuning of pretrained transformers, as Avalanche strategies.
+
+The strategies, plugins and metrics are loaded when they are first asked for: importing torch and
+Avalanche takes seconds, and ``treelora --help`` needs neither.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from treelora_avalanche._version import __version__
+
+if TYPE_CHECKING:
+    from treelora_avalanche.adapters import AdapterBank, TrainableView, add_lora, load_adapter
+    from treelora_avalanche.metrics import (
+        AccuracyMatrix,
+        BackwardTransfer,
+        OverallPerformance,
+        continual_metrics,
+    )
+    from treelora_avalanche.plugins import (
+        LCBSelectorPlugin,
+        SparseUpdatePlugin,
+        TaskAdaptiveHeadPlugin,
+        TreeBuilderPlugin,
+    )
+    from treelora_avalanche.strategies import (
+        EWCLoRA,
+        FrozenGaussian,
+        FrozenNCM,
+        GEMLoRA,
+        SeqLoRA,
+        TreeLoRAStrategy,
+    )
+    from treelora_avalanche.tree import AdapterTree
+
+_HOME = {
+    "AccuracyMatrix": "metrics",
+    "AdapterBank": "adapters",
+    "AdapterTree": "tree",
+    "BackwardTransfer": "metrics",
+    "EWCLoRA": "strategies",
+    "FrozenGaussian": "strategies",
+    "FrozenNCM": "strategies",
+    "GEMLoRA": "strategies",
+    "LCBSelectorPlugin": "plugins",
+    "OverallPerformance": "metrics",
+    "SeqLoRA": "strategies",
+    "SparseUpdatePlugin": "plugins",
+    "TaskAdaptiveHeadPlugin": "plugins",
+    "TrainableView": "adapters",
+    "TreeBuilderPlugin": "plugins",
+    "TreeLoRAStrategy": "strategies",
+    "add_lora": "adapters",
+    "continual_metrics": "metrics",
+    "load_adapter": "adapters",
+}
+
+__all__ = [
+    "AccuracyMatrix",
+    "AdapterBank",
+    "AdapterTree",
+    "BackwardTransfer",
+    "EWCLoRA",
+    "FrozenGaussian",
+    "FrozenNCM",
+    "GEMLoRA",
+    "LCBSelectorPlugin",
+    "OverallPerformance",
+    "SeqLoRA",
+    "SparseUpdatePlugin",
+    "TaskAdaptiveHeadPlugin",
+    "TrainableView",
+    "TreeBuilderPlugin",
+    "TreeLoRAStrategy",
+    "__version__",
+    "add_lora",
+    "continual_metrics",
+    "load_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

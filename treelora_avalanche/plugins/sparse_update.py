@@ -44,7 +44,7 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     :raises ValueError: if ``tree_lambda`` is negative.
     """
 
-    def __init__(self, selector: SelectorPlugin, bank: AdapterBank, tree_lambda: float = 0.1):
+    def __init__(self, selector: SelectorPlugin, bank: AdapterBank, tree_lambda: float = 0.5):
         super().__init__()
         if not tree_lambda >= 0:
             raise ValueError(f"`tree_lambda` must be at least 0, and is {tree_lambda}.")
