@@ -7,18 +7,31 @@ import pytest
 import torch
 from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics
 from avalanche.logging import CSVLogger, InteractiveLogger, TensorboardLogger
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import (
+    EvaluationPlugin,
+    EWCPlugin,
+    GEMPlugin,
+    SupervisedPlugin,
+)
 from avalanche.training.supervised import Naive
 from avalanche.training.templates import SupervisedTemplate
 from peft import PeftModel
 from torch import nn
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
-from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
+from treelora_avalanche.metrics import AccuracyMatrix
+from treelora_avalanche.strategies import (
+    EWCLoRA,
+    FrozenGaussian,
+    FrozenNCM,
+    GEMLoRA,
+    SeqLoRA,
+    TreeLoRAStrategy,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
-STRATEGIES = [SeqLoRA, TreeLoRAStrategy]
+STRATEGIES = [SeqLoRA, TreeLoRAStrategy, EWCLoRA, GEMLoRA]
 
 
 def make(strategy_class, model, **options):
@@ -314,3 +327,108 @@ def test_all_defaults_on_a_pretrained_vit_and_real_images(data_root):
     assert results["Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp000"] > 0.9
     strategy.train(benchmark.train_stream[1])
     assert strategy.tree.n_tasks == 2
+
+
+# ------------------------------------------------------------------------------------- baselines
+
+
+def final_matrix(strategy_class, model, benchmark, **options):
+    matrix = AccuracyMatrix()
+    torch.manual_seed(1)
+    strategy = strategy_class(
+        model, evaluator=EvaluationPlugin(matrix, loggers=[]), eval_mb_size=16, **options
+    )
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+        strategy.eval(benchmark.test_stream[: experience.current_experience + 1])
+    return strategy, matrix.result()
+
+
+@pytest.mark.parametrize("strategy_class", [FrozenNCM, FrozenGaussian])
+def test_frozen_backbone_stays_frozen_and_beats_chance(tiny_vit, tiny_benchmark, strategy_class):
+    model = tiny_vit()
+    body = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("head")}
+    _, matrix = final_matrix(strategy_class, model, tiny_benchmark)
+    assert all(torch.equal(body[n], dict(model.named_parameters())[n]) for n in body)
+    assert matrix[-1].mean() > 0.5
+
+
+def test_frozen_ncm_is_the_nearest_class_mean(tiny_vit, tiny_benchmark):
+    model = tiny_vit()
+    final_matrix(FrozenNCM, model, tiny_benchmark)
+    bare = tiny_vit().eval()
+
+    def features(stream):
+        images = torch.stack([image for e in stream for image, *_ in e.dataset])
+        targets = torch.tensor([target for e in stream for _, target, *_ in e.dataset])
+        with torch.no_grad():
+            return bare.forward_head(bare.forward_features(images), pre_logits=True), targets
+
+    train, targets = features(tiny_benchmark.train_stream)
+    test, _ = features(tiny_benchmark.test_stream)
+    means = torch.stack([train[targets == c].mean(0) for c in range(6)])
+    expected = torch.cdist(test, means).argmin(1)
+    assert torch.equal(model.head(test).argmax(1), expected)
+
+
+def test_frozen_ncm_never_answers_with_a_class_not_seen(tiny_vit, tiny_benchmark):
+    strategy = FrozenNCM(tiny_vit(), evaluator=None)
+    strategy.train(tiny_benchmark.train_stream[1])
+    images = torch.stack([image for image, *_ in tiny_benchmark.test_stream[0].dataset])
+    with torch.no_grad():
+        answers = strategy.model.eval()(images).argmax(1)
+    assert set(answers.tolist()) <= set(tiny_benchmark.train_stream[1].classes_in_this_experience)
+
+
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_ewc_holds_the_adapter_and_stores_only_what_is_trained(tiny_vit, tiny_benchmark, mode):
+    def moved(ewc_lambda):
+        strategy = make(EWCLoRA, tiny_vit(), ewc_lambda=ewc_lambda, mode=mode)
+        train(strategy, tiny_benchmark, 1)
+        before = LoRAFactors(strategy.model).stack.clone()
+        torch.manual_seed(5)
+        strategy.train(tiny_benchmark.train_stream[1])
+        return strategy, (LoRAFactors(strategy.model).stack - before).abs().sum().item()
+
+    (strategy, held), (_, free) = moved(1e6), moved(0.0)
+    assert held < 0.8 * free
+    ewc = next(p for p in strategy.plugins if isinstance(p, EWCPlugin))
+    names = {name for name, _ in strategy.model.named_parameters()}
+    assert all(set(importances) == names for importances in ewc.importances.values())
+    assert len(ewc.importances) == (1 if mode == "online" else 2)
+
+
+def test_gem_step_keeps_every_constraint(tiny_vit, tiny_benchmark):
+    """The projected gradient makes no acute angle with the gradient of any past memory."""
+    angles = []
+
+    class Watch(SupervisedPlugin):
+        def after_backward(self, strategy, *args, **kwargs):
+            gem = next(p for p in strategy.plugins if isinstance(p, GEMPlugin))
+            if strategy.clock.train_exp_counter > 0:
+                gradient = torch.cat(
+                    [p.grad.flatten() for p in strategy.model.parameters() if p.grad is not None]
+                )
+                angles.append((gem.G @ gradient).min().item())
+
+    strategy = make(GEMLoRA, tiny_vit(), patterns_per_experience=8, memory_strength=0.0)
+    strategy.plugins.insert(-1, Watch())
+    train(strategy, tiny_benchmark, 2)
+    assert len(angles) == 8
+    assert min(angles) > -1e-3
+
+
+@pytest.mark.parametrize(
+    ("strategy_class", "options", "message"),
+    [
+        (EWCLoRA, {"ewc_lambda": -1}, "ewc_lambda"),
+        (EWCLoRA, {"mode": "onlin"}, "Did you mean 'online'"),
+        (GEMLoRA, {"patterns_per_experience": 0}, "patterns_per_experience"),
+        (GEMLoRA, {"memory_strength": -0.5}, "memory_strength"),
+        (SeqLoRA, {"head": "gaussian"}, "unknown `head`"),
+        (TreeLoRAStrategy, {"inference": "route"}, "Did you mean 'routed'"),
+    ],
+)
+def test_bad_arguments_of_baselines(tiny_vit, strategy_class, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(strategy_class, tiny_vit(), **options)

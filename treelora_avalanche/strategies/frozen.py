@@ -51,17 +51,27 @@ class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # typ
 
 
 class _FrozenBackbone(SupervisedTemplate):
-    """A backbone that is never trained, and a head that a plugin sets after every experience."""
+    """A backbone that is never trained, and a head that a plugin sets after every experience.
+
+    :param model: a pretrained model with a linear classifier.
+    :param eval_mb_size: samples per forward pass.
+    :param device: where to compute.
+    :param plugins: further plugins; the list is copied.
+    :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
+    :param base_kwargs: further arguments of the template.
+    :raises ValueError: if the model has no linear classifier.
+    """
+
+    head_plugin: type[SupervisedPlugin]
 
     def __init__(
         self,
         *,
         model: nn.Module,
-        head: SupervisedPlugin,
-        eval_mb_size: int | None,
-        device: str | torch.device,
-        plugins: Sequence[SupervisedPlugin] | None,
-        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None,
+        eval_mb_size: int | None = 192,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[SupervisedPlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         **base_kwargs: Any,
     ):
         classifier_of(model)  # raises where there is none
@@ -74,7 +84,7 @@ class _FrozenBackbone(SupervisedTemplate):
             train_epochs=0,
             eval_mb_size=eval_mb_size,
             device=device,
-            plugins=[*(plugins or ()), head],
+            plugins=[*(plugins or ()), self.head_plugin()],
             evaluator=evaluator,
             **base_kwargs,
         )
@@ -84,34 +94,10 @@ class _FrozenBackbone(SupervisedTemplate):
 class FrozenNCM(_FrozenBackbone):
     """Nearest class mean on the features of the frozen backbone. Nothing is trained.
 
-    :param model: a pretrained model with a linear classifier.
-    :param eval_mb_size: samples per forward pass.
-    :param device: where to compute.
-    :param plugins: further plugins; the list is copied.
-    :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
-    :param base_kwargs: further arguments of the template.
-    :raises ValueError: if the model has no linear classifier.
+    The arguments are those of :class:`SeqLoRA` that do not concern training.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        eval_mb_size: int | None = 192,
-        device: str | torch.device = "cpu",
-        plugins: Sequence[SupervisedPlugin] | None = None,
-        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
-        **base_kwargs: Any,
-    ):
-        super().__init__(
-            model=model,
-            head=NearestMeanHeadPlugin(),
-            eval_mb_size=eval_mb_size,
-            device=device,
-            plugins=plugins,
-            evaluator=evaluator,
-            **base_kwargs,
-        )
+    head_plugin = NearestMeanHeadPlugin
 
 
 @positional_model
@@ -119,33 +105,8 @@ class FrozenGaussian(_FrozenBackbone):
     """The frozen backbone with the head that is trained on pseudo-features.
 
     The control of every strategy with ``head="task_adaptive"``: what the head alone can do. For the
-    head see :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`.
-
-    :param model: a pretrained model with a linear classifier.
-    :param eval_mb_size: samples per forward pass.
-    :param device: where to compute.
-    :param plugins: further plugins; the list is copied.
-    :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
-    :param base_kwargs: further arguments of the template.
-    :raises ValueError: if the model has no linear classifier.
+    head see :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`. The arguments are those of
+    :class:`SeqLoRA` that do not concern training.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        eval_mb_size: int | None = 192,
-        device: str | torch.device = "cpu",
-        plugins: Sequence[SupervisedPlugin] | None = None,
-        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
-        **base_kwargs: Any,
-    ):
-        super().__init__(
-            model=model,
-            head=TaskAdaptiveHeadPlugin(),
-            eval_mb_size=eval_mb_size,
-            device=device,
-            plugins=plugins,
-            evaluator=evaluator,
-            **base_kwargs,
-        )
+    head_plugin = TaskAdaptiveHeadPlugin
