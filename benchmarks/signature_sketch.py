@@ -109,7 +109,9 @@ def signature_sketch(
 
     table = Table(title=f"{n_tasks} tasks, {n_layers} layers of {dim} values")
     for column in ("sketch", "numbers", "correlation", "nearest agrees", "ms for all tasks"):
-        table.add_column(column, justify="left" if column == "sketch" else "right")
+        table.add_column(
+            column, justify="left" if column == "sketch" else "right", no_wrap=column == "sketch"
+        )
     for make in (coordinate_sample, bucket_sums, cauchy_median):
         for size in sizes:
             distances = make(shapes, size)
