@@ -65,9 +65,11 @@ def test_list(capsys):
     printed = capsys.readouterr().out
     for name in [*METHODS, *SCENARIOS]:
         assert name in printed
-    assert "ready" in printed
+    for kind in ("ours", "Avalanche's", "frozen", "upper bound"):
+        assert kind in printed
 
 
+@pytest.mark.usefixtures("unpretrained")
 def test_compare_on_digits(tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["compare", "--methods", "SeqLoRA", "Naive", "--seeds", 0, "--output", output]
@@ -87,6 +89,7 @@ def test_compare_on_digits(tmp_path, capsys):
     assert capsys.readouterr().err.count("finished before") == 2
 
 
+@pytest.mark.usefixtures("unpretrained")
 def test_train_takes_a_runs_config(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert call("train", "--method", "TreeLoRA", "--seed", 0, "--output", first, *QUICK) == 0

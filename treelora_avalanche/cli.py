@@ -107,7 +107,7 @@ def _list() -> int:
     from rich.table import Table
 
     console = Console()
-    tables = {
+    tables: dict[str, list[tuple[str, ...]]] = {
         "Methods": [(name, entry.kind, entry.description) for name, entry in METHODS.items()],
         "Scenarios": [(name, entry.description) for name, entry in SCENARIOS.items()],
     }
@@ -199,7 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; finished runs are kept", file=sys.stderr)
+        print(
+            "interrupted; what is finished is kept, and the same command continues",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -1,7 +1,7 @@
 """Many methods and seeds side by side, on the same streams and backbones.
 
 Every cell (method, seed) has its run folder, named after its configuration. Cells that are finished
-are not run again; a cell that fails leaves the others alone.
+are not run again, and an interrupted one continues; a cell that fails leaves the others alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .methods import find_method
 from .runs import (
     Ingredients,
     Progress,
+    check_arguments,
     finished_results,
     prepare,
     resolve_config,
@@ -96,6 +97,12 @@ class _MethodLines:
             f"epoch {now.epoch}/{now.n_epochs}{accuracy}",
         )
 
+    def note(self, cell: Cell, text: str) -> None:
+        """Say something of a cell that stays on the screen."""
+        self.console.print(
+            f"{cell.method}, seed {cell.seed}: {escape(text)}", soft_wrap=True, highlight=False
+        )
+
     def finish(self, cell: Cell) -> None:
         """Close one cell of a line."""
         self.done[cell.method] += 1
@@ -133,7 +140,8 @@ def compare(
     :param output: folder of the run folders.
     :param console: where the live lines go; by default to standard error.
     :return: one cell per method and seed, failed ones included.
-    :raises ValueError: before anything is run, if a name is unknown or the data cannot be used.
+    :raises ValueError: before anything is run, if a name is unknown, the data cannot be used, or a
+        method cannot be built with these settings.
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     if not methods or not seeds:
@@ -150,6 +158,7 @@ def compare(
 
     cells = [cell_of(method, seed) for method in methods for seed in seeds]
     lines = _MethodLines(methods, len(seeds), console or Console(stderr=True))
+    checked = False
     with lines.live:
         # Seed by seed, so that one stream and backbone at a time is in memory.
         for seed in seeds:
@@ -161,10 +170,18 @@ def compare(
                     if ingredients is None:
                         lines.begin(cell.method, "preparing data and backbone")
                         ingredients = prepare(seed, settings)
+                        if not checked:
+                            missing = [c.method for c in cells if not _is_finished(c)]
+                            check_arguments(list(dict.fromkeys(missing)), settings, ingredients)
+                            checked = True
                     lines.begin(cell.method, "starting")
                     _run_cell(cell, settings, ingredients, lines)
                 lines.finish(cell)
     return cells
+
+
+def _is_finished(cell: Cell) -> bool:
+    return finished_results(cell.folder, cell.config) is not None
 
 
 def _run_cell(
@@ -178,6 +195,7 @@ def _run_cell(
             cell.folder,
             ingredients=ingredients,
             progress=lambda now: lines.step(cell.method, now),
+            note=lambda text: lines.note(cell, text),
         )
     except Exception as error:
         # Whatever goes wrong in one method must not cost the hours that the others took. The
@@ -220,6 +238,7 @@ def train(
                 settings,
                 folder,
                 progress=lambda now: lines.step(method, now),
+                note=lambda text: lines.note(cell, text),
                 verbose=verbose,
             )
         lines.finish(cell)

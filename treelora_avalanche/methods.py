@@ -23,6 +23,8 @@ TREE_OPTIONS = frozenset({"tree_lambda", "selection", "depth", "max_adapters"})
 LORA_OPTIONS = frozenset({"rank", "alpha", "layers", "target_modules"})
 TRAINING_OPTIONS = frozenset({"head", "epochs", "lr"})
 
+WITHOUT_CONSEQUENCE = frozenset({"download"})
+
 LORA_LR = 0.005
 """ The paper's, for LoRA. """
 LORA_DIGITS_LR = 0.0003
@@ -52,6 +54,9 @@ class Method:
     """ Whether an adapter is trained, to be stored after every task. """
     joint: bool = False
     """ Whether it trains once, on all tasks together. """
+    keeps_to_itself: bool = False
+    """ Whether the strategy keeps something from task to task outside of its plugins and of what it
+    trains, which cannot be saved. """
 
     @property
     def on_all_seen(self) -> bool:
@@ -274,6 +279,7 @@ METHODS: dict[str, Method] = {
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
         uses_lora=False,
+        keeps_to_itself=True,
     ),
     "FrozenGaussian": Method(
         "the task-adaptive head on the features of the untrained backbone",
@@ -282,6 +288,7 @@ METHODS: dict[str, Method] = {
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
         uses_lora=False,
+        keeps_to_itself=True,
     ),
     "StreamingLDA": Method(
         "Avalanche's streaming discriminant analysis on the untrained backbone",
@@ -290,6 +297,7 @@ METHODS: dict[str, Method] = {
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
         uses_lora=False,
+        keeps_to_itself=True,
     ),
     "Cumulative": Method(
         "LoRA trained on all data seen so far, again after every task",
@@ -298,6 +306,7 @@ METHODS: dict[str, Method] = {
         digits_lr=LORA_DIGITS_LR,
         kind="upper bound",
         ignores=TREE_OPTIONS | {"head"},
+        keeps_to_itself=True,
     ),
     "JointTraining": Method(
         "LoRA trained once, on the data of all tasks together",
@@ -323,20 +332,23 @@ def find_method(name: str) -> Method:
 def method_config(method: str, seed: int, settings: RunSettings) -> dict[str, Any]:
     """What the outcome of a run depends on; two runs are the same where this is equal.
 
-    Settings that the method does not look at are left out, and its learning rate is filled in. The
-    keys are flags of `treelora train`.
+    Settings that the method or the scenario does not look at are left out, and defaults that depend
+    on them are filled in. The keys are flags of `treelora train`.
 
     :param method: name of the method.
     :param seed: the run's seed.
     :param settings: everything else.
     """
     entry = find_method(method)
+    ignored = entry.ignores | settings.without_meaning | WITHOUT_CONSEQUENCE
     config = {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
-        if field.name not in entry.ignores
+        if field.name not in ignored
     }
     config["model"] = settings.model_name
+    if "n_experiences" in config:
+        config["n_experiences"] = settings.number_of_experiences
     if "lr" in config and settings.lr is None:
         on_digits = settings.scenario == "digits" and entry.digits_lr is not None
         config["lr"] = entry.digits_lr if on_digits else entry.lr

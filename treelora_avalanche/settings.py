@@ -12,16 +12,51 @@ SELECTIONS = ("lcb", "nearest", "random")
 HEADS = ("linear", "task_adaptive")
 
 
+_IMAGES = frozenset({"data", "classes", "model", "checkpoint", "img_size"})
+SCENARIO_OPTIONS = _IMAGES | {"n_experiences", "exclude_classes", "domains", "download"}
+
+
 @dataclass(frozen=True)
 class Scenario:
     """One row of the table of scenarios."""
 
     description: str
+    takes: frozenset[str]
+    """ Those of the scenario's settings that have a meaning for it. """
+    n_experiences: int | None = 10
+    """ Number of tasks where the user gives none; None: the data tell. """
+    needs_data: bool = True
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "digits": Scenario("scikit-learn's digits, 8 x 8 pixels, 10 classes; no download"),
-    "image_folder": Scenario("any folder with one folder of images per class"),
+    "digits": Scenario(
+        "scikit-learn's digits, 8 x 8 pixels, 10 classes; no download",
+        takes=frozenset({"n_experiences", "model"}),
+        n_experiences=5,
+        needs_data=False,
+    ),
+    "image_folder": Scenario(
+        "any folder with one folder of images per class",
+        takes=_IMAGES | {"n_experiences", "exclude_classes"},
+    ),
+    "cifar100": Scenario(
+        "CIFAR-100; downloaded if wanted (169 MB)",
+        takes=_IMAGES | {"n_experiences", "download"},
+        needs_data=False,
+    ),
+    "imagenet_r": Scenario(
+        "ImageNet-R, 200 classes; downloaded if wanted (2.2 GB)",
+        takes=_IMAGES | {"n_experiences", "download"},
+    ),
+    "cub200": Scenario(
+        "CUB-200-2011, 200 species of birds; downloaded if wanted (1.2 GB)",
+        takes=_IMAGES | {"n_experiences", "download"},
+    ),
+    "domains": Scenario(
+        "the same classes in one domain after another: a folder of folders of classes, as PACS",
+        takes=_IMAGES | {"exclude_classes", "domains"},
+        n_experiences=None,
+    ),
 }
 
 
@@ -38,19 +73,28 @@ class RunSettings:
     """
 
     scenario: str = field(
-        default="digits", metadata=_help(f"stream of tasks: {' or '.join(SCENARIOS)}")
+        default="digits", metadata=_help(f"stream of tasks: {', '.join(SCENARIOS)}")
     )
-    data: str | None = field(
-        default=None, metadata=_help("folder of the images, one folder per class (image_folder)")
+    data: str | None = field(default=None, metadata=_help("folder of the images (not for digits)"))
+    download: bool = field(
+        default=False,
+        metadata=_help("download what is missing there (cifar100, imagenet_r, cub200)"),
     )
     classes: list[str] | None = field(
-        default=None, metadata=_help("use these classes only (image_folder)")
+        default=None, metadata=_help("use these classes only (not for digits)")
     )
     exclude_classes: list[str] | None = field(
-        default=None, metadata=_help("leave these classes out (image_folder)")
+        default=None, metadata=_help("leave these classes out (image_folder, domains)")
     )
-    n_experiences: int = field(
-        default=5, metadata=_help("number of tasks that the classes are divided into")
+    domains: list[str] | None = field(
+        default=None, metadata=_help("use these domains, in this order (domains)")
+    )
+    n_experiences: int | None = field(
+        default=None,
+        metadata=_help(
+            "number of tasks that the classes are divided into; default: 5 for digits, else 10 "
+            "(domains: one for each)"
+        ),
     )
     model: str | None = field(
         default=None,
@@ -84,7 +128,7 @@ class RunSettings:
         ),
     )
     tree_lambda: float = field(
-        default=0.1, metadata=_help("strength of TreeLoRA's pull towards the picked task")
+        default=0.5, metadata=_help("strength of TreeLoRA's pull towards the picked task")
     )
     selection: str = field(
         default="lcb", metadata=_help(f"how TreeLoRA picks a past task: {', '.join(SELECTIONS)}")
@@ -131,24 +175,39 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`--{name}` should be a positive number, but it is {value}")
-        if self.scenario == "digits":
-            images_only = ("data", "classes", "exclude_classes", "model", "checkpoint", "img_size")
-            for name in images_only:
-                value = getattr(self, name)
-                if value is not None and (name, value) != ("model", DIGITS_VIT):
-                    raise ValueError(
-                        f"`--{name}` is {value!r}, but digits bring their own data and model; "
-                        "set `--scenario image_folder` or leave it out"
-                    )
-        elif self.data is None:
+        for name in sorted(self.without_meaning | ({"model"} if self.on_digits else set())):
+            value = getattr(self, name)
+            if value and (name, value) != ("model", DIGITS_VIT):
+                remedy = (
+                    "digits bring their own data and model; set `--scenario image_folder` or"
+                    if self.on_digits
+                    else f"`--scenario {self.scenario}` has no use for it;"
+                )
+                raise ValueError(f"`--{name}` is {value!r}, but {remedy} leave it out")
+        if SCENARIOS[self.scenario].needs_data and self.data is None:
             raise ValueError(f"`--scenario {self.scenario}` needs `--data FOLDER`")
-        elif self.model == DIGITS_VIT:
+        if self.model == DIGITS_VIT and not self.on_digits:
             raise ValueError(f"`--model {DIGITS_VIT}` goes with `--scenario digits` only")
+
+    @property
+    def on_digits(self) -> bool:
+        """Whether the stream is that of the demonstration."""
+        return self.scenario == "digits"
+
+    @property
+    def without_meaning(self) -> frozenset[str]:
+        """Settings that the scenario does not look at."""
+        return SCENARIO_OPTIONS - SCENARIOS[self.scenario].takes
+
+    @property
+    def number_of_experiences(self) -> int:
+        """Number of tasks, with the scenario's default filled in."""
+        return self.n_experiences or SCENARIOS[self.scenario].n_experiences or 1
 
     @property
     def model_name(self) -> str:
         """The model, with the scenario's default filled in."""
-        return self.model or (DIGITS_VIT if self.scenario == "digits" else IMAGE_MODEL)
+        return self.model or (DIGITS_VIT if self.on_digits else IMAGE_MODEL)
 
 
 __all__ = ["SCENARIOS", "RunSettings", "Scenario"]

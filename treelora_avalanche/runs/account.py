@@ -1,0 +1,164 @@
+"""What is counted at the end of a run: bytes, parameters, and on what it ran."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from avalanche.training.plugins import EvaluationPlugin
+from torch import Tensor, nn
+
+from .._version import __version__
+from .watch import ProgressPlugin
+
+VERSIONED = ("torch", "avalanche-lib", "timm", "peft", "transformers", "numpy")
+
+_CODE = (type, FunctionType, MethodType, ModuleType)
+
+
+def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Tensor]:
+    """All tensors reachable from a plugin's state."""
+    if id(value) in visited or depth > 12:
+        return
+    visited.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_below(item, visited, depth + 1)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors_below(item, visited, depth + 1)
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+        yield from _tensors_below(vars(value), visited, depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, _CODE):
+        yield from _tensors_below(vars(value), visited, depth + 1)
+
+
+def stored_bytes(strategy: Any) -> int:
+    """Bytes of the tensors that a strategy's plugins keep from task to task beyond the model.
+
+    Of a plugin with a `state_dict`, these are the ones in it; of others, all that it refers to.
+    Stored samples count as the tensors that the model sees, though Avalanche keeps references into
+    the benchmark's own data. Evaluation, counters and progress do not count.
+
+    :param strategy: an Avalanche strategy between two tasks.
+    """
+
+    def storage(tensor: Tensor) -> tuple[int, int]:
+        memory = tensor.untyped_storage()
+        return memory.data_ptr(), memory.nbytes()
+
+    def view(tensor: Tensor) -> tuple[int, int]:
+        # Its storage may be larger, where it grows from task to task.
+        return tensor.data_ptr(), tensor.nbytes
+
+    own = (EvaluationPlugin, ProgressPlugin)
+    plugins = [
+        plugin
+        for plugin in strategy.plugins
+        if not isinstance(plugin, own) and plugin is not strategy.clock
+    ]
+    model = getattr(strategy.model, "module", strategy.model)
+    of_model = {storage(t)[0] for t in (*model.parameters(), *model.buffers())}
+    passing = ("loss", "mb_output")
+    own_tensors = [
+        value
+        for name, value in vars(strategy).items()
+        if isinstance(value, Tensor) and name not in passing
+    ]
+    # All states at once: none may be freed, and its address used again, while others are counted.
+    states = [plugin.state_dict() for plugin in plugins if hasattr(plugin, "state_dict")]
+    others = [plugin for plugin in plugins if not hasattr(plugin, "state_dict")]
+    kept = {storage(t) for t in _tensors_below([others, own_tensors], {id(strategy)})}
+    kept |= {view(t) for t in _tensors_below(states, set())}
+    tensors = sum(size for address, size in kept if address not in of_model)
+    return tensors + _stored_samples_bytes(strategy)
+
+
+def _stored_samples_bytes(strategy: Any) -> int:
+    """Bytes of the samples in a replay memory, or in a cumulative training set."""
+    memories = [getattr(plugin, "storage_policy", None) for plugin in strategy.plugins]
+    stores = [memory.buffer for memory in memories if memory is not None]
+    if getattr(strategy, "dataset", None) is not None:
+        stores.append(strategy.dataset)
+    # All samples have the shape of the first.
+    return sum(len(store) * store[0][0].nbytes for store in stores if len(store))
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of this package and of what it stands on; None where not installed."""
+
+    def version_of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "python": platform.python_version(),
+        "treelora-avalanche": __version__,
+        **{package: version_of(package) for package in VERSIONED},
+    }
+
+
+@cache
+def git_hash() -> str | None:
+    """The commit of this package's checkout; None where it was installed otherwise."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's checkout, which does not track it.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """On what a run ran.
+
+    :param device: where the model was.
+    """
+    return {
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters, also where the model shows the trainable ones alone.
+
+    :param model: a strategy's model.
+    """
+    parameters = list(getattr(model, "module", model).parameters())
+    return {
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "total": sum(p.numel() for p in parameters),
+    }
+
+
+__all__ = ["count_parameters", "git_hash", "hardware", "stored_bytes", "versions"]

@@ -1,0 +1,205 @@
+"""The files of a run folder: written whole, and never those of somebody else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+
+from .._version import __version__
+
+SCHEMA_VERSION = 2
+STATE = "state"
+APPENDED = ("metrics.jsonl", "tree.txt", "training_results.csv", "eval_results.csv")
+""" Files that grow line by line, in text. """
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour that takes the place of `path` when all went well."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    :param path: the file.
+    :param text: its new content.
+    """
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: an accuracy that was not measured becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return value
+
+
+def to_json(value: Any, indent: int | None = 2) -> str:
+    """Strict JSON, with null for numbers that do not exist."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Write `results.json`, which ends a run.
+
+    :param folder: the run folder.
+    :param results: what it is to hold.
+    :return: what it holds: the same, as JSON can say it.
+    """
+    text = to_json(results)
+    write_text(folder / "results.json", text)
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def write_tree(tree: Any, folder: Path) -> None:
+    """Write TreeLoRA's tree as `tree.json` and `tree.safetensors`.
+
+    :param tree: an `AdapterTree`.
+    :param folder: the run folder.
+    """
+    state = tree.to_dict()
+    signatures = state.pop("signatures")
+    with _replacing(folder / "tree.safetensors") as temporary:
+        save_file({"signatures": signatures.detach().cpu().contiguous()}, temporary)
+    write_text(folder / "tree.json", to_json(state))
+
+
+def run_name(config: dict[str, Any]) -> str:
+    """A folder name that differs wherever the configuration, or the package's version, does.
+
+    :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
+    """
+    text = json.dumps([__version__, SCHEMA_VERSION, config], sort_keys=True)
+    return (
+        f"{config['method']}-seed{config['seed']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
+
+
+def finished_results(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in a run folder, if they are of exactly this configuration and version.
+
+    :param folder: a run folder, which need not exist.
+    :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
+    """
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        same = (
+            results["config"] == config
+            and results["schema_version"] == SCHEMA_VERSION
+            and results["versions"]["treelora-avalanche"] == __version__
+        )
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return results if same else None
+
+
+def is_unfinished(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a run of this configuration was interrupted in this folder.
+
+    :param folder: a run folder, which need not exist.
+    :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
+    """
+    try:
+        written = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, yaml.YAMLError):
+        return False
+    return bool(written == config) and not (folder / "results.json").exists()
+
+
+def prepare_folder(folder: Path, config: dict[str, Any], *, keep: bool = False) -> None:
+    """Empty the folder of an earlier run, and of nothing else; then write `config.yaml`.
+
+    :param folder: the run folder.
+    :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
+    :param keep: leave its files, since the run in it continues.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`--output` should be a folder, but {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"`--output` {folder} is not empty and holds no run; choose another folder"
+        )
+    if (folder / "results.json").is_file() and finished_results(folder, config) is None:
+        raise ValueError(f"`--output` {folder} holds another finished run; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").unlink(missing_ok=True)
+    if keep:
+        return
+    # results.json goes first: a folder that is being rewritten must not look finished.
+    for name in ("results.json", "tree.json", "tree.safetensors", *APPENDED):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("adapters", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    remove_state(folder)
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def remove_state(folder: Path) -> None:
+    """Remove where a run would have continued, and what a crash left of writing it.
+
+    :param folder: the run folder.
+    """
+    for path in folder.glob(f"{STATE}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def count_lines(folder: Path) -> dict[str, int]:
+    """How long the growing files of a run folder are.
+
+    :param folder: the run folder.
+    """
+    return {
+        name: len((folder / name).read_text(encoding="utf-8").splitlines())
+        for name in APPENDED
+        if (folder / name).is_file()
+    }
+
+
+def first_lines(folder: Path, counts: dict[str, int]) -> dict[str, str]:
+    """The growing files of a run folder as they were when :func:`count_lines` counted.
+
+    :param folder: the run folder.
+    :param counts: what it returned.
+    """
+    return {
+        name: "".join((folder / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count])
+        for name, count in counts.items()
+        if (folder / name).is_file()
+    }
+
+
+__all__ = [
+    "APPENDED",
+    "SCHEMA_VERSION",
+    "STATE",
+    "count_lines",
+    "finished_results",
+    "first_lines",
+    "is_unfinished",
+    "prepare_folder",
+    "remove_state",
+    "run_name",
+    "to_json",
+    "write_results",
+    "write_text",
+    "write_tree",
+]

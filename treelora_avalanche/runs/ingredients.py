@@ -1,0 +1,180 @@
+"""What a run is made of: device, configuration, stream and backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.training.determinism.rng_manager import RNGManager
+from torch import nn
+
+from .. import models, scenarios
+from ..methods import method_config
+from ..names import check_known
+from ..settings import DIGITS_VIT, RunSettings
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a run.
+
+    :param name: auto, or one of torch's names.
+    :raises ValueError: if torch does not know it, or sees none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`--device` is {name!r}, which torch does not know") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"`--device` is {name!r}, but torch sees no GPU; use cpu")
+    return device
+
+
+def resolve_config(method: str, seed: int, settings: RunSettings) -> dict[str, Any]:
+    """The configuration of a run, with the device and the data folder named.
+
+    :param method: name of the method.
+    :param seed: the run's seed.
+    :param settings: the settings.
+    """
+    config = method_config(method, seed, settings)
+    config["device"] = str(find_device(settings.device))
+    if settings.data is not None:
+        config["data"] = str(Path(settings.data).expanduser().resolve())
+    return config
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What all methods share under one seed: the stream and the pretrained backbone."""
+
+    seed: int
+    benchmark: Any
+    backbone: nn.Module
+
+
+# --------------------------------------------------------------------------------------------------
+# Streams, by the name of their scenario; digits bring their own model and are made below
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def _without_excluded(known: Sequence[str], settings: RunSettings) -> list[str] | None:
+    """The classes without the excluded ones; None for all."""
+    if not settings.exclude_classes:
+        return settings.classes
+    names = settings.classes or known
+    for name in settings.exclude_classes:
+        check_known("class in `--exclude_classes`", name, names)
+    return [name for name in names if name not in settings.exclude_classes]
+
+
+def _folder_with_images(settings: RunSettings) -> Path:
+    """The folder, or its part for training where there is one."""
+    data = _data(settings)
+    return data / "train" if (data / "train").is_dir() else data
+
+
+def _data(settings: RunSettings) -> Path:
+    data = Path(settings.data or "").expanduser()
+    if not data.is_dir():
+        raise FileNotFoundError(f"`--data` {data} is not a folder")
+    return data
+
+
+def _image_folder(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
+    known = _folders(_folder_with_images(settings))
+    return scenarios.SplitImageFolder(
+        _data(settings),
+        settings.number_of_experiences,
+        preprocessing=preprocessing,
+        classes=_without_excluded(known, settings),
+        seed=seed,
+    )
+
+
+def _domains(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
+    folder = _folder_with_images(settings)
+    known = sorted({name for domain in _folders(folder) for name in _folders(folder / domain)})
+    return scenarios.DomainImageFolder(
+        _data(settings),
+        domains=settings.domains,
+        preprocessing=preprocessing,
+        classes=_without_excluded(known, settings),
+        seed=seed,
+    )
+
+
+def _cifar100(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
+    return scenarios.SplitCIFAR100(
+        settings.number_of_experiences,
+        dataset_root=settings.data,
+        download=settings.download,
+        preprocessing=preprocessing,
+        classes=settings.classes,
+        seed=seed,
+    )
+
+
+def _published(name: str) -> Callable[[RunSettings, int, Any], Any]:
+    """A benchmark with a published archive.
+
+    :param name: the benchmark's generator.
+    """
+
+    def build(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
+        return getattr(scenarios, name)(
+            settings.number_of_experiences,
+            dataset_root=Path(settings.data or "").expanduser(),
+            download=settings.download,
+            preprocessing=preprocessing,
+            classes=settings.classes,
+            seed=seed,
+        )
+
+    return build
+
+
+IMAGE_STREAMS: dict[str, Callable[[RunSettings, int, Any], Any]] = {
+    "image_folder": _image_folder,
+    "cifar100": _cifar100,
+    "imagenet_r": _published("SplitImageNetR"),
+    "cub200": _published("SplitCUB200"),
+    "domains": _domains,
+}
+
+
+def prepare(seed: int, settings: RunSettings) -> Ingredients:
+    """Build the stream and the backbone. This is where wrong data or weights are noticed.
+
+    :param seed: seed of the class order, of the backbone's head and, for digits, of its
+        pretraining.
+    :param settings: the settings.
+    """
+    RNGManager.set_random_seeds(seed)
+    benchmark: Any
+    if settings.model_name == DIGITS_VIT:
+        benchmark = scenarios.SplitDigits(settings.number_of_experiences, seed=seed)
+        return Ingredients(seed, benchmark, models.pretrained_digits_vit(seed))
+    # The number of classes comes from the data, whose preprocessing comes from the model.
+    unweighted = models.create_vit(
+        settings.model_name, num_classes=0, img_size=settings.img_size, pretrained=False
+    )
+    build = IMAGE_STREAMS[settings.scenario]
+    benchmark = build(settings, seed, models.image_preprocessing(unweighted))
+    backbone = models.create_vit(
+        settings.model_name,
+        num_classes=benchmark.n_classes,
+        checkpoint=settings.checkpoint,
+        img_size=settings.img_size,
+    )
+    return Ingredients(seed, benchmark, backbone)
+
+
+__all__ = ["IMAGE_STREAMS", "Ingredients", "find_device", "prepare", "resolve_config"]

@@ -1,0 +1,456 @@
+"""A run from its first task, or from where it was interrupted, to its results."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.evaluation.metrics import (
+    accuracy_metrics,
+    bwt_metrics,
+    forgetting_metrics,
+    loss_metrics,
+)
+from avalanche.logging import CSVLogger, InteractiveLogger, TensorboardLogger
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EvaluationPlugin
+from rich.console import Console
+from torch import Tensor
+
+from ..adapters import save_adapter
+from ..methods import Method, find_method
+from ..metrics import (
+    AccuracyMatrix,
+    BackwardTransfer,
+    EpochAccuracy,
+    EpochLoss,
+    OverallPerformance,
+    backward_transfer,
+    forgetting,
+    overall_performance,
+)
+from ..settings import RunSettings
+from ..strategies.resumable import load_strategy_state, plugins_without_state
+from .account import count_parameters, git_hash, hardware, stored_bytes, versions
+from .folder import (
+    SCHEMA_VERSION,
+    count_lines,
+    first_lines,
+    is_unfinished,
+    prepare_folder,
+    remove_state,
+    write_results,
+    write_text,
+    write_tree,
+)
+from .ingredients import Ingredients, find_device, prepare, resolve_config
+from .resume import Interrupted, Progressed, find_interrupted, save_progress
+from .watch import JsonLinesLogger, PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
+
+KINDS = ("class_incremental", "within_task")
+
+
+class CannotContinueError(ValueError):
+    """An interrupted run whose state does not fit."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained in one go, and what is evaluated then."""
+
+    task: int
+    """ The last task of the stage, counted from 0 in the order of training. """
+    train: Any
+    test: Any
+
+    @classmethod
+    def all_of(cls, benchmark: Any, *, joint: bool) -> list[Stage]:
+        """The stages of a run.
+
+        :param benchmark: the stream.
+        :param joint: whether all tasks are trained together.
+        """
+        train, test = benchmark.train_stream, benchmark.test_stream
+        n = len(train)
+        if joint:
+            return [cls(n - 1, train, test)]
+        # Classes not seen yet have nothing to say.
+        return [cls(task, train[task], test[: task + 1]) for task in range(n)]
+
+
+class _Record:
+    """The metrics of a run, and the files that grow with it.
+
+    :param folder: the run folder.
+    :param joint: whether all tasks are trained together, so that their order means nothing.
+    :param verbose: attach Avalanche's `InteractiveLogger`.
+    :param kept: content of the growing files, of a run that continues.
+    """
+
+    def __init__(self, folder: Path, *, joint: bool, verbose: bool, kept: dict[str, str]):
+        self.folder = folder
+        for name, text in kept.items():
+            write_text(folder / name, text)
+        self.lines = JsonLinesLogger(folder / "metrics.jsonl")
+        self.matrices = {kind: AccuracyMatrix(within_task=kind == "within_task") for kind in KINDS}
+        self._tensorboard = TensorboardLogger(str(folder / "tensorboard"))
+        self._csv = CSVLogger(str(folder))
+        for file in (self._csv.training_file, self._csv.eval_file):
+            # Avalanche begins these anew.
+            file.write("".join(kept.get(Path(file.name).name, "").splitlines(True)[1:]))
+            file.flush()
+        continual = [] if joint else [OverallPerformance, BackwardTransfer]
+        self.evaluator = EvaluationPlugin(
+            *self.matrices.values(),
+            *(metric(within_task=w) for w in (False, True) for metric in continual),
+            EpochLoss(),
+            EpochAccuracy(),
+            accuracy_metrics(experience=True, stream=True),
+            loss_metrics(experience=True, stream=True),
+            forgetting_metrics(experience=True, stream=True),
+            bwt_metrics(stream=True),
+            loggers=[
+                self._tensorboard,
+                self._csv,
+                self.lines,
+                *([InteractiveLogger()] if verbose else []),
+            ],
+        )
+
+    def accuracies(self, stage: Stage) -> dict[str, Tensor]:
+        """The matrices so far: a row and a column per task seen, NaN where not evaluated.
+
+        :param stage: the stage that was evaluated last.
+        """
+        matrices = {}
+        for kind, metric in self.matrices.items():
+            known = metric.matrix()
+            rows = known.new_full((stage.task + 1, stage.task + 1), math.nan)
+            rows[-len(known) :] = known
+            matrices[kind] = rows
+        return matrices
+
+    def close(self) -> None:
+        """Close the files."""
+        self._csv.close()
+        self._tensorboard.writer.close()
+
+
+def run(
+    method: str,
+    seed: int,
+    settings: RunSettings,
+    folder: Path | str,
+    *,
+    ingredients: Ingredients | None = None,
+    progress: ProgressCallback | None = None,
+    note: Callable[[str], None] | None = None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Train a method on its stream, evaluating on the tasks seen so far after every task.
+
+    A run of the same configuration that was interrupted in the folder continues after the last task
+    that it has finished; on the CPU the result is that of an uninterrupted one, bit for bit.
+
+    :param method: name of the method, see :data:`treelora_avalanche.methods.METHODS`.
+    :param seed: seeds everything: class order, backbone, initialisation, shuffling, selection.
+    :param settings: everything else.
+    :param folder: the run folder; an earlier, other run in it is replaced if it is unfinished.
+    :param ingredients: from :func:`prepare` with the same seed and settings, to share it among
+        methods; built here by default.
+    :param progress: called after every training step.
+    :param note: called with one line where an interrupted run continues, or cannot.
+    :param verbose: attach Avalanche's `InteractiveLogger`.
+    :return: what `results.json` holds.
+    """
+    entry = find_method(method)
+    config = resolve_config(method, seed, settings)
+    note = note or (lambda _: None)
+    if ingredients is None:
+        ingredients = prepare(seed, settings)
+    elif ingredients.seed != seed:
+        raise ValueError(f"`ingredients` were prepared for seed {ingredients.seed}, not {seed}")
+    folder = Path(folder)
+
+    def attempt(interrupted: Interrupted | None) -> dict[str, Any]:
+        return _run(
+            entry, config, settings, folder, ingredients, interrupted, progress, note, verbose
+        )
+
+    try:
+        interrupted = find_interrupted(folder, config)
+    except (ValueError, OSError) as error:
+        note(f"starts again from the first task: {error}")
+        return attempt(None)
+    if interrupted is not None:
+        done = interrupted.progress.stages
+        note(f"continues after task {done} of {len(ingredients.benchmark.train_stream)}")
+        try:
+            return attempt(interrupted)
+        except CannotContinueError as error:
+            note(f"starts again from the first task: {error}")
+    return attempt(None)
+
+
+def _run(
+    entry: Method,
+    config: dict[str, Any],
+    settings: RunSettings,
+    folder: Path,
+    ingredients: Ingredients,
+    interrupted: Interrupted | None,
+    progress: ProgressCallback | None,
+    note: Callable[[str], None],
+    verbose: bool,
+) -> dict[str, Any]:
+    device = find_device(config["device"])
+    benchmark = ingredients.benchmark
+    stages = Stage.all_of(benchmark, joint=entry.joint)
+    begun = _finished_tasks(folder, config)
+    before = (
+        Progressed(stages=0, train_seconds=0, eval_seconds=0, peak_bytes=0, trees=[], lines={})
+        if interrupted is None
+        else interrupted.progress
+    )
+    kept = first_lines(folder, before.lines)
+    prepare_folder(folder, config, keep=interrupted is not None)
+    record = _Record(folder, joint=entry.joint, verbose=verbose, kept=kept)
+
+    samples = [len(experience.dataset) for experience in benchmark.train_stream]
+    epochs = entry.epochs(settings)
+    counter = ProgressPlugin(
+        progress or (lambda _: None), len(stages), _steps(entry, settings, samples, stages)
+    )
+    training, evaluating = (
+        Stopwatch(device, s) for s in (before.train_seconds, before.eval_seconds)
+    )
+    memory = PeakMemory(device, before.peak_bytes)
+    trees = list(before.trees)
+
+    # Again, whether or not the ingredients were built here: a cell is the same run alone and in a
+    # comparison. The model is copied, since the next method starts from the same one.
+    RNGManager.set_random_seeds(ingredients.seed)
+    try:
+        with memory:
+            strategy = _build(
+                entry,
+                settings,
+                config,
+                ingredients,
+                device=device,
+                plugins=[counter],
+                evaluator=record.evaluator,
+            )
+            unsaved = _why_unsaved(entry, strategy)
+            if unsaved and begun:
+                note(f"starts again from the first task: {unsaved}")
+            if interrupted is not None:
+                try:
+                    load_strategy_state(strategy, interrupted.strategy)
+                except ValueError as error:
+                    raise CannotContinueError(str(error)) from error
+            for done, stage in enumerate(stages[before.stages :], start=before.stages + 1):
+                with training:
+                    strategy.train(stage.train)
+                # Before evaluation: what was learned is safe whatever happens next.
+                if entry.uses_lora:
+                    (folder / "adapters").mkdir(exist_ok=True)
+                    save_adapter(strategy.model, folder / "adapters" / f"task_{stage.task:03}")
+                if hasattr(strategy, "tree"):
+                    write_tree(strategy.tree, folder)
+                    trees.append(_plain_tree(strategy.tree))
+                    _append_drawing(strategy.tree, stage.task, folder)
+                with evaluating:
+                    strategy.eval(stage.test)
+                accuracy = record.accuracies(stage)
+                scores = {kind: _scores(matrix) for kind, matrix in accuracy.items()}
+                counter.accuracy = scores["class_incremental"]["overall_performance"]
+                counter.report(strategy)
+                experience = benchmark.train_stream[stage.task]
+                record.lines.write(
+                    event="task",
+                    task=stage.task,
+                    experience=experience.current_experience,
+                    classes=sorted(experience.classes_in_this_experience),
+                    accuracy={kind: matrix[-1].tolist() for kind, matrix in accuracy.items()},
+                    train_seconds=training.seconds,
+                    **scores,
+                )
+                if stage is not stages[-1] and not unsaved:
+                    now = Progressed(
+                        stages=done,
+                        train_seconds=training.seconds,
+                        eval_seconds=evaluating.seconds,
+                        peak_bytes=memory.now(),
+                        trees=trees,
+                        lines=count_lines(folder),
+                    )
+                    save_progress(folder, strategy, now)
+    finally:
+        record.close()
+
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "method": config["method"],
+        "seed": config["seed"],
+        "config": config,
+        "epochs": epochs,
+        "metrics": scores,
+        # Row: after training on the j-th task; column: the i-th task, in the order of training.
+        # Null where it was not evaluated: before a task is seen, and, trained on all at once, in
+        # every row but the last.
+        "accuracy_matrix": {kind: matrix.tolist() for kind, matrix in accuracy.items()},
+        "stream": _describe(benchmark),
+        "trees": trees or None,
+        "timings": {
+            "train_seconds": training.seconds,
+            "ms_per_step": 1000 * training.seconds / counter.step if counter.step else None,
+            # Of the stream: samples that a method trains on once more do not count again.
+            "samples_per_second": epochs * sum(samples) / training.seconds,
+            "eval_seconds": evaluating.seconds,
+            "steps": counter.step,
+        },
+        "memory": {
+            "peak_bytes": memory.bytes,
+            "peak_kind": memory.kind,
+            "stored_bytes": stored_bytes(strategy),
+        },
+        "parameters": count_parameters(strategy.model),
+        "versions": versions(),
+        "git_hash": git_hash(),
+        "hardware": hardware(device),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    written = write_results(folder, results)
+    remove_state(folder)
+    return written
+
+
+def check_arguments(
+    methods: Sequence[str], settings: RunSettings, ingredients: Ingredients
+) -> None:
+    """Build each method and let it go, so that wrong arguments are noticed before any training.
+
+    :param methods: names of the methods.
+    :param settings: the settings.
+    :param ingredients: the stream and the backbone.
+    :raises ValueError: if a method cannot be built with these settings on this backbone.
+    """
+    for method in methods:
+        config = resolve_config(method, ingredients.seed, settings)
+        try:
+            _build(
+                find_method(method),
+                settings,
+                config,
+                ingredients,
+                device=torch.device("cpu"),
+                plugins=[],
+                evaluator=EvaluationPlugin(loggers=[]),
+            )
+        except ValueError:
+            raise
+        except Exception:
+            # Not an argument's fault: it happens again where the method's own run can report it.
+            continue
+
+
+def _build(
+    entry: Method,
+    settings: RunSettings,
+    config: dict[str, Any],
+    ingredients: Ingredients,
+    **shared: Any,
+) -> Any:
+    return entry.build(
+        copy.deepcopy(ingredients.backbone),
+        settings,
+        config.get("lr", 0.0),
+        ingredients.seed,
+        {
+            "train_mb_size": settings.batch_size,
+            "train_epochs": entry.epochs(settings),
+            "eval_mb_size": settings.eval_batch_size,
+            **shared,
+        },
+    )
+
+
+def _finished_tasks(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a run of this configuration has finished a task here before it was interrupted."""
+    lines = folder / "metrics.jsonl"
+    return (
+        is_unfinished(folder, config)
+        and lines.is_file()
+        and '"event": "task"' in lines.read_text(encoding="utf-8")
+    )
+
+
+def _why_unsaved(entry: Method, strategy: Any) -> str | None:
+    """Why a method's state cannot be saved; None if it can."""
+    if entry.keeps_to_itself:
+        return f"{type(strategy).__name__} keeps state that cannot be saved"
+    stateless = plugins_without_state(strategy)
+    if stateless:
+        return f"{', '.join(stateless)} keeps state that cannot be saved"
+    return None
+
+
+def _steps(entry: Method, settings: RunSettings, samples: list[int], stages: list[Stage]) -> int:
+    """Training steps of the whole stream."""
+    sizes = [
+        sum(samples[: stage.task + 1]) if entry.on_all_seen else samples[stage.task]
+        for stage in stages
+    ]
+    return sum(math.ceil(n / settings.batch_size) for n in sizes) * entry.epochs(settings)
+
+
+def _describe(benchmark: Any) -> dict[str, Any]:
+    return {
+        "trained": [e.current_experience for e in benchmark.train_stream],
+        "classes": [sorted(e.classes_in_this_experience) for e in benchmark.train_stream],
+        # Avalanche's own benchmarks have no names.
+        "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
+        "domain_names": getattr(benchmark, "domain_names", None),
+        "train_samples": [len(e.dataset) for e in benchmark.train_stream],
+        "test_samples": [len(e.dataset) for e in benchmark.test_stream],
+    }
+
+
+def _plain_tree(tree: Any) -> dict[str, Any]:
+    """A tree for figures: of every node its level, δ and tasks, of inner nodes the children."""
+
+    def plain(node: Any) -> dict[str, Any]:
+        return {
+            "level": node.level,
+            "delta": None if math.isnan(node.delta) else node.delta,
+            "adapters": [list(tree.tasks[k]) for k in node.members],
+            "children": [plain(child) for child in node.children or ()],
+        }
+
+    return plain(tree.root)
+
+
+def _append_drawing(tree: Any, task: int, folder: Path) -> None:
+    text = StringIO()
+    Console(file=text, width=100).print(tree.draw())
+    with (folder / "tree.txt").open("a", encoding="utf-8") as file:
+        file.write(f"After task {task + 1}\n{text.getvalue()}\n")
+
+
+def _scores(accuracies: Tensor) -> dict[str, float]:
+    return {
+        "overall_performance": overall_performance(accuracies),
+        "backward_transfer": backward_transfer(accuracies),
+        "forgetting": forgetting(accuracies),
+    }
+
+
+__all__ = ["CannotContinueError", "Stage", "check_arguments", "run"]

@@ -1,0 +1,175 @@
+"""What watches a run: its progress, its metrics as lines, its time and its memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.evaluation.metrics import MaxRAM
+from avalanche.logging import BaseLogger
+
+from .folder import to_json
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, for whoever shows it."""
+
+    task: int
+    n_tasks: int
+    epoch: int
+    n_epochs: int
+    step: int
+    n_steps: int
+    accuracy: float | None
+    """ Class-incremental Op after the last finished task. """
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class JsonLinesLogger(BaseLogger):
+    """Appends one JSON object per line: epochs as they end, and whatever else is handed over.
+
+    :param path: the file; created if it is not there.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def write(self, **fields: Any) -> None:
+        """Append one line.
+
+        :param fields: the line's keys and values.
+        """
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(to_json(fields, indent=None) + "\n")
+
+    def after_training_epoch(self, strategy: Any, metric_values: Any, **kwargs: Any) -> None:
+        values = {value.name.split("/")[0]: value.value for value in metric_values}
+        self.write(
+            event="epoch",
+            experience=strategy.experience.current_experience,
+            epoch=strategy.clock.train_exp_epochs + 1,
+            loss=values.get("Loss_Epoch"),
+            training_accuracy=values.get("Top1_Acc_Epoch"),
+        )
+
+
+class ProgressPlugin(SupervisedPlugin):
+    """Counts training steps and reports them. It reads nothing from the device.
+
+    :param callback: called after every step.
+    :param n_tasks: length of the stream.
+    :param n_steps: training steps of the whole stream.
+    """
+
+    def __init__(self, callback: ProgressCallback, n_tasks: int, n_steps: int):
+        super().__init__()
+        self.callback = callback
+        self.n_tasks = n_tasks
+        self.n_steps = n_steps
+        self.accuracy: float | None = None
+        self.step = 0
+        self.task = 0
+
+    def report(self, strategy: Any) -> None:
+        """Report the present state.
+
+        :param strategy: the strategy that trains.
+        """
+        epoch = min(strategy.clock.train_exp_epochs + 1, strategy.train_epochs)
+        self.callback(
+            Progress(
+                task=self.task,
+                n_tasks=self.n_tasks,
+                epoch=epoch,
+                n_epochs=strategy.train_epochs,
+                step=self.step,
+                n_steps=self.n_steps,
+                accuracy=self.accuracy,
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters."""
+        return {"step": self.step, "task": self.task, "accuracy": self.accuracy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counts on from where another one has ended.
+
+        :param state: what :meth:`state_dict` returned.
+        """
+        self.step, self.task = state["step"], state["task"]
+        self.accuracy = state["accuracy"]
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        self.task += 1
+
+    def after_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        self.step += 1
+        self.report(strategy)
+
+
+class Stopwatch:
+    """Seconds of work, the device's included.
+
+    :param device: where the work is done.
+    :param seconds: what was spent before.
+    """
+
+    def __init__(self, device: torch.device, seconds: float = 0.0):
+        self.device = device
+        self.seconds = seconds
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += self._now() - self._start
+
+
+class PeakMemory:
+    """Largest memory of a run: allocated on a GPU, else the process's as Avalanche reads it.
+
+    :param device: where the model is.
+    :param before: the largest memory before, of a run that continues.
+    """
+
+    def __init__(self, device: torch.device, before: int = 0):
+        self.device = device
+        self.kind = "cuda allocated" if device.type == "cuda" else "process resident"
+        self.bytes = before
+        self._ram = MaxRAM(every=0.1)
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._ram.start_thread()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type != "cuda":
+            self._ram.stop_thread()
+        self.bytes = self.now()
+
+    def now(self) -> int:
+        """The largest memory so far."""
+        if self.device.type == "cuda":
+            return max(self.bytes, torch.cuda.max_memory_allocated(self.device))
+        return max(self.bytes, int((self._ram.result() or 0) * 2**20))
+
+
+__all__ = ["JsonLinesLogger", "PeakMemory", "Progress", "ProgressPlugin", "Stopwatch"]
