@@ -1,0 +1,395 @@
+"""Whether related tasks are found: the picks on streams whose relations are known.
+
+A task is related to the tasks of its own group:
+
+* ``digits``: five pairs of classes, each pair twice, on disjoint halves of its images (10 tasks);
+* ``pacs``: the four domains of PACS, each twice, on disjoint halves of its images (8 tasks);
+* ``caltech101``: four classes per task, all mammals, all vehicles or all about music (7 tasks).
+
+Plain LoRA is trained on the tasks in random order, once ``carried``, so that a task starts from the
+factors of the one before, and once from a ``common`` start: the same initial factors, head and
+optimizer for every task. What LCB and the exact nearest would have picked is then replayed from the
+sketches recorded at every step, step for step as the plugins do. Signatures compared:
+
+* ``displacement``: the direction in which the task has moved the factors, which the library uses;
+* ``values``: the factors themselves, divided by their L1 norm;
+* ``values of A``: the same of the factor A alone, as in the code released with the paper.
+
+Counted are the tasks that have one of their group among the past. ``nearest`` and ``LCB`` are the
+shares of their layers whose pick at the end of the task is of the own group. Beside them stand two
+controls that compare nothing: ``latest`` picks the task just before, and ``random`` any, so that it
+is right by the share of past tasks that are of the group. All are means over the orders (seeds)
+with the standard deviation between them. Chance counts as beaten where the excess over ``random``,
+averaged over all tasks, is more than two of its standard errors.
+
+Streams whose data are missing are skipped.
+
+    python benchmarks/task_similarity.py
+    python benchmarks/task_similarity.py --streams '[digits]' --seeds 5
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _command import run
+from avalanche.benchmarks import tensors_benchmark
+from avalanche.training.plugins import SupervisedPlugin
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import Dataset
+
+from treelora_avalanche.adapters import LoRAFactors, SignatureSketch
+from treelora_avalanche.bandit import LCBSearch
+from treelora_avalanche.models import create_vit, image_preprocessing, pretrained_digits_vit
+from treelora_avalanche.models.digits import load_digits
+from treelora_avalanche.names import check_known
+from treelora_avalanche.scenarios import DomainImageFolder, SplitImageFolder
+from treelora_avalanche.strategies import SeqLoRA
+from treelora_avalanche.tree import AdapterTree
+
+DATA = os.environ.get("TREELORA_DATA", "../shared/data")
+WEIGHTS = "deit_tiny_patch16_224_in1k/model.fp16.safetensors"
+
+CALTECH_GROUPS = {
+    "mammals": (
+        "beaver", "dalmatian", "elephant", "gerenuk", "hedgehog", "kangaroo", "llama", "okapi",
+        "panda", "platypus", "rhino", "wild_cat",
+    ),
+    "vehicles": (
+        "Motorbikes", "airplanes", "car_side", "ferry", "helicopter", "ketch", "schooner",
+        "wheelchair",
+    ),
+    "music": (
+        "accordion", "electric_guitar", "euphonium", "gramophone", "grand_piano", "mandolin",
+        "metronome", "saxophone",
+    ),
+}  # fmt: skip
+CLASSES_PER_TASK = 4
+
+# -------------------------------------------------------------------------------------- the streams
+
+
+class Task(NamedTuple):
+    """Training images of one task, and the group of tasks that it is of."""
+
+    group: str
+    images: Tensor  # (n, channels, height, width)
+    labels: Tensor  # (n,)
+
+
+class Stream(NamedTuple):
+    """Tasks in the order in which they arrive."""
+
+    tasks: list[Task]
+    model: Callable[[], nn.Module]
+    lr: float  # of Adam, unless another is asked for
+
+
+def draw(
+    labels: Tensor, classes: Sequence[int], parts: int, size: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Rows of ``parts`` disjoint samples of these classes, at most ``size`` in each, balanced."""
+    drawn = []  # for each class: its rows for each part
+    for label in classes:
+        rows = (labels == label).nonzero().squeeze(1)
+        n = min(size // len(classes), len(rows) // parts)
+        shuffled = rows[torch.randperm(len(rows), generator=generator)]
+        drawn.append(shuffled[: n * parts].view(parts, n))
+    return list(torch.cat(drawn, dim=1))
+
+
+def shuffled(tasks: list[Task], generator: torch.Generator) -> list[Task]:
+    """The tasks in random order."""
+    return [tasks[i] for i in torch.randperm(len(tasks), generator=generator).tolist()]
+
+
+def digits_stream(data: Path, seed: int, size: int) -> Stream:
+    """Pairs of digits, each pair twice."""
+    generator = torch.Generator().manual_seed(seed)
+    digits = load_digits()
+    tasks = []
+    for pair in torch.randperm(10, generator=generator).view(5, 2).tolist():
+        for rows in draw(digits.train_labels, pair, 2, size, generator):
+            images, labels = digits.train_images[rows], digits.train_labels[rows]
+            tasks.append(Task("{} and {}".format(*pair), images, labels))
+    return Stream(shuffled(tasks, generator), partial(pretrained_digits_vit, 0), 0.001)
+
+
+def pacs_stream(data: Path, seed: int, size: int) -> Stream:
+    """The domains of PACS, each twice."""
+    generator = torch.Generator().manual_seed(seed)
+    model = deit_tiny(data, num_classes=7)
+    benchmark = DomainImageFolder(
+        needed(data, "pacs"), preprocessing=model.preprocessing, shuffle=False, cache_bytes=0
+    )
+    tasks = []
+    for domain, experience in zip(benchmark.domain_names, benchmark.train_stream, strict=True):
+        targets = torch.tensor(list(experience.dataset.targets))
+        for rows in draw(targets, range(benchmark.n_classes), 2, size, generator):
+            tasks.append(Task(domain, pixels(experience.dataset, rows), targets[rows]))
+    return Stream(shuffled(tasks, generator), model.make, 0.003)
+
+
+def caltech101_stream(data: Path, seed: int, size: int) -> Stream:
+    """Classes of Caltech-101 by what they show; who shares a task is drawn within the group."""
+    generator = torch.Generator().manual_seed(seed)
+    classes, groups = [], []
+    for group, names in CALTECH_GROUPS.items():
+        classes += [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+        groups += [group] * (len(names) // CLASSES_PER_TASK)
+    model = deit_tiny(data, num_classes=len(classes))
+    benchmark = SplitImageFolder(
+        needed(data, "caltech101"),
+        len(groups),
+        classes=classes,
+        shuffle=False,
+        preprocessing=model.preprocessing,
+        cache_bytes=0,
+    )
+    tasks = []
+    for group, experience in zip(groups, benchmark.train_stream, strict=True):
+        targets = torch.tensor(list(experience.dataset.targets))
+        (rows,) = draw(targets, targets.unique().tolist(), 1, size, generator)
+        tasks.append(Task(group, pixels(experience.dataset, rows), targets[rows]))
+    return Stream(shuffled(tasks, generator), model.make, 0.003)
+
+
+STREAMS = {"digits": digits_stream, "pacs": pacs_stream, "caltech101": caltech101_stream}
+
+
+class Backbone(NamedTuple):
+    make: Callable[[], nn.Module]
+    preprocessing: Any
+
+
+@lru_cache
+def deit_tiny(data: Path, num_classes: int) -> Backbone:
+    """DeiT-Tiny with ImageNet weights, its position embeddings resampled to 112 pixels."""
+    make = partial(
+        create_vit,
+        "deit_tiny_patch16_224",
+        num_classes=num_classes,
+        checkpoint=needed(data, WEIGHTS),
+        img_size=112,
+    )
+    return Backbone(make, image_preprocessing(make()))
+
+
+def needed(data: Path, name: str) -> Path:
+    """The path, if it is there."""
+    if not (data / name).exists():
+        raise FileNotFoundError(f"{data / name} is missing (set TREELORA_DATA)")
+    return data / name
+
+
+def pixels(dataset: Dataset, rows: Tensor) -> Tensor:
+    """The images in these rows, normalised for the model."""
+    return torch.stack([dataset[row][0] for row in rows.tolist()])
+
+
+# ------------------------------------------------------------------------------------- the training
+
+
+class Recorder(SupervisedPlugin):
+    """Keeps the sketch of the factors at the start of each task and after each of its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traces: list[list[Tensor]] = []  # for each task (n_layers, size) at each step
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """The start."""
+        self.factors = LoRAFactors(strategy.model)
+        self.sketch = SignatureSketch(self.factors.shapes)
+        self.traces.append([self.sketch(self.factors.stack)])
+
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """A step."""
+        self.traces[-1].append(self.sketch(self.factors.stack))
+
+
+class Record(NamedTuple):
+    """What one run through a stream left behind."""
+
+    traces: list[Tensor]  # for each task (1 + n_steps, n_layers, size)
+    in_a: Tensor  # (n_layers, size), bool: the coordinates that are of A
+
+
+def record(
+    stream: Stream, common: bool, lr: float, epochs: int, batch_size: int, seed: int
+) -> Record:
+    """Trains plain LoRA on the stream, every task from a common start or from where it is."""
+    tensors = [(task.images, task.labels) for task in stream.tasks]
+    benchmark = tensors_benchmark(tensors, tensors, task_labels=[0] * len(tensors))
+    torch.manual_seed(seed)
+    recorder = Recorder()
+    strategy = SeqLoRA(
+        stream.model(),
+        optimizer=partial(torch.optim.Adam, lr=lr),
+        train_mb_size=batch_size,
+        train_epochs=epochs,
+        plugins=[recorder],
+        evaluator=None,
+    )
+    start = {name: p.detach().clone() for name, p in strategy.model.named_parameters()}
+    for experience in benchmark.train_stream:
+        if common:
+            with torch.no_grad():
+                for name, parameter in strategy.model.named_parameters():
+                    parameter.copy_(start[name])
+        strategy.train(experience, reset_optimizer_state=common)
+    n_in_a = torch.tensor([[shape.rank * shape.n_in] for shape in recorder.factors.shapes])
+    traces = [torch.stack(trace) for trace in recorder.traces]
+    return Record(traces, recorder.sketch.coordinates < n_in_a)
+
+
+# ---------------------------------------------------------------------------------------- the picks
+
+SIGNATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "displacement": lambda trace, in_a: trace[1:] - trace[0],
+    "values": lambda trace, in_a: trace[1:],
+    "values of A": lambda trace, in_a: trace[1:] * in_a,
+}
+"""From a task's trace to its running signature after each step, but for the norm."""
+
+
+class Picks(NamedTuple):
+    """Shares of layers whose pick is of the task's own group; one value for each task counted."""
+
+    nearest: Tensor
+    lcb: Tensor
+    latest: Tensor
+    random: Tensor
+
+
+def replay(record: Record, signature: str, groups: list[str], seed: int) -> Picks:
+    """What the selectors would have picked at the end of each task."""
+    tree = AdapterTree()
+    shares = []
+    for task, trace in enumerate(record.traces):
+        running = normalize(SIGNATURES[signature](trace, record.in_a), p=1.0, dim=-1)
+        mates = torch.tensor([group == groups[task] for group in groups[:task]])
+        if mates.any():
+            stored = tree.signatures  # (n_adapters, n_layers, size)
+            nearest = (stored - running[-1]).abs().sum(-1).argmin(0)
+            lcb = search(tree, running, seed + task).best()
+            picked = (mates[nearest], mates[lcb], mates[-1:], mates)
+            shares.append([of_group.float().mean() for of_group in picked])
+        tree.insert(running[-1])
+    return Picks(*torch.tensor(shares).unbind(1))
+
+
+def search(tree: AdapterTree, running: Tensor, seed: int) -> LCBSearch:
+    """The search of ``LCBSelectorPlugin`` through a task, ``(n_steps, n_layers, size)``."""
+    n_steps, n_layers, _ = running.shape
+    search = LCBSearch(tree.flatten(), n_layers, horizon=n_steps, seed=seed)
+    layers = torch.arange(n_layers)
+    for signature in running:
+        picked = tree.signatures[search.select(), layers]
+        search.update((signature - picked).abs().sum(-1))
+    return search
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def over_seeds(shares: list[Tensor]) -> str:
+    """Mean and standard deviation of the seeds' means."""
+    means = torch.stack([share.mean() for share in shares])
+    return f"{means.mean():.2f}" + (f" ± {means.std():.2f}" if len(means) > 1 else "")
+
+
+def verdict(runs: list[Picks]) -> str:
+    """Which of both selections beats chance."""
+    found = []
+    for name, shares in (
+        ("nearest", [picks.nearest for picks in runs]),
+        ("LCB", [picks.lcb for picks in runs]),
+    ):
+        excess = torch.cat(shares) - torch.cat([picks.random for picks in runs])
+        beats = excess.mean() > 2 * excess.std() / len(excess) ** 0.5
+        found.append(f"{name} {'beats' if beats else 'does not beat'} chance")
+    return ", ".join(found)
+
+
+def task_similarity(
+    streams: tuple[str, ...] = tuple(STREAMS),
+    seeds: int = 2,
+    epochs: int = 3,
+    images: int = 112,
+    batch_size: int = 16,
+    lr: float | None = None,
+    data: str = DATA,
+) -> list[str]:
+    """Trains on the streams and counts the picks.
+
+    :param streams: which streams: digits, pacs, caltech101.
+    :param seeds: number of orders of each stream.
+    :param epochs: epochs per task.
+    :param images: training images per task, at most.
+    :param batch_size: images per step.
+    :param lr: learning rate of Adam; by default 0.001 for digits and 0.003 for DeiT-Tiny.
+    :param data: folder with ``pacs``, ``caltech101`` and the weights of DeiT-Tiny.
+    :return: nothing missed: there is no target.
+    """
+    warnings.simplefilter("ignore")
+    for name in streams:
+        check_known("`streams`", name, STREAMS)
+    if seeds < 1:
+        raise ValueError(f"`seeds` is {seeds}; it must be at least 1.")
+    table = Table(
+        title=f"{seeds} orders, {epochs} epochs of at most {images} images, batch {batch_size}"
+    )
+    for column in ("stream", "start", "signature", "nearest", "LCB", "latest", "random", "tasks"):
+        table.add_column(column, justify="left" if len(table.columns) < 3 else "right")
+    lines = []
+    for name in streams:
+        began = time.perf_counter()
+        runs: dict[tuple[str, str], list[Picks]] = {}
+        try:
+            for seed in range(seeds):
+                stream = STREAMS[name](Path(data), seed, images)
+                groups = [task.group for task in stream.tasks]
+                for start in ("carried", "common"):
+                    trained = record(
+                        stream, start == "common", lr or stream.lr, epochs, batch_size, seed
+                    )
+                    for signature in SIGNATURES:
+                        picks = replay(trained, signature, groups, seed)
+                        runs.setdefault((start, signature), []).append(picks)
+        except FileNotFoundError as error:
+            lines.append(f"{name}: skipped, {error}")
+            continue
+        for (start, signature), of_seeds in runs.items():
+            columns = [over_seeds(list(shares)) for shares in zip(*of_seeds, strict=True)]
+            n_tasks = sum(len(picks.random) for picks in of_seeds)
+            table.add_row(name, start, signature, *columns, str(n_tasks))
+        table.add_section()
+        verdicts = "; ".join(
+            f"{start}: {verdict(runs[start, 'displacement'])}" for start in ("common", "carried")
+        )
+        n_steps = {len(trace) - 1 for trace in trained.traces}
+        steps = "-".join(map(str, sorted({min(n_steps), max(n_steps)})))
+        elapsed = time.perf_counter() - began
+        lines.append(
+            f"{name} by displacement, {verdicts} (lr {lr or stream.lr:g}, {steps} steps a task, "
+            f"{elapsed:.0f} s)"
+        )
+    Console().print(table)
+    for line in lines:
+        print(line)
+    return []
+
+
+if __name__ == "__main__":
+    run(task_similarity)
