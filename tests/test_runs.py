@@ -1,5 +1,6 @@
 """Runs and comparisons: what a run folder holds, what is run again, what a failure leaves."""
 
+import inspect
 import io
 import json
 import math
@@ -19,21 +20,25 @@ from treelora_avalanche import compare as compare_module
 from treelora_avalanche.compare import compare
 from treelora_avalanche.methods import METHODS, Method
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
+from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.plugins import NonFiniteLossError
 from treelora_avalanche.reports.figures import FIGURES, write_figures
 from treelora_avalanche.reports.table import rich_table, summarise, write_table
+from treelora_avalanche.reports.trees import tree_growth
 from treelora_avalanche.runs import (
     SCHEMA_VERSION,
     Ingredients,
     finished_results,
     git_hash,
+    prepare,
     resolve_config,
     run,
     run_name,
     stored_bytes,
     write_text,
 )
-from treelora_avalanche.settings import RunSettings
+from treelora_avalanche.runs.ingredients import IMAGE_STREAMS
+from treelora_avalanche.settings import SCENARIOS, RunSettings
 from treelora_avalanche.tree import AdapterTree
 
 SETTINGS = RunSettings(epochs=2, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu")
@@ -141,7 +146,7 @@ def test_run_folder(method, ingredients, tiny_vit, tmp_path):
         assert [tree["level"] for tree in results["trees"]] == [0, 0, 0]
         assert sorted(t for tasks in results["trees"][-1]["adapters"] for t in tasks) == [0, 1, 2]
         drawings = (folder / "tree.txt").read_text()
-        assert re.findall("After task .", drawings) == [f"After task {k}" for k in (1, 2, 3)]
+        assert re.findall("After (.) tasks", drawings) == ["1", "2", "3"]
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -298,6 +303,17 @@ def test_git_hash_is_that_of_a_checkout():
         ({"scenario": "image_folder"}, "needs `--data FOLDER`"),
         ({"data": "x"}, "`--data` is 'x', but digits bring their own data"),
         ({"model": "deit_tiny_patch16_224"}, "`--model` is 'deit_tiny_patch16_224', but digits"),
+        ({"head": "gaussian"}, "unknown `--head` 'gaussian'"),
+        ({"scenario": "cub200"}, "`--scenario cub200` needs `--data FOLDER`"),
+        (
+            {"scenario": "domains", "data": "x", "n_experiences": 4},
+            "`--n_experiences` is 4, but `--scenario domains` has no use for it",
+        ),
+        (
+            {"scenario": "image_folder", "data": "x", "download": True},
+            "`--download` is True, but `--scenario image_folder` has no use for it",
+        ),
+        ({"domains": ["photo"]}, r"`--domains` is \['photo'\], but digits bring"),
         (
             {"scenario": "image_folder", "data": "x", "model": "digits_vit"},
             "`--model digits_vit` goes with `--scenario digits` only",
@@ -307,6 +323,104 @@ def test_git_hash_is_that_of_a_checkout():
 def test_wrong_settings_are_named_as_flags(changes, message):
     with pytest.raises(ValueError, match=message):
         changed(**changes)
+
+
+# ---------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize(
+    ("scenario", "generator", "given", "expected"),
+    [
+        ("digits", "SplitDigits", {}, {"n_experiences": 5}),
+        ("digits", "SplitDigits", {"n_experiences": 2}, {"n_experiences": 2}),
+        ("image_folder", "SplitImageFolder", {"classes": ["a"]}, {"n_experiences": 10}),
+        ("cifar100", "SplitCIFAR100", {"download": True}, {"n_experiences": 10, "download": True}),
+        ("imagenet_r", "SplitImageNetR", {}, {"n_experiences": 10, "download": False}),
+        ("cub200", "SplitCUB200", {"n_experiences": 20}, {"n_experiences": 20, "download": False}),
+        ("domains", "DomainImageFolder", {"domains": ["b", "a"]}, {"domains": ["b", "a"]}),
+    ],
+)
+def test_scenarios_by_name(scenario, generator, given, expected, tmp_path, monkeypatch):
+    """Every name builds its benchmark, from what the user gave or from the scenario's defaults."""
+    from treelora_avalanche import models, scenarios
+
+    asked = {}
+    real = inspect.signature(getattr(scenarios, generator))
+
+    def build(*args, **kwargs):
+        asked.update(real.bind(*args, **kwargs).arguments)
+        raise StopIteration
+
+    monkeypatch.setattr(scenarios, generator, build)
+    monkeypatch.setattr(models, "pretrained_digits_vit", lambda seed: None)
+    images = {"data": str(tmp_path), "model": "vit_tiny_patch16_224"}
+    settings = RunSettings(scenario=scenario, **({} if scenario == "digits" else images), **given)
+    with pytest.raises(StopIteration):
+        prepare(3, settings)
+    assert asked["seed"] == 3
+    for name, value in expected.items():
+        assert asked[name] == value
+    if scenario != "digits":
+        assert str(asked["dataset_root"]) == str(tmp_path)
+        assert asked["preprocessing"].input_size == (3, 224, 224)
+
+
+def test_every_scenario_is_built():
+    assert set(IMAGE_STREAMS) | {"digits"} == set(SCENARIOS)
+
+
+def test_config_has_what_the_scenario_looks_at():
+    digits = resolve_config("SeqLoRA", 0, SETTINGS)
+    assert digits["n_experiences"] == 5
+    assert not {"data", "domains", "download"} & set(digits)
+    domains = changed(scenario="domains", data="x", model="vit_tiny_patch16_224")
+    config = resolve_config("FrozenNCM", 0, domains)
+    assert "domains" in config
+    assert not {"n_experiences", "download", "lr", "epochs", "rank", "head"} & set(config)
+
+
+@pytest.fixture
+def pacs(tmp_path):
+    """Two domains of two classes, as PACS lies on disk."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for part, n in (("train", 4), ("test", 2)):
+        for domain in ("photo", "sketch"):
+            for name in ("dog", "horse", "person"):
+                folder = tmp_path / "pacs" / part / domain / name
+                folder.mkdir(parents=True)
+                for k in range(n):
+                    pixels = torch.randint(256, (16, 16, 3), generator=generator)
+                    Image.fromarray(pixels.byte().numpy()).save(folder / f"{k}.png")
+    return tmp_path / "pacs"
+
+
+@pytest.mark.parametrize("method", ["TreeLoRA-routed", "FrozenNCM", "JointTraining"])
+def test_domains_from_folders(method, pacs, tmp_path, tiny_vit):
+    """The same classes in every task, down to the names in the results."""
+    settings = changed(
+        scenario="domains",
+        data=str(pacs),
+        exclude_classes=["person"],
+        domains=["sketch", "photo"],
+        model="vit_tiny_patch16_224",
+        epochs=1,
+        head="task_adaptive",
+    )
+    benchmark = IMAGE_STREAMS["domains"](settings, 0, ImagePreprocessing((3, 8, 8)))
+    model = tiny_vit(num_classes=2)
+    model.patch_embed.proj = nn.Conv2d(3, 16, 4, 4)
+    results = run(
+        method, 0, settings, tmp_path / "run", ingredients=Ingredients(0, benchmark, model)
+    )
+    assert results["stream"]["domain_names"] == ["sketch", "photo"]
+    assert results["stream"]["class_names"] == ["dog", "horse"]
+    assert results["stream"]["classes"] == [[0, 1], [0, 1]]
+    assert results["stream"]["train_samples"] == [8, 8]
+    matrices = results["accuracy_matrix"]
+    # All classes are those of the task.
+    assert matrices["class_incremental"] == matrices["within_task"]
 
 
 # --------------------------------------------------------------------------------------- many runs
@@ -436,6 +550,46 @@ def test_one_seed_has_no_deviation(results, tmp_path):
     )
 
 
+def test_what_is_not_defined_is_a_dash(ingredients, tmp_path):
+    result = run("JointTraining", 0, changed(epochs=1), tmp_path / "run", ingredients=ingredients)
+    write_table([result], tmp_path)
+    row = (tmp_path / "table.md").read_text().splitlines()[2]
+    accuracy, within, transfer, forgotten = row.split(" | ")[1:5]
+    assert float(accuracy) > 0
+    assert float(within) > 0
+    assert (transfer, forgotten) == ("–", "–")
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2, 40])
+def test_tree_of_any_number_of_tasks(n_tasks):
+    def node(tasks, level=0):
+        half = len(tasks) // 2
+        parts = [tasks[:half], tasks[half:]] if len(tasks) > 2 else []
+        return {
+            "level": level,
+            "delta": 0.1 if parts else None,
+            "adapters": [[task] for task in tasks],
+            "children": [node(part, level + 1) for part in parts],
+        }
+
+    tasks = list(range(n_tasks))
+    result = {
+        "method": "TreeLoRA",
+        "seed": 0,
+        "trees": [node(tasks[: k + 1]) for k in tasks],
+        "stream": {
+            "trained": tasks,
+            "classes": [[3 * k, 3 * k + 1, 3 * k + 2, 0] for k in tasks],
+            "class_names": [f"class_{k}" for k in range(3 * n_tasks)],
+        },
+    }
+    figure = tree_growth([{"trees": None}, result])
+    assert len(figure.axes) == 1 + min(n_tasks - 1, 12)
+    # A dot for every adapter of the last tree, and nothing beyond the paper.
+    assert len(figure.axes[0].collections) == n_tasks
+    figure.canvas.draw()
+
+
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_table_fits_the_terminal(results, width):
     console = Console(file=io.StringIO(), width=width)
@@ -447,9 +601,19 @@ def test_table_fits_the_terminal(results, width):
     assert max(len(line) for line in text.splitlines()) <= width
 
 
-def test_figures(results, tmp_path):
-    paths = write_figures(results, tmp_path / "figures")
+def test_figures(ingredients, results, tmp_path):
+    one_epoch = changed(epochs=1)
+    more = [
+        run(method, 0, one_epoch, tmp_path / method, ingredients=ingredients)
+        for method in ("TreeLoRA", "JointTraining", "FrozenNCM")
+    ]
+    paths = write_figures([*results, *more], tmp_path / "figures")
     assert [path.name for path in paths] == list(FIGURES)
-    for path in paths:
+    # Without a tree there is no figure of one, nor one that is left over.
+    paths_without = write_figures(results, tmp_path / "figures")
+    assert [path.name for path in paths_without] == [name for name in FIGURES if name != "tree.png"]
+    assert not (tmp_path / "figures" / "tree.png").exists()
+    assert len(write_figures(more[1:2], tmp_path / "alone")) == 3
+    for path in paths_without:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 5000

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
+from .canvas import COLOURS, LINES, MARKERS, new_figure, plain
+from .trees import tree_growth
+
 KINDS = {"class_incremental": "among all classes", "within_task": "among the task's own"}
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure without pyplot: no global state, and no window system needed."""
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    return figure
+COLUMNS = 5
+""" Accuracy matrices side by side. """
 
 
 def _by_method(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -37,45 +32,64 @@ def _matrices(results: Sequence[dict[str, Any]], kind: str) -> np.ndarray:
     return 100 * np.array(stacked, dtype=float)
 
 
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+def _style(k: int) -> dict[str, Any]:
+    """Colour, marker and line of the k-th method: as many as two times seven can be told apart."""
+    return {
+        "color": COLOURS[k % len(COLOURS)],
+        "marker": MARKERS[k % len(MARKERS)],
+        "linestyle": LINES[k // len(COLOURS) % len(LINES)],
+    }
+
+
+def _final_accuracy(results: Sequence[dict[str, Any]]) -> np.ndarray:
+    """In percent. # (n_seeds,)"""
+    return 100 * np.array(
+        [r["metrics"]["class_incremental"]["overall_performance"] for r in results]
+    )
 
 
 def accuracy_matrices(results: Sequence[dict[str, Any]]) -> Figure:
     """Heat maps of the accuracy on each task after each task, mean over seeds.
 
-    One column per method; the upper row is class-incremental, the lower one within the task.
+    One column per method; the upper row is class-incremental, the lower one within the task. More
+    than five methods continue in further rows. Grey: not evaluated.
 
     :param results: contents of `results.json` files.
     """
     methods = _by_method(results)
     n_tasks = len(results[0]["stream"]["trained"])
-    side = max(2.4, 0.42 * n_tasks)
-    figure = _figure(side * len(methods) + 1.6, 2 * side + 1.0)
-    grid = figure.subplots(len(KINDS), len(methods), squeeze=False, sharex=True, sharey=True)
+    side = max(2.2, 0.36 * n_tasks)
+    columns = min(COLUMNS, len(methods))
+    blocks = -(-len(methods) // columns)
+    figure = new_figure(side * columns + 1.5, (2 * side + 0.4) * blocks + 0.6)
+    grid = figure.subplots(len(KINDS) * blocks, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
     every = max(1, n_tasks // 10)
-    for row, (kind, label) in zip(grid, KINDS.items(), strict=True):
-        top = kind == next(iter(KINDS))
-        for axes, (method, own) in zip(row, methods.items(), strict=True):
-            matrix = np.nanmean(_matrices(own, kind), axis=0)
+    for k, (method, own) in enumerate(methods.items()):
+        for row, (kind, label) in enumerate(KINDS.items()):
+            axes = grid[len(KINDS) * (k // columns) + row, k % columns]
+            axes.set_axis_on()
+            stacked = _matrices(own, kind)
+            matrix = stacked.mean(axis=0)  # the same cells are unknown for all seeds
+            axes.set_facecolor("0.93")
             image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100)
-            for j, i in np.ndindex(matrix.shape):
-                if n_tasks <= 12 and not np.isnan(matrix[j, i]):
-                    axes.text(
-                        i,
-                        j,
-                        f"{matrix[j, i]:.0f}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="black" if matrix[j, i] > 60 else "white",
-                    )
-            axes.set_xticks(range(0, n_tasks, every), range(1, n_tasks + 1, every))
-            axes.set_yticks(range(0, n_tasks, every), range(1, n_tasks + 1, every))
-            if top:
+            for j, i in np.argwhere(~np.isnan(matrix)) if n_tasks <= 12 else ():
+                axes.text(
+                    i,
+                    j,
+                    f"{matrix[j, i]:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="black" if matrix[j, i] > 60 else "white",
+                )
+            axes.set_xticks(range(0, n_tasks, every), range(1, n_tasks + 1, every), fontsize=7)
+            axes.set_yticks(range(0, n_tasks, every), range(1, n_tasks + 1, every), fontsize=7)
+            if row == 0:
                 axes.set_title(method, fontsize=11)
-        row[0].set_ylabel(label)
+            if k % columns == 0:
+                axes.set_ylabel(label, fontsize=9)
     figure.supxlabel("accuracy on task", fontsize=10)
     figure.supylabel("after training on task", fontsize=10)
     figure.colorbar(image, ax=list(grid.flat), label="accuracy, %", fraction=0.04, aspect=30)
@@ -85,73 +99,114 @@ def accuracy_matrices(results: Sequence[dict[str, Any]]) -> Figure:
 def accuracy_over_tasks(results: Sequence[dict[str, Any]]) -> Figure:
     """Mean accuracy over the tasks seen (Op_n) after each task, one line per method.
 
+    A method that learns all tasks at once has no line but a level, at the right end.
+
     :param results: contents of `results.json` files.
     """
-    figure = _figure(6.4, 4.0)
-    axes = figure.subplots()
     n_tasks = len(results[0]["stream"]["trained"])
+    figure = new_figure(8.0, 4.2)
+    axes = figure.subplots()
     tasks = np.arange(1, n_tasks + 1)
+    lines = {}
     for k, (method, own) in enumerate(_by_method(results).items()):
         matrices = _matrices(own, "class_incremental")
         seen = np.array([[m[n - 1, :n].mean() for n in tasks] for m in matrices])
         mean = seen.mean(axis=0)
-        colour = COLOURS[k % len(COLOURS)]
-        axes.plot(tasks, mean, marker=MARKERS[k % len(MARKERS)], color=colour, label=method)
-        if len(own) > 1:
+        style = _style(k)
+        name = f"{method}  {mean[-1]:.1f}"
+        if n_tasks > 1 and np.isnan(mean[0]):
+            handle = axes.axhline(mean[-1], color=style["color"], linestyle=(0, (1, 1)), lw=1.5)
+        else:
+            (handle,) = axes.plot(tasks, mean, markersize=5, lw=1.5, **style)
+        lines[name] = (mean[-1], handle)
+        if len(own) > 1 and not np.isnan(mean[0]):
             spread = seen.std(axis=0, ddof=1)
-            axes.fill_between(tasks, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
+            axes.fill_between(
+                tasks, mean - spread, mean + spread, color=style["color"], alpha=0.12, lw=0
+            )
     axes.set_xticks(tasks[:: max(1, n_tasks // 10)])
-    axes.set_ylim(0, 102)
+    _accuracy_axis(axes)
     axes.set_xlabel("tasks learned")
     axes.set_ylabel("mean accuracy on tasks seen, %")
-    axes.legend(frameon=False)
-    _plain(axes)
+    # In the order of the lines' right ends.
+    ranked = sorted(lines.items(), key=lambda item: -item[1][0])
+    figure.legend(
+        [handle for _, (_, handle) in ranked],
+        [name for name, _ in ranked],
+        title="after the last task, %",
+        title_fontsize=8,
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8,
+    )
+    plain(axes)
     return figure
 
 
+def _accuracy_axis(axes: Axes) -> None:
+    """From 0 where something is near it; else the lower part is left out, where nothing is."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(0 if low < 0.4 * high else low, min(high, 101))
+
+
 def speed_against_accuracy(results: Sequence[dict[str, Any]]) -> Figure:
-    """Final accuracy against training speed, one point per method.
+    """Final accuracy against training speed, one point per method; bars: deviation over seeds.
 
     :param results: contents of `results.json` files.
     """
-    figure = _figure(6.4, 4.0)
+    figure = new_figure(8.0, 4.2)
     axes = figure.subplots()
+    speeds: list[float] = []
+    handles = []
     for k, (method, own) in enumerate(_by_method(results).items()):
+        style = _style(k)
         speed = np.array([r["timings"]["samples_per_second"] for r in own])
-        accuracy = np.array(
-            [100 * r["metrics"]["class_incremental"]["overall_performance"] for r in own]
-        )
+        accuracy = _final_accuracy(own)
         many = len(own) > 1
-        axes.errorbar(
+        epochs = f"{own[0]['epochs']} epoch{'s' if own[0]['epochs'] > 1 else ''}"
+        points = axes.errorbar(
             speed.mean(),
             accuracy.mean(),
             xerr=speed.std(ddof=1) if many else None,
             yerr=accuracy.std(ddof=1) if many else None,
-            fmt=MARKERS[k % len(MARKERS)],
-            color=COLOURS[k % len(COLOURS)],
-            markersize=8,
+            color=style["color"],
+            marker=style["marker"],
+            # Hollow where the colours begin again.
+            markerfacecolor=style["color"] if k < len(COLOURS) else "white",
+            linestyle="none",
+            markersize=7,
             capsize=3,
-            label=f"{method} ({own[0]['epochs']} epochs per task)",
+            elinewidth=1,
         )
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 102)
-    axes.set_xlabel("training speed, samples per second")
+        points[0].set_label(f"{method} ({epochs})")
+        handles.append(points[0])
+        speeds += [*speed]
+    if max(speeds) > 3 * min(speeds):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(left=0)
+    _accuracy_axis(axes)
+    axes.set_xlabel("training speed, samples of the stream per second")
     axes.set_ylabel("mean accuracy after the last task, %")
-    # Beside the plot: the points may lie anywhere in it.
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    _plain(axes)
+    # Without the error bars, which hide the markers at this size.
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    plain(axes)
     return figure
 
 
-FIGURES = {
+FIGURES: dict[str, Callable[[Sequence[dict[str, Any]]], Figure | None]] = {
     "accuracy_matrices.png": accuracy_matrices,
     "accuracy_over_tasks.png": accuracy_over_tasks,
     "speed_against_accuracy.png": speed_against_accuracy,
+    "tree.png": tree_growth,
 }
 
 
 def write_figures(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw all figures into a folder.
+    """Draw all figures that the results have the data for.
 
     :param results: contents of `results.json` files, of one stream.
     :param folder: created if it is not there.
@@ -160,7 +215,11 @@ def write_figures(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in FIGURES.items():
-        draw(results).savefig(folder / name)
+        figure = draw(results)
+        if figure is None:  # a figure of an earlier comparison would be of other methods
+            (folder / name).unlink(missing_ok=True)
+            continue
+        figure.savefig(folder / name)
         paths.append(folder / name)
     return paths
 
@@ -170,5 +229,6 @@ __all__ = [
     "accuracy_matrices",
     "accuracy_over_tasks",
     "speed_against_accuracy",
+    "tree_growth",
     "write_figures",
 ]

@@ -442,7 +442,8 @@ def _append_drawing(tree: Any, task: int, folder: Path) -> None:
     text = StringIO()
     Console(file=text, width=100).print(tree.draw())
     with (folder / "tree.txt").open("a", encoding="utf-8") as file:
-        file.write(f"After task {task + 1}\n{text.getvalue()}\n")
+        # As in `tree.json`; the figures count from 1.
+        file.write(f"After {task + 1} tasks, counted from 0\n{text.getvalue()}\n")
 
 
 def _scores(accuracies: Tensor) -> dict[str, float]:
