@@ -18,9 +18,9 @@ sketches recorded at every step, step for step as the plugins do. Signatures com
 Counted are the tasks that have one of their group among the past. ``nearest`` and ``LCB`` are the
 shares of their layers whose pick at the end of the task is of the own group. Beside them stand two
 controls that compare nothing: ``latest`` picks the task just before, and ``random`` any, so that it
-is right by the share of past tasks that are of the group. All are means over the orders (seeds)
-with the standard deviation between them. Chance counts as beaten where the excess over ``random``,
-averaged over all tasks, is more than two of its standard errors.
+is right by the share of past tasks that are of the group. All are means over the orders (seeds),
+``±`` the standard deviation between these. Chance counts as beaten where the excess over
+``random``, averaged over all tasks, is more than two of its standard errors.
 
 Streams whose data are missing are skipped.
 
@@ -75,6 +75,8 @@ CALTECH_GROUPS = {
     ),
 }  # fmt: skip
 CLASSES_PER_TASK = 4
+
+STARTS = ("carried", "common")
 
 # -------------------------------------------------------------------------------------- the streams
 
@@ -303,10 +305,12 @@ def search(tree: AdapterTree, running: Tensor, seed: int) -> LCBSearch:
 # --------------------------------------------------------------------------------------- the report
 
 
-def over_seeds(shares: list[Tensor]) -> str:
-    """Mean and standard deviation of the seeds' means."""
+def over_seeds(shares: Sequence[Tensor], spread: bool = True) -> str:
+    """Mean and, unless it is left out, standard deviation of the seeds' means."""
     means = torch.stack([share.mean() for share in shares])
-    return f"{means.mean():.2f}" + (f" ± {means.std():.2f}" if len(means) > 1 else "")
+    if len(means) < 2 or not spread:
+        return f"{means.mean():.2f}"
+    return f"{means.mean():.2f} ± {means.std():.2f}"
 
 
 def verdict(runs: list[Picks]) -> str:
@@ -347,12 +351,6 @@ def task_similarity(
         check_known("`streams`", name, STREAMS)
     if seeds < 1:
         raise ValueError(f"`seeds` is {seeds}; it must be at least 1.")
-    table = Table(
-        title=f"{seeds} orders, {epochs} epochs of at most {images} images, batch {batch_size}"
-    )
-    for column in ("stream", "start", "signature", "nearest", "LCB", "latest", "random", "tasks"):
-        table.add_column(column, justify="left" if len(table.columns) < 3 else "right")
-    lines = []
     for name in streams:
         began = time.perf_counter()
         runs: dict[tuple[str, str], list[Picks]] = {}
@@ -360,7 +358,7 @@ def task_similarity(
             for seed in range(seeds):
                 stream = STREAMS[name](Path(data), seed, images)
                 groups = [task.group for task in stream.tasks]
-                for start in ("carried", "common"):
+                for start in STARTS:
                     trained = record(
                         stream, start == "common", lr or stream.lr, epochs, batch_size, seed
                     )
@@ -368,26 +366,26 @@ def task_similarity(
                         picks = replay(trained, signature, groups, seed)
                         runs.setdefault((start, signature), []).append(picks)
         except FileNotFoundError as error:
-            lines.append(f"{name}: skipped, {error}")
+            print(f"{name}: skipped, {error}")
             continue
+        steps = sorted({len(trace) - 1 for trace in trained.traces})
+        n_tasks = sum(len(picks.random) for picks in runs["common", "displacement"])
+        table = Table(
+            title=f"{name}: {n_tasks} tasks of {seeds} orders, Adam at {lr or stream.lr:g}, "
+            f"{' to '.join(map(str, sorted({steps[0], steps[-1]})))} steps a task"
+        )
+        for column in ("start", "signature", "nearest", "LCB", "latest", "random"):
+            table.add_column(column, justify="left" if len(table.columns) < 2 else "right")
         for (start, signature), of_seeds in runs.items():
-            columns = [over_seeds(list(shares)) for shares in zip(*of_seeds, strict=True)]
-            n_tasks = sum(len(picks.random) for picks in of_seeds)
-            table.add_row(name, start, signature, *columns, str(n_tasks))
-        table.add_section()
+            nearest, lcb, latest, random = zip(*of_seeds, strict=True)
+            compared = (over_seeds(nearest), over_seeds(lcb))
+            controls = (over_seeds(latest, spread=False), over_seeds(random, spread=False))
+            table.add_row(start, signature, *compared, *controls)
+        Console().print(table)
         verdicts = "; ".join(
-            f"{start}: {verdict(runs[start, 'displacement'])}" for start in ("common", "carried")
+            f"{start} start, {verdict(runs[start, 'displacement'])}" for start in STARTS
         )
-        n_steps = {len(trace) - 1 for trace in trained.traces}
-        steps = "-".join(map(str, sorted({min(n_steps), max(n_steps)})))
-        elapsed = time.perf_counter() - began
-        lines.append(
-            f"{name} by displacement, {verdicts} (lr {lr or stream.lr:g}, {steps} steps a task, "
-            f"{elapsed:.0f} s)"
-        )
-    Console().print(table)
-    for line in lines:
-        print(line)
+        print(f"{name} by displacement: {verdicts} ({time.perf_counter() - began:.0f} s)")
     return []
 
 
