@@ -6,36 +6,15 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.evaluation.metrics import (
-    accuracy_metrics,
-    bwt_metrics,
-    forgetting_metrics,
-    loss_metrics,
-)
-from avalanche.logging import CSVLogger, InteractiveLogger, TensorboardLogger
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
-from rich.console import Console
-from torch import Tensor
 
 from ..adapters import save_adapter
 from ..methods import Method, find_method
-from ..metrics import (
-    AccuracyMatrix,
-    BackwardTransfer,
-    EpochAccuracy,
-    EpochLoss,
-    OverallPerformance,
-    backward_transfer,
-    forgetting,
-    overall_performance,
-)
 from ..settings import RunSettings
 from ..strategies.resumable import load_strategy_state, plugins_without_state
 from .account import count_parameters, git_hash, hardware, stored_bytes, versions
@@ -47,100 +26,16 @@ from .folder import (
     prepare_folder,
     remove_state,
     write_results,
-    write_text,
     write_tree,
 )
 from .ingredients import Ingredients, find_device, prepare, resolve_config
+from .record import Record, Stage, append_drawing, describe, plain_tree, scores_of
 from .resume import Interrupted, Progressed, find_interrupted, save_progress
-from .watch import JsonLinesLogger, PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
-
-KINDS = ("class_incremental", "within_task")
+from .watch import PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
 
 
 class CannotContinueError(ValueError):
     """An interrupted run whose state does not fit."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is trained in one go, and what is evaluated then."""
-
-    task: int
-    """ The last task of the stage, counted from 0 in the order of training. """
-    train: Any
-    test: Any
-
-    @classmethod
-    def all_of(cls, benchmark: Any, *, joint: bool) -> list[Stage]:
-        """The stages of a run.
-
-        :param benchmark: the stream.
-        :param joint: whether all tasks are trained together.
-        """
-        train, test = benchmark.train_stream, benchmark.test_stream
-        n = len(train)
-        if joint:
-            return [cls(n - 1, train, test)]
-        # Classes not seen yet have nothing to say.
-        return [cls(task, train[task], test[: task + 1]) for task in range(n)]
-
-
-class _Record:
-    """The metrics of a run, and the files that grow with it.
-
-    :param folder: the run folder.
-    :param joint: whether all tasks are trained together, so that their order means nothing.
-    :param verbose: attach Avalanche's `InteractiveLogger`.
-    :param kept: content of the growing files, of a run that continues.
-    """
-
-    def __init__(self, folder: Path, *, joint: bool, verbose: bool, kept: dict[str, str]):
-        self.folder = folder
-        for name, text in kept.items():
-            write_text(folder / name, text)
-        self.lines = JsonLinesLogger(folder / "metrics.jsonl")
-        self.matrices = {kind: AccuracyMatrix(within_task=kind == "within_task") for kind in KINDS}
-        self._tensorboard = TensorboardLogger(str(folder / "tensorboard"))
-        self._csv = CSVLogger(str(folder))
-        for file in (self._csv.training_file, self._csv.eval_file):
-            # Avalanche begins these anew.
-            file.write("".join(kept.get(Path(file.name).name, "").splitlines(True)[1:]))
-            file.flush()
-        continual = [] if joint else [OverallPerformance, BackwardTransfer]
-        self.evaluator = EvaluationPlugin(
-            *self.matrices.values(),
-            *(metric(within_task=w) for w in (False, True) for metric in continual),
-            EpochLoss(),
-            EpochAccuracy(),
-            accuracy_metrics(experience=True, stream=True),
-            loss_metrics(experience=True, stream=True),
-            forgetting_metrics(experience=True, stream=True),
-            bwt_metrics(stream=True),
-            loggers=[
-                self._tensorboard,
-                self._csv,
-                self.lines,
-                *([InteractiveLogger()] if verbose else []),
-            ],
-        )
-
-    def accuracies(self, stage: Stage) -> dict[str, Tensor]:
-        """The matrices so far: a row and a column per task seen, NaN where not evaluated.
-
-        :param stage: the stage that was evaluated last.
-        """
-        matrices = {}
-        for kind, metric in self.matrices.items():
-            known = metric.matrix()
-            rows = known.new_full((stage.task + 1, stage.task + 1), math.nan)
-            rows[-len(known) :] = known
-            matrices[kind] = rows
-        return matrices
-
-    def close(self) -> None:
-        """Close the files."""
-        self._csv.close()
-        self._tensorboard.writer.close()
 
 
 def run(
@@ -221,7 +116,7 @@ def _run(
     )
     kept = first_lines(folder, before.lines)
     prepare_folder(folder, config, keep=interrupted is not None)
-    record = _Record(folder, joint=entry.joint, verbose=verbose, kept=kept)
+    record = Record(folder, joint=entry.joint, verbose=verbose, kept=kept)
 
     samples = [len(experience.dataset) for experience in benchmark.train_stream]
     epochs = entry.epochs(settings)
@@ -265,12 +160,12 @@ def _run(
                     save_adapter(strategy.model, folder / "adapters" / f"task_{stage.task:03}")
                 if hasattr(strategy, "tree"):
                     write_tree(strategy.tree, folder)
-                    trees.append(_plain_tree(strategy.tree))
-                    _append_drawing(strategy.tree, stage.task, folder)
+                    trees.append(plain_tree(strategy.tree))
+                    append_drawing(strategy.tree, stage.task, folder)
                 with evaluating:
                     strategy.eval(stage.test)
                 accuracy = record.accuracies(stage)
-                scores = {kind: _scores(matrix) for kind, matrix in accuracy.items()}
+                scores = {kind: scores_of(matrix) for kind, matrix in accuracy.items()}
                 counter.accuracy = scores["class_incremental"]["overall_performance"]
                 counter.report(strategy)
                 experience = benchmark.train_stream[stage.task]
@@ -307,7 +202,7 @@ def _run(
         # Null where it was not evaluated: before a task is seen, and, trained on all at once, in
         # every row but the last.
         "accuracy_matrix": {kind: matrix.tolist() for kind, matrix in accuracy.items()},
-        "stream": _describe(benchmark),
+        "stream": describe(benchmark),
         "trees": trees or None,
         "timings": {
             "train_seconds": training.seconds,
@@ -412,46 +307,4 @@ def _steps(entry: Method, settings: RunSettings, samples: list[int], stages: lis
     return sum(math.ceil(n / settings.batch_size) for n in sizes) * entry.epochs(settings)
 
 
-def _describe(benchmark: Any) -> dict[str, Any]:
-    return {
-        "trained": [e.current_experience for e in benchmark.train_stream],
-        "classes": [sorted(e.classes_in_this_experience) for e in benchmark.train_stream],
-        # Avalanche's own benchmarks have no names.
-        "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
-        "domain_names": getattr(benchmark, "domain_names", None),
-        "train_samples": [len(e.dataset) for e in benchmark.train_stream],
-        "test_samples": [len(e.dataset) for e in benchmark.test_stream],
-    }
-
-
-def _plain_tree(tree: Any) -> dict[str, Any]:
-    """A tree for figures: of every node its level, δ and tasks, of inner nodes the children."""
-
-    def plain(node: Any) -> dict[str, Any]:
-        return {
-            "level": node.level,
-            "delta": None if math.isnan(node.delta) else node.delta,
-            "adapters": [list(tree.tasks[k]) for k in node.members],
-            "children": [plain(child) for child in node.children or ()],
-        }
-
-    return plain(tree.root)
-
-
-def _append_drawing(tree: Any, task: int, folder: Path) -> None:
-    text = StringIO()
-    Console(file=text, width=100).print(tree.draw())
-    with (folder / "tree.txt").open("a", encoding="utf-8") as file:
-        # As in `tree.json`; the figures count from 1.
-        file.write(f"After {task + 1} tasks, counted from 0\n{text.getvalue()}\n")
-
-
-def _scores(accuracies: Tensor) -> dict[str, float]:
-    return {
-        "overall_performance": overall_performance(accuracies),
-        "backward_transfer": backward_transfer(accuracies),
-        "forgetting": forgetting(accuracies),
-    }
-
-
-__all__ = ["CannotContinueError", "Stage", "check_arguments", "run"]
+__all__ = ["CannotContinueError", "check_arguments", "run"]
