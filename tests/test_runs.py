@@ -550,6 +550,17 @@ def test_one_seed_has_no_deviation(results, tmp_path):
     )
 
 
+def test_a_number_that_no_seed_has_is_a_dash_over_many_seeds(results, tmp_path):
+    for result in results[:2]:
+        result["timings"]["ms_per_step"] = None
+    row = summarise(results)[0]
+    assert math.isnan(row.mean["ms_per_step"])
+    assert math.isnan(row.std["ms_per_step"])
+    assert row.std["train_seconds"] >= 0
+    write_table(results, tmp_path)
+    assert " – |" in (tmp_path / "table.md").read_text().splitlines()[2]
+
+
 def test_what_is_not_defined_is_a_dash(ingredients, tmp_path):
     result = run("JointTraining", 0, changed(epochs=1), tmp_path / "run", ingredients=ingredients)
     write_table([result], tmp_path)

@@ -137,13 +137,16 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
                 method=method,
                 seeds=[result["seed"] for result in own],
                 mean={key: statistics.fmean(v) for key, v in values.items()},
-                std={
-                    key: statistics.stdev(v) if len(v) > 1 else math.nan
-                    for key, v in values.items()
-                },
+                std={key: _deviation(v) for key, v in values.items()},
             )
         )
     return rows
+
+
+def _deviation(values: list[float]) -> float:
+    # `statistics.stdev` fails on NaN, which stands for a number that a method does not have.
+    defined = len(values) > 1 and not any(map(math.isnan, values))
+    return statistics.stdev(values) if defined else math.nan
 
 
 def _number(value: float | None) -> float:
