@@ -391,7 +391,7 @@ def test_a_state_that_does_not_fit_is_refused_and_the_strategy_stays(
         "is not a tree": (
             lambda s: s["plugins"]["TreeBuilderPlugin.0"]["tree"].update(root={"left": [0]})
         ),
-        "`tree_lambda` is 0.7 in the state, and 0.1 here": (
+        "`tree_lambda` is 0.7 in the state, and 0.5 here": (
             lambda s: s["plugins"]["SparseUpdatePlugin.0"].update(tree_lambda=0.7)
         ),
         "has the seed 5, and this one has 0": (
@@ -519,6 +519,7 @@ def test_another_strength_of_a_built_in_plugin_is_refused(tiny_vit, tmp_path):
 def test_other_library_versions_are_told(tiny_vit, saved, caplog):
     _, folder = saved
     strategy = fresh("lcb", tiny_vit, train_epochs=1)
+    caplog.set_level("WARNING")
     strategy.load(folder)
     assert not caplog.records
     rewrite(folder, lambda s: s["versions"].update(torch="1.0"))
