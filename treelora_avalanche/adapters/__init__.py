@@ -19,6 +19,8 @@ from treelora_avalanche.adapters.attach import (
 from treelora_avalanche.adapters.bank import AdapterBank, merge_factors
 from treelora_avalanche.adapters.factors import LayerShape, LoRAFactors, SignatureSketch
 from treelora_avalanche.adapters.folders import load_adapter, save_adapter
+from treelora_avalanche.adapters.past import PastAdapters
+from treelora_avalanche.adapters.subspaces import SubspaceMemory, new_directions, project_off
 
 __all__ = [
     "DEFAULT_LAYERS",
@@ -26,7 +28,9 @@ __all__ = [
     "LayerChoice",
     "LayerShape",
     "LoRAFactors",
+    "PastAdapters",
     "SignatureSketch",
+    "SubspaceMemory",
     "TrainableView",
     "add_lora",
     "classifier_name",
@@ -35,5 +39,7 @@ __all__ = [
     "load_adapter",
     "lora_layers",
     "merge_factors",
+    "new_directions",
+    "project_off",
     "save_adapter",
 ]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+from treelora_avalanche.adapters.attach import lora_layers
+from treelora_avalanche.adapters.past import past_factors
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save the live adapter, and the classifier trained with it, as a folder that peft loads.
 
-    The folder is written beside its place and then renamed, so it is there whole or not at all.
+    Past adapters that answer beside the live one are saved with it, as one adapter of their joint
+    rank. The folder is written beside its place and then renamed, so it is there whole or not at
+    all.
 
     :param model: a model that is, or wraps, a :class:`peft.PeftModel`.
     :param folder: where to; an adapter that is already there is replaced.
@@ -26,8 +34,34 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     peft_model.save_pretrained(str(unfinished))
+    _join_past(peft_model, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
+
+
+def _join_past(model: PeftModel, folder: Path) -> None:
+    """Stacks the past factors on the live ones: sum_i B_i A_i = (B_1 ... B_n)(A_1; ...; A_n)."""
+    layers = {n: m for n, m in lora_layers(model).items() if len(past_factors(m)[0])}
+    if not layers:
+        return
+    adapter = model.active_adapter
+    folder = folder if adapter == "default" else folder / adapter
+    file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    tensors = load_file(file)
+    for name, layer in layers.items():
+        past_a, past_b = past_factors(layer)
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        tensors[a] = torch.cat((past_a.cpu(), tensors[a]))
+        tensors[b] = torch.cat((past_b.cpu(), tensors[b]), 1)
+        # By layer, with the scaling as it is: peft would divide alpha by the joint rank.
+        rank = len(tensors[a])
+        module = name.removeprefix("base_model.model.")
+        config["rank_pattern"][module] = rank
+        config["alpha_pattern"][module] = layer.scaling[adapter] * rank
+    config["use_rslora"] = False
+    save_file(tensors, file, metadata={"format": "pt"})
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:

@@ -1,12 +1,16 @@
 """Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
 
 from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
+from treelora_avalanche.plugins.inf_lora import InfLoRAPlugin
+from treelora_avalanche.plugins.l2_anchor import L2AnchorPlugin
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
     NearestSelectorPlugin,
     RandomSelectorPlugin,
     SelectorPlugin,
 )
+from treelora_avalanche.plugins.o_lora import OLoRAPlugin
+from treelora_avalanche.plugins.ogd import OGDPlugin
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
@@ -14,9 +18,13 @@ from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 
 __all__ = [
     "FiniteLossPlugin",
+    "InfLoRAPlugin",
+    "L2AnchorPlugin",
     "LCBSelectorPlugin",
     "NearestSelectorPlugin",
     "NonFiniteLossError",
+    "OGDPlugin",
+    "OLoRAPlugin",
     "RandomSelectorPlugin",
     "RouterPlugin",
     "SelectorPlugin",

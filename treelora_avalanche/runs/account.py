@@ -70,7 +70,8 @@ def stored_bytes(strategy: Any) -> int:
         if not isinstance(plugin, own) and plugin is not strategy.clock
     ]
     model = getattr(strategy.model, "module", strategy.model)
-    of_model = {storage(t)[0] for t in (*model.parameters(), *model.buffers())}
+    # What a checkpoint of the model holds: buffers beside it are a plugin's (past adapters).
+    of_model = {storage(t)[0] for t in (*model.parameters(), *model.state_dict().values())}
     passing = ("loss", "mb_output")
     own_tensors = [
         value

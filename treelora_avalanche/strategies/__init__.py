@@ -3,7 +3,22 @@
 from treelora_avalanche.strategies.ewc_lora import EWCLoRA
 from treelora_avalanche.strategies.frozen import FrozenGaussian, FrozenNCM
 from treelora_avalanche.strategies.gem_lora import GEMLoRA
+from treelora_avalanche.strategies.inf_lora import InfLoRA
+from treelora_avalanche.strategies.l2_anchor import L2Anchor
+from treelora_avalanche.strategies.o_lora import OLoRA
+from treelora_avalanche.strategies.ogd import OGD
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.strategies.treelora import TreeLoRAStrategy
 
-__all__ = ["EWCLoRA", "FrozenGaussian", "FrozenNCM", "GEMLoRA", "SeqLoRA", "TreeLoRAStrategy"]
+__all__ = [
+    "OGD",
+    "EWCLoRA",
+    "FrozenGaussian",
+    "FrozenNCM",
+    "GEMLoRA",
+    "InfLoRA",
+    "L2Anchor",
+    "OLoRA",
+    "SeqLoRA",
+    "TreeLoRAStrategy",
+]

@@ -1,0 +1,140 @@
+"""InfLoRA (Liang & Li, CVPR 2024, arXiv 2404.00228): train where no past input can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from treelora_avalanche.adapters import PastAdapters, SubspaceMemory, lora_layers
+from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.plugins.batches import experience_batches
+from treelora_avalanche.plugins.past_adapters import PastAdaptersPlugin
+from treelora_avalanche.state import check_keys
+
+
+def input_covariances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Sums of ``x x^T`` over the inputs of every adapted layer, in one pass in evaluation mode.
+
+    Every token is an input. Divided by the number of samples, so that they do not grow with them.
+
+    :param model: a model that carries LoRA.
+    :param batches: inputs and targets, on the model's device.
+    :return: one ``(n_in, n_in)`` per layer, in float32.
+    """
+    covariances: dict[nn.Module, Tensor] = {}
+
+    def observe(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().float().flatten(0, -2)  # (n_tokens, n_in)
+        covariances[layer] = covariances[layer] + x.T @ x if layer in covariances else x.T @ x
+
+    layers: list[Any] = list(lora_layers(model).values())
+    hooks = [layer.register_forward_pre_hook(observe) for layer in layers]
+    n_samples = 0
+    try:
+        with evaluating(model):
+            for x, _ in batches:
+                model(x)
+                n_samples += len(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [covariances[layer] / n_samples for layer in layers]
+
+
+class InfLoRAPlugin(PastAdaptersPlugin):
+    """Fixes A to what the task's inputs have beside those of the past, and trains B alone.
+
+    Before an experience, A's rows become the leading principal directions of the layer's inputs on
+    the new data, after the subspace of past inputs was removed from them: then the new product
+    ``B A`` answers 0 to past inputs. Afterwards the inputs are added to that subspace, as many
+    directions as hold the share ``threshold`` of their energy; the share rises linearly over the
+    stream, ``threshold + (1 - threshold) t / T`` after the t-th of T tasks (from 0). Rows of A have
+    the length ``1 / sqrt(3)`` that LoRA's random ones have on average, and are zero, so that their
+    part of B learns nothing, where the past has left no direction. What the paper calls B is A
+    here, and the other way round, as everywhere in LoRA.
+
+    The paper measures energy by the squared singular values of the inputs, and so does this. (The
+    released code takes those of the covariance, which keeps far fewer directions.)
+
+    Costs two passes over the data of an experience. Stores the adapter of every task, and at most
+    ``n_in^2 / 2`` values per layer in all. Works with any strategy whose model carries LoRA. Task
+    labels are not used.
+
+    :param past: the past adapters of the strategy's model.
+    :param threshold: epsilon, above 0 and below 1.
+    :raises ValueError: if ``threshold`` is out of range.
+    """
+
+    def __init__(self, past: PastAdapters, threshold: float = 0.95):
+        super().__init__(past)
+        if not 0 < threshold < 1:
+            raise ValueError(f"`threshold` must be between 0 and 1, and is {threshold}.")
+        self.threshold = threshold
+        self.n_tasks = 0
+        self.memories: list[SubspaceMemory] = []
+        """The subspace of past inputs, of every layer."""
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Folds the last adapter, and fixes A for the new one."""
+        super().before_training_exp(strategy, *args, **kwargs)
+        if not self.memories:
+            self.memories = [SubspaceMemory(shape.n_in) for shape in self._factors.shapes]
+        covariances = self._covariances(strategy)
+        for (a, _), memory, covariance in zip(
+            self._factors.parameters, self.memories, covariances, strict=True
+        ):
+            a.data.copy_(memory.free_directions(covariance, len(a)) / 3**0.5)
+
+    def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Drops A's gradient. A parameter without one is left alone by every optimizer.
+
+        It still asks for a gradient, for it is saved, as what is trained is.
+        """
+        for a, _ in self._factors.parameters:
+            a.grad = None
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Adds the experience's inputs to the subspace of the past."""
+        stream = strategy.experience.origin_stream
+        done = 0.0 if stream is None else min(1.0, self.n_tasks / len(stream))
+        threshold = self.threshold + (1 - self.threshold) * done
+        for memory, covariance in zip(self.memories, self._covariances(strategy), strict=True):
+            memory.add(covariance, threshold)
+        self.n_tasks += 1
+
+    def _covariances(self, strategy: Any) -> list[Tensor]:
+        return input_covariances(
+            strategy.model, experience_batches(strategy, strategy.eval_mb_size)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The past adapters, and the subspaces of their inputs."""
+        return {
+            **super().state_dict(),
+            "threshold": float(self.threshold),
+            "n_tasks": self.n_tasks,
+            "memories": [memory.state_dict() for memory in self.memories],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads the past adapters into the model, and the subspaces; the threshold must be equal.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it does not fit; nothing has changed then.
+        """
+        check_keys(
+            state, {"past", "threshold", "n_tasks", "memories"}, "the state of InfLoRAPlugin"
+        )
+        if state["threshold"] != self.threshold:
+            raise ValueError(
+                f"`threshold` is {state['threshold']} in the state, and {self.threshold} here; "
+                f"make it with threshold={state['threshold']} to continue."
+            )
+        memories = []
+        for kept in state["memories"]:
+            memories.append(SubspaceMemory(kept["basis"].shape[-1]))
+            memories[-1].load_state_dict(kept)
+        super().load_state_dict({"past": state["past"]})
+        self.n_tasks, self.memories = int(state["n_tasks"]), memories

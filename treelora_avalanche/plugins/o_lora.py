@@ -1,0 +1,90 @@
+"""The orthogonality penalty of O-LoRA (Wang et al., EMNLP Findings 2023, arXiv 2310.14152)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treelora_avalanche.adapters import PastAdapters
+from treelora_avalanche.plugins.past_adapters import PastAdaptersPlugin
+from treelora_avalanche.state import check_keys
+
+
+def overlap(past: Tensor, live: Tensor) -> Tensor:
+    """Sum of the squared inner products between the rows of past and live A, over all layers.
+
+    :param past: ``(n_layers, n_past_rows, n_in)``.
+    :param live: ``(n_layers, rank, n_in)``.
+    :return: a scalar.
+    """
+    return torch.bmm(past, live.transpose(1, 2)).square().sum()
+
+
+class OLoRAPlugin(PastAdaptersPlugin):
+    """Trains a new adapter in every experience, its A kept orthogonal to those of the past.
+
+    Adds ``orthogonality * sum_i ||A_i A^T||_F^2``, over all layers and past tasks i, to the loss
+    from the second experience on. So the paper defines it; its released code sums absolute values
+    instead, whose gradient does not vanish near the goal and rattles there. The penalty's work
+    grows with the number of past tasks: one batched product for all of them and all layers of a
+    shape. Works with any strategy whose model carries LoRA. Task labels are not used.
+
+    :param past: the past adapters of the strategy's model.
+    :param orthogonality: strength lambda_1 of the penalty.
+    :raises ValueError: if ``orthogonality`` is negative.
+    """
+
+    def __init__(self, past: PastAdapters, orthogonality: float = 0.5):
+        super().__init__(past)
+        if not orthogonality >= 0:
+            raise ValueError(f"`orthogonality` must be at least 0, and is {orthogonality}.")
+        self.orthogonality = orthogonality
+        self._layers: list[tuple[Tensor, list[Tensor]]] = []
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Folds the last adapter, and lays the past A of equal layers side by side."""
+        super().before_training_exp(strategy, *args, **kwargs)
+        of_shape = defaultdict(list)
+        for (a, _), (past, _) in zip(self._factors.parameters, self.past.factors, strict=True):
+            of_shape[a.shape].append((past, a))
+        self._layers = [
+            (torch.stack([past for past, _ in pairs]), [a for _, a in pairs])
+            for pairs in of_shape.values()
+            if len(self.past)
+        ]
+
+    def penalty(self) -> Tensor:
+        """The penalty of the live adapter, a scalar that leads a gradient to every A."""
+        overlaps = [overlap(past, torch.stack(live)) for past, live in self._layers]
+        return self.orthogonality * torch.stack(overlaps).sum()
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Adds the penalty to the loss."""
+        if self._layers:
+            strategy.loss = strategy.loss + self.penalty()
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Lets the copies of the past go."""
+        self._layers = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The past adapters, and the strength."""
+        return {**super().state_dict(), "orthogonality": float(self.orthogonality)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads the past adapters into the model; the strength must be the same.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it does not fit; nothing has changed then.
+        """
+        check_keys(state, {"past", "orthogonality"}, "the state of OLoRAPlugin")
+        if state["orthogonality"] != self.orthogonality:
+            raise ValueError(
+                f"`orthogonality` is {state['orthogonality']} in the state, and "
+                f"{self.orthogonality} here; make it with orthogonality={state['orthogonality']} "
+                "to continue."
+            )
+        super().load_state_dict({"past": state["past"]})

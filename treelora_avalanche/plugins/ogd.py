@@ -1,0 +1,149 @@
+"""Orthogonal gradient descent (Farajtabar et al., AISTATS 2020, arXiv 1910.07104)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor, nn
+
+from treelora_avalanche.adapters import new_directions, project_off
+from treelora_avalanche.plugins.batches import experience_batches
+from treelora_avalanche.state import check_keys
+
+
+def ground_truth_outputs(logits: Tensor, targets: Tensor) -> Tensor:
+    """What a model says about the truth, one number per sample.
+
+    For images the logit of the true class. For text, where logits of different positions cannot be
+    compared, the log-likelihood of the answer's tokens.
+
+    :param logits: ``(batch, n_classes)``, or ``(batch, n_tokens, length)``.
+    :param targets: ``(batch,)``, or ``(batch, length)`` with -100 where there is no answer.
+    :return: ``(batch,)``.
+    """
+    if logits.ndim == 2:
+        return logits.gather(1, targets[:, None]).squeeze(1)
+    return -nn.functional.cross_entropy(logits, targets, reduction="none").sum(1)
+
+
+class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Projects every gradient off the span of past samples' gradients.
+
+    After an experience, gradients of its samples are stored, of the output that tells the truth
+    (the paper's OGD-GTL), over everything that is trained and persists: the LoRA factors, and the
+    classifier where there is one. They are kept as an orthonormal basis. In each later step the
+    gradient of the loss loses its part in their span, so that a small step against it leaves those
+    outputs as they are. The projection reads the basis twice, however it is divided into tasks.
+
+    The paper trains with SGD. An optimizer that scales coordinates, such as Adam, takes the
+    projected gradient but not exactly its direction.
+
+    Stores ``samples_per_task`` vectors per task, each of as many values as are trained, until there
+    are ``memory_size``. From then on all tasks have equal shares, and each keeps its strongest
+    directions. Works with any strategy. Task labels are not used.
+
+    :param samples_per_task: samples of an experience whose gradients are stored; the paper's is
+        200.
+    :param memory_size: budget of vectors over all tasks.
+    :raises ValueError: if an argument is out of range, or the budget is below one task.
+    """
+
+    def __init__(self, samples_per_task: int = 200, memory_size: int = 1000):
+        super().__init__()
+        if samples_per_task < 1:
+            raise ValueError(f"`samples_per_task` must be at least 1, and is {samples_per_task}.")
+        if memory_size < samples_per_task:
+            raise ValueError(
+                f"`memory_size` is {memory_size} vectors, and one task stores {samples_per_task}; "
+                "raise it, or lower `samples_per_task`."
+            )
+        self.samples_per_task = samples_per_task
+        self.memory_size = memory_size
+        self.basis = torch.empty(0, 0)
+        """Orthonormal rows, ``(n_vectors, n_values)``."""
+        self.counts: list[int] = []
+        """Number of vectors of each task, in the order of the rows."""
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Finds what is trained."""
+        self._parameters = [p for p in strategy.model.parameters() if p.requires_grad]
+        n_values = sum(p.numel() for p in self._parameters)
+        if not self.counts:
+            self.basis = torch.empty(0, n_values)
+        if self.basis.shape[1] != n_values:
+            raise ValueError(
+                f"the stored gradients have {self.basis.shape[1]} values, and {n_values} are "
+                "trained now; train the same parameters in every experience."
+            )
+        self.basis = self.basis.to(self._parameters[0].device)
+
+    def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Projects the gradient."""
+        if self.counts:
+            flat = project_off(self._flat([p.grad for p in self._parameters]), self.basis)
+            parts = flat.split([p.numel() for p in self._parameters])
+            for parameter, part in zip(self._parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Stores what the experience's gradients add to the basis."""
+        gradients = self._gradients(strategy)  # (n_samples, n_values)
+        share = min(self.samples_per_task, self.memory_size // (len(self.counts) + 1))
+        kept = [part[:share] for part in self.basis.split(self.counts)]
+        basis = torch.cat((self.basis[:0], *kept))
+        kept.append(new_directions(gradients, basis)[:share])
+        self.basis = torch.cat((basis, kept[-1]))
+        self.counts = [len(part) for part in kept]
+
+    def _gradients(self, strategy: Any) -> Tensor:
+        """Gradients of single samples, of the model as it answers."""
+        was_training = strategy.model.training
+        strategy.model.eval()
+        rows = []
+        with torch.enable_grad():
+            for x, y in experience_batches(strategy, 1, self.samples_per_task):
+                truth = ground_truth_outputs(strategy.model(x), y).sum()
+                gradient = torch.autograd.grad(truth, self._parameters, allow_unused=True)
+                rows.append(self._flat(gradient))
+        strategy.model.train(was_training)
+        return torch.stack(rows)
+
+    def _flat(self, gradients: Any) -> Tensor:
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g).flatten().float()
+                for p, g in zip(self._parameters, gradients, strict=True)
+            ]
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The basis, not copied, and how it is divided."""
+        return {
+            "samples_per_task": self.samples_per_task,
+            "memory_size": self.memory_size,
+            "basis": self.basis,
+            "counts": list(self.counts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where another plugin of this class has ended; its budget must be the same.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it does not fit; the basis is then as it was.
+        """
+        check_keys(state, self.state_dict(), "the state of OGDPlugin")
+        for name in ("samples_per_task", "memory_size"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is {state[name]} in the state, and {getattr(self, name)} here; make "
+                    f"it with {name}={state[name]} to continue."
+                )
+        if len(state["basis"]) != sum(state["counts"]):
+            raise ValueError(
+                f"the state has {len(state['basis'])} stored gradients and counts "
+                f"{sum(state['counts'])}."
+            )
+        self.basis = state["basis"].detach().clone()
+        self.counts = list(state["counts"])

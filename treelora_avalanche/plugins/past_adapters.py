@@ -1,0 +1,48 @@
+"""A new adapter for every experience, beside the frozen ones of the past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+
+from treelora_avalanche.adapters import LoRAFactors, PastAdapters
+from treelora_avalanche.state import check_keys
+
+
+class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Freezes the adapter of an experience when the next one begins, and starts a new one.
+
+    The common part of O-LoRA and InfLoRA. An adapter that changes what the backbone computes (B is
+    not zero) when an experience begins is a past one, so a trained adapter that the user brings
+    along is frozen too. It is not folded before: the adapter that is saved after an experience is
+    that experience's own. What the optimizer has gathered belongs to the old adapter, and goes.
+
+    :param past: the past adapters of the strategy's model.
+    """
+
+    def __init__(self, past: PastAdapters):
+        super().__init__()
+        self.past = past
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Folds the adapter of the last experience."""
+        self._factors = LoRAFactors(strategy.model)
+        if any(b.detach().any() for _, b in self._factors.parameters):
+            self.past.fold()
+            for parameters in self._factors.parameters:
+                for parameter in parameters:
+                    strategy.optimizer.state.pop(parameter, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The past adapters."""
+        return {"past": self.past.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads the past adapters into the model.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if they do not fit the model; it is then as it was.
+        """
+        check_keys(state, {"past"}, f"the state of {type(self).__name__}")
+        self.past.load_state_dict(state["past"])
