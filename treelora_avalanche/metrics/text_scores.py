@@ -1,0 +1,248 @@
+"""Scores of a generated text against its answer, with the definitions of the TRACE release.
+
+Source: Wang et al., "TRACE: A Comprehensive Benchmark for Continual Learning in Large Language
+Models", arXiv 2310.06762, in the version of its code of January 2024 (BeyonderXX/TRACE,
+`metrics.py` and `evaluations/`). Text in, number out: every score lies in [0, 1], so that tasks
+with different scores have a meaningful mean. The release gives edit similarity and SARI in
+percent, which is 100 times ours.
+
+The texts are compared as they are, with no stripping and no change of case unless a score says
+so. In the release, an empty prediction scores 0 everywhere but in SARI.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from rapidfuzz import fuzz
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+from ..names import check_known
+
+_ROUGE_EPSILON = 1e-8  # of the `rouge` package: a perfect match scores 0.999999995
+_SARI_MAX_N = 4
+_LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
+
+_tokenize_13a = Tokenizer13a()
+
+NGram = tuple[str, ...]
+
+
+def accuracy(prediction: str, answer: str) -> float:
+    """Whether the prediction is the answer: C-STANCE, FOMC, NumGLUE and ScienceQA.
+
+    Equality of the whole strings. An answer of one character, a newline and an explanation, which
+    is the form of every answer of ScienceQA and of no other task, is compared by that first
+    character alone, as in the release.
+
+    :param prediction: the generated text.
+    :param answer: the text it should be.
+    :return: 0 or 1.
+    """
+    if not prediction or not answer:
+        return 0.0
+    if answer[1:2] == "\n":
+        return float(prediction[0] == answer[0])
+    return float(prediction == answer)
+
+
+def rouge_l(prediction: str, answer: str) -> float:
+    """ROUGE-L as the package `rouge` 1.0.1 computes it: MeetingBank.
+
+    That is the summary-level score of Lin, "ROUGE: A Package for Automatic Evaluation of
+    Summaries" (2004), section 3.2, over *sets* of words: for each pair of a predicted and an
+    expected sentence a longest common subsequence is found, and
+
+        P = |U| / |words of the prediction|,   R = |U| / |words of the answer|,
+        F = 2 P R / (P + R + 1e-8),
+
+    U being the set of all words in these subsequences. Both sides weigh the same: Lin's beta,
+    1.2 elsewhere, is 1 here. Sentences end at every full stop, also at that of "3.5", and words
+    at white space, in any script: Chinese without spaces is one word per sentence. Where several
+    longest subsequences exist the package's choice is taken, as the union depends on it.
+
+    :param prediction: the generated text.
+    :param answer: the text it should be.
+    :return: F in [0, 1); 0 where either text has no sentence.
+    """
+    predicted, expected = _sentences(prediction), _sentences(answer)
+    if not predicted or not expected:
+        return 0.0
+    common = {w for p in predicted for e in expected for w in _longest_common_subsequence(p, e)}
+    precision = len(common) / len({word for sentence in predicted for word in sentence})
+    recall = len(common) / len({word for sentence in expected for word in sentence})
+    return 2 * (precision * recall / (precision + recall + _ROUGE_EPSILON))
+
+
+def _sentences(text: str) -> list[list[str]]:
+    # White space between or after full stops is a sentence of one empty word, which counts.
+    return [sentence.split() or [""] for sentence in text.split(".") if sentence]
+
+
+def _longest_common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
+    """A longest common subsequence; of several, the one found by dropping from y first."""
+    length = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]  # of x[:i] and y[:j]
+    for i, a in enumerate(x):
+        for j, b in enumerate(y):
+            length[i + 1][j + 1] = (
+                length[i][j] + 1 if a == b else max(length[i][j + 1], length[i + 1][j])
+            )
+    common = []
+    i, j = len(x), len(y)
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            common.append(x[i - 1])
+            i, j = i - 1, j - 1
+        elif length[i - 1][j] > length[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return common[::-1]
+
+
+def edit_similarity(prediction: str, answer: str) -> float:
+    """Similarity of two lines of code: Py150.
+
+    `fuzz.ratio` of the package `fuzzywuzzy` with `python-Levenshtein`: with L the lengths and d
+    the number of insertions and deletions from one text to the other, (L - d) / L, rounded to
+    full percent. Before, the placeholders of CodeXGLUE's Py150 are resolved in both texts:
+    `<STR_LIT:x>` to x, `<NUM_LIT>` to 0, `<STR_LIT>` and `<CHAR_LIT>` to nothing.
+
+    :param prediction: the generated line.
+    :param answer: the line it should be.
+    :return: similarity in [0, 1], in steps of 0.01.
+    """
+    prediction, answer = _resolve_literals(prediction), _resolve_literals(answer)
+    if not prediction or not answer:
+        return 0.0
+    return round(fuzz.ratio(prediction, answer)) / 100
+
+
+def _resolve_literals(code: str) -> str:
+    code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+    return _LITERAL.sub(r"\1", code)
+
+
+def sari(prediction: str, references: Sequence[str], source: str) -> float:
+    """SARI of Xu et al. (2016), as in the metric `sari` of Hugging Face `evaluate`: 20Minuten.
+
+    How well words are kept from the source, deleted from it and added to it. Per n of 1 to 4, with
+    the n-gram counts S of the source and C of the prediction, each times the number of references,
+    and R of all references together:
+
+    - keep: F1 of the precision, the mean of min(S, C, R) / min(S, C) over the n-grams kept, and
+      the recall, sum min(S, C, R) / sum min(S, R);
+    - delete: the precision alone, the mean of max(0, D - R) / D over the n-grams deleted,
+      D = S - C > 0;
+    - add: F1 of precision and recall of the set of n-grams that are new with respect to the source.
+
+    0/0 is 1. The score is the mean over keep, delete and add, and over n. Texts are lower-cased
+    and tokenized by sacrebleu's `13a`. The release passes the whole prompt as the source, and the
+    answer as the only reference. A prediction equal to the only reference scores 1 unless the
+    source repeats an n-gram more often than it does.
+
+    :param prediction: the generated text.
+    :param references: texts it may be.
+    :param source: the text that was to be simplified.
+    :return: SARI in [0, 1].
+    :raises ValueError: if there is no reference.
+    """
+    if not references:
+        raise ValueError("`references` is empty; pass at least one text.")
+    tokens = [_sari_tokens(text) for text in (source, prediction, *references)]
+    total = 0.0
+    for n in range(1, _SARI_MAX_N + 1):
+        of_source, of_prediction, *of_references = (Counter(_ngrams(t, n)) for t in tokens)
+        in_references = sum(of_references, Counter[NGram]())
+        for counts in (of_source, of_prediction):
+            for ngram in counts:
+                counts[ngram] *= len(references)
+        total += _keep_score(of_source, of_prediction, in_references)
+        total += _delete_score(of_source, of_prediction, in_references)
+        total += _add_score(set(of_source), set(of_prediction), set(in_references))
+    return total / (3 * _SARI_MAX_N)
+
+
+def _sari_tokens(text: str) -> list[str]:
+    # A text without words has one empty token, as in the reference.
+    return _tokenize_13a(text.lower()).split(" ")
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Iterator[NGram]:
+    return zip(*(tokens[i:] for i in range(n)), strict=False)
+
+
+def _keep_score(
+    source: Counter[NGram], prediction: Counter[NGram], references: Counter[NGram]
+) -> float:
+    kept, to_keep = source & prediction, source & references
+    well_kept = kept & references
+    precision = _ratio(sum(well_kept[g] / kept[g] for g in well_kept), len(kept))
+    return _f1(precision, _ratio(well_kept.total(), to_keep.total()))
+
+
+def _delete_score(
+    source: Counter[NGram], prediction: Counter[NGram], references: Counter[NGram]
+) -> float:
+    deleted = source - prediction
+    well_deleted = deleted - references
+    return _ratio(sum(well_deleted[g] / deleted[g] for g in well_deleted), len(deleted))
+
+
+def _add_score(source: set[NGram], prediction: set[NGram], references: set[NGram]) -> float:
+    added, to_add = prediction - source, references - source
+    well_added = len(added & to_add)
+    return _f1(_ratio(well_added, len(added)), _ratio(well_added, len(to_add)))
+
+
+def _ratio(part: float, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def _f1(precision: float, recall: float) -> float:
+    both = precision + recall
+    return 2 * precision * recall / both if both else 0.0
+
+
+SCORES: dict[str, Callable[[str, str, str], float]] = {
+    "accuracy": lambda prediction, answer, source: accuracy(prediction, answer),
+    "rouge_l": lambda prediction, answer, source: rouge_l(prediction, answer),
+    "edit_similarity": lambda prediction, answer, source: edit_similarity(prediction, answer),
+    "sari": lambda prediction, answer, source: sari(prediction, [answer], source),
+}
+""" By the name of a task's metric: the score of a prediction, its answer and its source. """
+
+
+def mean_score(
+    metric: str,
+    predictions: Sequence[str],
+    answers: Sequence[str],
+    sources: Sequence[str] | None = None,
+) -> float:
+    """The mean score of a task's predictions, as the release takes it: over all, empty ones too.
+
+    :param metric: "accuracy", "rouge_l", "edit_similarity" or "sari".
+    :param predictions: the generated texts.
+    :param answers: the text that each should be.
+    :param sources: the text that each simplifies; only SARI needs it.
+    :return: the mean in [0, 1].
+    :raises ValueError: if the metric is unknown, there are no predictions, their number differs
+        from that of the answers or sources, or SARI has no sources.
+    """
+    check_known("`metric`", metric, SCORES)
+    if sources is None:
+        if metric == "sari":
+            raise ValueError("`sources` is None, but SARI compares with them; pass one per answer.")
+        sources = [""] * len(answers)
+    if not predictions or not len(predictions) == len(answers) == len(sources):
+        raise ValueError(
+            "`predictions`, `answers` and `sources` should have one text per sample, but have "
+            f"{len(predictions)}, {len(answers)} and {len(sources)}."
+        )
+    score = SCORES[metric]
+    return sum(map(score, predictions, answers, sources)) / len(predictions)
+
+
+__all__ = ["SCORES", "accuracy", "edit_similarity", "mean_score", "rouge_l", "sari"]
