@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from treelora_avalanche.metrics import (
         AccuracyMatrix,
         BackwardTransfer,
+        GenerationScore,
         OverallPerformance,
         continual_metrics,
+        generation_metrics,
     )
     from treelora_avalanche.plugins import (
         LCBSelectorPlugin,
@@ -44,6 +46,7 @@ _HOME = {
     "FrozenGaussian": "strategies",
     "FrozenNCM": "strategies",
     "GEMLoRA": "strategies",
+    "GenerationScore": "metrics",
     "LCBSelectorPlugin": "plugins",
     "OverallPerformance": "metrics",
     "SeqLoRA": "strategies",
@@ -54,6 +57,7 @@ _HOME = {
     "TreeLoRAStrategy": "strategies",
     "add_lora": "adapters",
     "continual_metrics": "metrics",
+    "generation_metrics": "metrics",
     "load_adapter": "adapters",
 }
 
@@ -66,6 +70,7 @@ __all__ = [
     "FrozenGaussian",
     "FrozenNCM",
     "GEMLoRA",
+    "GenerationScore",
     "LCBSelectorPlugin",
     "OverallPerformance",
     "SeqLoRA",
@@ -77,6 +82,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "continual_metrics",
+    "generation_metrics",
     "load_adapter",
 ]
 
