@@ -1,0 +1,250 @@
+"""OGD: gradients projected off those of past samples."""
+
+import numpy as np
+import pytest
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.supervised import Naive
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from treelora_avalanche.adapters import new_directions, project_off
+from treelora_avalanche.plugins import OGDPlugin
+from treelora_avalanche.plugins.ogd import ground_truth_outputs
+from treelora_avalanche.runs.account import stored_bytes
+from treelora_avalanche.strategies import OGD, SeqLoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
+
+
+def make(strategy_class, model, **options):
+    torch.manual_seed(1)
+    options = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None, **options}
+    return strategy_class(model, **options)
+
+
+def train(strategy, benchmark, *experiences):
+    for index in experiences:
+        torch.manual_seed(10 + index)
+        strategy.train(benchmark.train_stream[index])
+    return strategy
+
+
+def plugin_of(strategy):
+    return next(p for p in strategy.plugins if isinstance(p, OGDPlugin))
+
+
+def weights(strategy):
+    return {name: value.detach().clone() for name, value in strategy.model.named_parameters()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+# ---------------------------------------------------------------------------------- the mathematics
+
+
+def gram_schmidt(vectors):
+    """Farajtabar et al., Algorithm 1, in numpy: one vector after the other."""
+    basis = []
+    for vector in vectors.double().numpy():
+        rest = vector - sum((b @ vector) * b for b in basis)
+        rest = rest - sum((b @ rest) * b for b in basis)
+        if np.linalg.norm(rest) > 1e-3:
+            basis.append(rest / np.linalg.norm(rest))
+    return torch.tensor(np.array(basis)).reshape(-1, vectors.shape[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 4), st.integers(0, 3), st.integers(0, 10_000))
+def test_basis_spans_what_gram_schmidt_spans(n_first, n_second, n_repeated, seed):
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(n_first, 14, generator=generator)
+    # Some of the second are combinations of the first, and add nothing.
+    mixed = torch.randn(n_repeated, n_first, generator=generator) @ first
+    second = torch.cat((torch.randn(n_second, 14, generator=generator), mixed, first[:1]))
+    basis = new_directions(first, torch.empty(0, 14))
+    basis = torch.cat((basis, new_directions(second, basis)))
+    expected = gram_schmidt(torch.cat((first, second)))
+    assert len(basis) == len(expected) == n_first + n_second
+    torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), rtol=0, atol=1e-5)
+    gradient = torch.randn(14, generator=generator)
+    by_hand = gradient.double()
+    for row in expected:
+        by_hand = by_hand - (row @ by_hand) * row
+    torch.testing.assert_close(project_off(gradient, basis).double(), by_hand, rtol=0, atol=1e-4)
+
+
+def test_strongest_direction_comes_first():
+    vectors = torch.tensor([[0.1, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 1.0]])
+    directions = new_directions(vectors, torch.empty(0, 3))
+    assert directions.abs().argmax(1).tolist() == [1, 2, 0]
+
+
+def test_truth_of_an_image_is_its_logit():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert ground_truth_outputs(logits, torch.tensor([2, 0])).tolist() == [3.0, 4.0]
+
+
+def test_truth_of_a_text_is_the_log_likelihood_of_its_answer():
+    probabilities = torch.tensor([[[0.1, 0.2, 0.5], [0.9, 0.8, 0.5]]])  # (1, 2 tokens, length 3)
+    answer = torch.tensor([[-100, 1, 0]])
+    expected = np.log(0.8) + np.log(0.5)
+    assert ground_truth_outputs(probabilities.log(), answer).item() == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------------------- in a stream
+
+
+class Gradients(SupervisedPlugin):
+    """Keeps every gradient that the optimizer gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def before_update(self, strategy, *args, **kwargs):
+        self.seen.append(torch.cat([p.grad.flatten() for p in strategy.model.parameters()]))
+
+
+def gradients_of_true_logits(strategy, experience):
+    """Of every sample, on its own."""
+    strategy.model.eval()
+    rows = []
+    for image, label, *_ in experience.dataset:
+        strategy.model.zero_grad()
+        strategy.model(image[None])[0, label].backward()
+        rows.append(torch.cat([p.grad.flatten() for p in strategy.model.parameters()]))
+    strategy.model.zero_grad()
+    return torch.stack(rows)
+
+
+def test_gradient_is_orthogonal_to_those_of_all_stored_samples(tiny_vit, tiny_benchmark):
+    watch = Gradients()
+    n = len(tiny_benchmark.train_stream[0].dataset)
+    strategy = make(OGD, tiny_vit(), samples_per_task=n, memory_size=3 * n, plugins=[watch])
+    past = []
+    for index in range(3):
+        watch.seen.clear()
+        train(strategy, tiny_benchmark, index)
+        assert len(watch.seen) == 8
+        for gradient in watch.seen:
+            assert gradient.norm() > 1e-3
+            for rows in past:
+                cosines = (rows @ gradient) / rows.norm(dim=1) / gradient.norm()
+                assert cosines.abs().max() < 1e-3
+        past.append(gradients_of_true_logits(strategy, tiny_benchmark.train_stream[index]))
+    # Without the projection they are not.
+    watch.seen.clear()
+    plain = make(SeqLoRA, tiny_vit(), plugins=[watch])
+    train(plain, tiny_benchmark, 0)
+    rows = gradients_of_true_logits(plain, tiny_benchmark.train_stream[0])
+    watch.seen.clear()
+    train(plain, tiny_benchmark, 1)
+    cosines = rows @ watch.seen[0] / rows.norm(dim=1) / watch.seen[0].norm()
+    assert cosines.abs().max() > 0.05
+
+
+def test_a_step_leaves_the_true_logits_of_the_past(tiny_vit, tiny_benchmark):
+    def moved(strategy_class, **options):
+        def sgd(parameters):
+            return torch.optim.SGD(parameters, lr=0.02)
+
+        strategy = make(
+            strategy_class, tiny_vit(), optimizer=sgd, train_mb_size=32, train_epochs=1, **options
+        )
+        train(strategy, tiny_benchmark, 0)
+        images = torch.stack([x for x, *_ in tiny_benchmark.train_stream[0].dataset])
+        labels = torch.tensor(tiny_benchmark.train_stream[0].dataset.targets)
+        logits = []
+        for index in (None, 1):  # before and after one step
+            if index is not None:
+                train(strategy, tiny_benchmark, index)
+            strategy.model.eval()
+            with torch.no_grad():
+                logits.append(strategy.model(images)[torch.arange(len(labels)), labels])
+        return (logits[1] - logits[0]).abs().mean()
+
+    plain = moved(SeqLoRA)
+    assert moved(OGD, samples_per_task=32, memory_size=32) < 0.1 * plain
+
+
+def test_first_experience_is_that_of_plain_lora(tiny_vit, tiny_benchmark):
+    plain = weights(train(make(SeqLoRA, tiny_vit()), tiny_benchmark, 0))
+    assert same(plain, weights(train(make(OGD, tiny_vit()), tiny_benchmark, 0)))
+
+
+def test_tasks_share_the_budget_once_it_is_full(tiny_vit, tiny_benchmark):
+    strategy = make(OGD, tiny_vit(), samples_per_task=8, memory_size=18)
+    n_values = sum(p.numel() for p in strategy.model.parameters())
+    ogd = plugin_of(strategy)
+    counts = []
+    for index in range(3):
+        train(strategy, tiny_benchmark, index)
+        counts.append(list(ogd.counts))
+        assert stored_bytes(strategy) == 4 * sum(ogd.counts) * n_values
+        torch.testing.assert_close(
+            ogd.basis @ ogd.basis.T, torch.eye(sum(ogd.counts)), rtol=0, atol=1e-4
+        )
+    assert counts == [[8], [8, 8], [6, 6, 6]]
+
+
+def test_works_on_any_strategy_and_on_unused_parameters(tiny_benchmark):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+    model.unused = nn.Parameter(torch.ones(3))
+    model.forward = lambda x: model[1](model[0](x))
+    ogd = OGDPlugin(samples_per_task=4, memory_size=8)
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        train_mb_size=8,
+        evaluator=None,
+        plugins=[ogd],
+    )
+    train(strategy, tiny_benchmark, 0, 1)
+    # The gradient of a true logit of a linear model is its input, in the row of the class.
+    assert ogd.basis.shape == (8, 64 * 6 + 6 + 3)
+    assert torch.equal(model.unused, torch.ones(3))
+
+
+def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(tiny_vit, tiny_benchmark, tmp_path):
+    options = {"samples_per_task": 8, "memory_size": 18}
+    whole = train(make(OGD, tiny_vit(), **options), tiny_benchmark, 0, 1)
+    whole.save(tmp_path / "state")
+    model = tiny_vit()
+    nn.init.normal_(model.head.weight)
+    resumed = make(OGD, model, **options)
+    resumed.load(tmp_path / "state")
+    assert same(weights(whole), weights(resumed))
+    for strategy in (whole, resumed):
+        train(strategy, tiny_benchmark, 2)
+    assert same(weights(whole), weights(resumed))
+    assert torch.equal(plugin_of(whole).basis, plugin_of(resumed).basis)
+    with pytest.raises(ValueError, match="`memory_size` is 18 in the state, and 40 here"):
+        make(OGD, tiny_vit(), samples_per_task=8, memory_size=40).load(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples_per_task": 0}, "`samples_per_task` must be at least 1, and is 0"),
+        ({"memory_size": 150}, "`memory_size` is 150 vectors, and one task stores 200; raise it"),
+    ],
+)
+def test_bad_arguments_are_named_and_the_model_stays(tiny_vit, options, message):
+    model = tiny_vit()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        make(OGD, model, **options)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_other_parameters_than_before_are_refused(tiny_vit, tiny_benchmark):
+    strategy = make(OGD, tiny_vit(), samples_per_task=4)
+    train(strategy, tiny_benchmark, 0)
+    next(iter(strategy.model.parameters())).requires_grad_(False)
+    with pytest.raises(ValueError, match="train the same parameters in every experience"):
+        train(strategy, tiny_benchmark, 1)
