@@ -96,7 +96,8 @@ class ParameterEfficientStrategy(Resumable, SupervisedTemplate):
                 "leave it out of the stream."
             )
         classifier = find_classifier(self.model)
-        largest = max(experience.classes_in_this_experience)
+        # Without a classifier, as in language models, an experience need not have classes.
+        largest = max(experience.classes_in_this_experience) if classifier is not None else -1
         if classifier is not None and largest >= classifier.out_features:
             raise ValueError(
                 f"experience {experience.current_experience} has class {largest}, and the model's "
