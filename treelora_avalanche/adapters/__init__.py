@@ -8,12 +8,19 @@ does with them is one tensor operation for all layers.
 
 from treelora_avalanche.adapters.attach import (
     DEFAULT_LAYERS,
+    ENCODER_LORA,
+    LANGUAGE_LORA,
+    VISION_LORA,
+    AdapterHost,
     LayerChoice,
+    LoRADefaults,
     TrainableView,
     add_lora,
     classifier_name,
     find_adaptable_layers,
     find_classifier,
+    find_host,
+    lora_defaults,
     lora_layers,
 )
 from treelora_avalanche.adapters.bank import AdapterBank, merge_factors
@@ -24,9 +31,14 @@ from treelora_avalanche.adapters.subspaces import SubspaceMemory, new_directions
 
 __all__ = [
     "DEFAULT_LAYERS",
+    "ENCODER_LORA",
+    "LANGUAGE_LORA",
+    "VISION_LORA",
     "AdapterBank",
+    "AdapterHost",
     "LayerChoice",
     "LayerShape",
+    "LoRADefaults",
     "LoRAFactors",
     "PastAdapters",
     "SignatureSketch",
@@ -36,7 +48,9 @@ __all__ = [
     "classifier_name",
     "find_adaptable_layers",
     "find_classifier",
+    "find_host",
     "load_adapter",
+    "lora_defaults",
     "lora_layers",
     "merge_factors",
     "new_directions",

@@ -33,7 +33,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    peft_model.save_pretrained(str(unfinished))
+    # Embeddings are never trained here. Left to find out, peft asks the hub how many there were.
+    peft_model.save_pretrained(str(unfinished), save_embedding_layers=False)
     _join_past(peft_model, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)

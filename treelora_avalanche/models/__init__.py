@@ -1,10 +1,15 @@
 """Pretrained backbones in the form that Avalanche trains."""
 
 from .digits import digits_vit, pretrain_self_supervised, pretrained_digits_vit
+from .language import LanguageModel, create_language_model
+from .token_loss import TokenCrossEntropy
 from .vision import ImagePreprocessing, create_vit, image_preprocessing
 
 __all__ = [
     "ImagePreprocessing",
+    "LanguageModel",
+    "TokenCrossEntropy",
+    "create_language_model",
     "create_vit",
     "digits_vit",
     "image_preprocessing",
