@@ -19,6 +19,7 @@ LAYERS = {
     "strategies": 3,
     "scenarios": 3,
     "methods": 4,
+    "recipes": 4,
     "settings": 4,
     "runs": 4,
     "compare": 5,

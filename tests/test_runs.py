@@ -38,6 +38,7 @@ from treelora_avalanche.runs import (
     write_text,
 )
 from treelora_avalanche.runs.ingredients import IMAGE_STREAMS
+from treelora_avalanche.runs.texts import TEXT_STREAMS
 from treelora_avalanche.settings import SCENARIOS, RunSettings
 from treelora_avalanche.tree import AdapterTree
 
@@ -366,7 +367,8 @@ def test_scenarios_by_name(scenario, generator, given, expected, tmp_path, monke
 
 
 def test_every_scenario_is_built():
-    assert set(IMAGE_STREAMS) | {"digits"} == set(SCENARIOS)
+    assert set(IMAGE_STREAMS) | set(TEXT_STREAMS) | {"digits"} == set(SCENARIOS)
+    assert {name for name, entry in SCENARIOS.items() if entry.language} == set(TEXT_STREAMS)
 
 
 def test_config_has_what_the_scenario_looks_at():

@@ -17,8 +17,10 @@ import jsonargparse
 from ._version import __version__
 from .methods import METHODS
 from .names import check_known
+from .recipes import RECIPES, describe_recipe
 from .settings import SCENARIOS, RunSettings
 
+LISTS = ("methods", "scenarios", "recipes")
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
 DEFAULT_SEEDS = [0, 1, 2]
 
@@ -36,7 +38,11 @@ def _complain(message: object) -> None:
 
 
 def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with any of these options, or the name of a recipe (treelora list recipes)",
+    )
     types = typing.get_type_hints(RunSettings)
     for field in fields(RunSettings):
         parser.add_argument(
@@ -56,7 +62,11 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command", required=True)
 
-    commands.add_subcommand("list", _Parser(), help="show methods and scenarios")
+    shown = _Parser(description="Show the names that the other commands know.")
+    shown.add_argument(
+        "what", type=str | None, nargs="?", help=f"{', '.join(LISTS)}; default: all of them"
+    )
+    commands.add_subcommand("list", shown, help="show methods, scenarios and recipes")
 
     train = _Parser(description="Train one method on one stream, into a run folder.")
     train.add_argument("--method", type=str, default="TreeLoRA", help=", ".join(METHODS))
@@ -102,16 +112,40 @@ def _before_heavy_imports(settings: RunSettings) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def _list() -> int:
+def _with_recipes(argv: Sequence[str]) -> list[str]:
+    """The arguments, the names of recipes replaced by their files."""
+    arguments = list(argv)
+    for k, argument in enumerate(arguments):
+        prefix = "--config=" if argument.startswith("--config=") else ""
+        name = argument.removeprefix(prefix)
+        is_config = bool(prefix) or (k > 0 and arguments[k - 1] == "--config")
+        if is_config and name in RECIPES and not Path(name).exists():
+            arguments[k] = prefix + str(RECIPES[name])
+    return arguments
+
+
+def _list(options: Any) -> int:
+    if options.what is not None:
+        check_known("list", options.what, LISTS)
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     tables: dict[str, list[tuple[str, ...]]] = {
-        "Methods": [(name, entry.kind, entry.description) for name, entry in METHODS.items()],
-        "Scenarios": [(name, entry.description) for name, entry in SCENARIOS.items()],
+        "methods": [
+            (name, entry.kind, ", ".join(sorted(entry.models, reverse=True)), entry.description)
+            for name, entry in METHODS.items()
+        ],
+        "scenarios": [
+            (name, "language" if entry.language else "vision", entry.description)
+            for name, entry in SCENARIOS.items()
+        ],
+        "recipes": [(name, describe_recipe(path)) for name, path in RECIPES.items()],
     }
     for title, rows in tables.items():
+        if options.what not in (None, title):
+            continue
+        title = title.capitalize()
         table = Table(title=title, title_justify="left", title_style="bold", box=None)
         table.show_header = False
         for column in range(len(rows[0])):
@@ -119,6 +153,13 @@ def _list() -> int:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+        if title == "Recipes":
+            folder = next(iter(RECIPES.values())).parent
+            console.print(
+                f"Files in {folder}; to run one: treelora compare --config NAME",
+                highlight=False,
+                soft_wrap=True,
+            )
         console.print()
     return 0
 
@@ -188,10 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: arguments; by default those of the process.
     :return: 0; 1 if a run of a comparison failed; 2 for wrong input; 130 if interrupted.
     """
-    options = build_parser().parse_args(argv)
+    options = build_parser().parse_args(_with_recipes(sys.argv[1:] if argv is None else argv))
     try:
         if options.command == "list":
-            return _list()
+            return _list(options["list"])
         run_command = {"train": _train, "compare": _compare}[options.command]
         return run_command(options[options.command])
     except (ValueError, OSError) as error:

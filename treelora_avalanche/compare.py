@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveLines
 
-from .methods import find_method
+from .methods import check_models
 from .runs import (
     Ingredients,
     Progress,
@@ -53,9 +53,16 @@ class _MethodLines:
     """One live line per method; where there is no terminal, one line per finished run."""
 
     def __init__(
-        self, methods: Sequence[str], n_seeds: int, console: Console, *, live: bool = True
+        self,
+        methods: Sequence[str],
+        n_seeds: int,
+        console: Console,
+        *,
+        live: bool = True,
+        measure: str = "acc",
     ):
         self.n_seeds = n_seeds
+        self.measure = measure
         self.console = console
         self.live = LiveLines(
             TextColumn("[bold]{task.description}"),
@@ -85,7 +92,7 @@ class _MethodLines:
         """Move a line on; called at every training step."""
         if self.live.disable:
             return
-        accuracy = "" if now.accuracy is None else f"  acc {100 * now.accuracy:5.1f} %"
+        percent = "" if now.accuracy is None else f"  {self.measure} {100 * now.accuracy:5.1f} %"
         done = self.done[method]
         self.busy[method] = time.monotonic() - self.begun
         self.live.update(
@@ -94,7 +101,7 @@ class _MethodLines:
             total=self.n_seeds * now.n_steps,
             completed=done * now.n_steps + now.step,
             state=f"seed {done + 1}/{self.n_seeds}  task {now.task}/{now.n_tasks}  "
-            f"epoch {now.epoch}/{now.n_epochs}{accuracy}",
+            f"epoch {now.epoch}/{now.n_epochs}{percent}",
         )
 
     def note(self, cell: Cell, text: str) -> None:
@@ -115,9 +122,9 @@ class _MethodLines:
             )
             self.live.update(line, state=f"[red]seed {cell.seed} failed")
         else:
-            accuracy = cell.results["metrics"]["class_incremental"]["overall_performance"]
+            accuracy = next(iter(cell.results["metrics"].values()))["overall_performance"]
             note = "finished before" if cell.reused else "done"
-            state = f"{note}, acc {100 * accuracy:.1f} %"
+            state = f"{note}, {self.measure} {100 * accuracy:.1f} %"
             self.live.update(line, state=state)
             if self.live.disable:
                 self.console.print(f"{cell.method}, seed {cell.seed}: {state}", highlight=False)
@@ -146,8 +153,7 @@ def compare(
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     if not methods or not seeds:
         raise ValueError("`--methods` and `--seeds` should name at least one each")
-    for method in methods:
-        find_method(method)
+    check_models(methods, settings)
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output` should be a folder, but {output} is a file")
@@ -157,7 +163,9 @@ def compare(
         return Cell(method, seed, config, output / run_name(config))
 
     cells = [cell_of(method, seed) for method in methods for seed in seeds]
-    lines = _MethodLines(methods, len(seeds), console or Console(stderr=True))
+    lines = _MethodLines(
+        methods, len(seeds), console or Console(stderr=True), measure=_measure(settings)
+    )
     checked = False
     with lines.live:
         # Seed by seed, so that one stream and backbone at a time is in memory.
@@ -178,6 +186,11 @@ def compare(
                     _run_cell(cell, settings, ingredients, lines)
                 lines.finish(cell)
     return cells
+
+
+def _measure(settings: RunSettings) -> str:
+    """What a run is judged by, in short."""
+    return "Op" if settings.on_language else "acc"
 
 
 def _is_finished(cell: Cell) -> bool:
@@ -224,11 +237,14 @@ def train(
     :param console: where the live line goes; by default to standard error.
     :param verbose: Avalanche's `InteractiveLogger` in place of the live line.
     """
+    check_models([method], settings)
     config = resolve_config(method, seed, settings)
     folder = Path(output) if output is not None else Path("runs/train") / run_name(config)
     cell = Cell(method, seed, config, folder, finished_results(folder, config))
     cell.reused = cell.results is not None
-    lines = _MethodLines([method], 1, console or Console(stderr=True), live=not verbose)
+    lines = _MethodLines(
+        [method], 1, console or Console(stderr=True), live=not verbose, measure=_measure(settings)
+    )
     with lines.live:
         if cell.results is None:
             lines.begin(method, "preparing data and backbone")

@@ -5,17 +5,18 @@ Nothing heavy is imported until a method is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .names import check_known
-from .settings import RunSettings
+from .settings import SCENARIOS, RunSettings
 
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate
     from torch import nn
+    from torch.optim import Optimizer
 
 Build = Callable[["nn.Module", RunSettings, float, int, dict[str, Any]], "SupervisedTemplate"]
 
@@ -25,9 +26,14 @@ TRAINING_OPTIONS = frozenset({"head", "epochs", "lr"})
 
 WITHOUT_CONSEQUENCE = frozenset({"download"})
 
+VISION, LANGUAGE = "vision", "language"
+BOTH = frozenset({VISION, LANGUAGE})
+
 LORA_LR = 0.005
 """ The paper's, for LoRA. """
 LORA_DIGITS_LR = 0.0003
+LORA_LANGUAGE_LR = 0.0001
+""" As in TRACE, for methods with LoRA; the paper gives this value and 0.001 (A.3). """
 REPLAY_SAMPLES = 200
 
 
@@ -46,6 +52,10 @@ class Method:
     the number of steps). At the paper's rate, meant for large images and batches of 192, every
     method forgets nearly everything there. The rule was applied to plain LoRA, TreeLoRA and Naive;
     the other LoRA methods take plain LoRA's. """
+    language_lr: float | None = None
+    """ The same for language models (AdamW). """
+    models: frozenset[str] = frozenset({VISION})
+    """ Kinds of models that it is defined for: vision, language. """
     kind: str = "ours"
     """ ours; Avalanche's (run unchanged); frozen (the backbone is not trained); upper bound. """
     ignores: frozenset[str] = frozenset()
@@ -64,16 +74,21 @@ class Method:
         return self.kind == "upper bound"
 
     @property
+    def has_tree(self) -> bool:
+        """Whether it is a form of TreeLoRA."""
+        return self.ignores.isdisjoint(TREE_OPTIONS)
+
+    @property
     def frozen(self) -> bool:
         """Whether it passes over the data of a task once and trains nothing by gradients."""
         return self.kind == "frozen"
 
     def epochs(self, settings: RunSettings) -> int:
-        """Passes over the data of a task.
+        """Passes over the data of a task, where the settings have one number for all tasks.
 
         :param settings: the settings.
         """
-        return 1 if self.frozen else settings.epochs
+        return 1 if self.frozen else settings.epochs or 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,6 +105,22 @@ def _head(settings: RunSettings) -> list[Any]:
     return [TaskAdaptiveHeadPlugin()] if settings.head == "task_adaptive" else []
 
 
+def _optimizer(settings: RunSettings) -> Callable[..., Optimizer]:
+    from torch.optim import Adam, AdamW
+
+    return AdamW if settings.on_language else Adam
+
+
+def _criterion(settings: RunSettings) -> nn.Module:
+    if settings.on_language:
+        from .models import TokenCrossEntropy
+
+        return TokenCrossEntropy()
+    from torch.nn import CrossEntropyLoss
+
+    return CrossEntropyLoss()
+
+
 def _our_lora(name: str, **fixed: Any) -> Build:
     """Builder of a LoRA strategy of ours.
 
@@ -100,15 +131,13 @@ def _our_lora(name: str, **fixed: Any) -> Build:
     def build(
         model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
     ) -> SupervisedTemplate:
-        from torch.optim import Adam
-
         from . import strategies
 
         # The head first, the same for all methods: it takes its statistics before anything else.
         plugins = [*_head(settings), *shared["plugins"]]
         strategy: SupervisedTemplate = getattr(strategies, name)(
             model=model,
-            optimizer=partial(Adam, lr=lr),
+            optimizer=partial(_optimizer(settings), lr=lr),
             **_lora_arguments(settings),
             **fixed,
             **{**shared, "plugins": plugins},
@@ -135,7 +164,7 @@ def _treelora(inference: str) -> Build:
 
 
 def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: Any) -> Build:
-    """Builder of a strategy of Avalanche, unchanged, trained with Adam.
+    """Builder of a strategy of Avalanche, unchanged, trained with Adam (texts: AdamW).
 
     :param name: the strategy's class.
     :param lora: whether it trains LoRA, seen through its trainable parameters, or every weight.
@@ -147,8 +176,6 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
         model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
     ) -> SupervisedTemplate:
         from avalanche import training
-        from torch.nn import CrossEntropyLoss
-        from torch.optim import Adam
 
         from .adapters import TrainableView, add_lora
         from .plugins import FiniteLossPlugin
@@ -161,8 +188,8 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
         plugins = [*head, *shared["plugins"], FiniteLossPlugin()]
         strategy: SupervisedTemplate = getattr(training, name)(
             model=model,
-            optimizer=Adam(model.parameters(), lr=lr),
-            criterion=CrossEntropyLoss(),
+            optimizer=_optimizer(settings)(model.parameters(), lr=lr),
+            criterion=_criterion(settings),
             **fixed,
             **{**shared, "plugins": plugins},
         )
@@ -219,6 +246,8 @@ METHODS: dict[str, Method] = {
         _treelora("last"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
     ),
     "TreeLoRA-routed": Method(
         "TreeLoRA whose samples are answered each by the adapter it seems to belong to",
@@ -231,6 +260,8 @@ METHODS: dict[str, Method] = {
         _our_lora("SeqLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         ignores=TREE_OPTIONS,
     ),
     "EWCLoRA": Method(
@@ -238,6 +269,8 @@ METHODS: dict[str, Method] = {
         _our_lora("EWCLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         ignores=TREE_OPTIONS,
     ),
     "GEMLoRA": Method(
@@ -245,6 +278,8 @@ METHODS: dict[str, Method] = {
         _our_lora("GEMLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         ignores=TREE_OPTIONS,
     ),
     "OGD": Method(
@@ -280,6 +315,8 @@ METHODS: dict[str, Method] = {
         _avalanches("Naive", lora=False),
         lr=0.0001,
         digits_lr=0.00005,
+        language_lr=0.00001,  # as in TRACE, for methods without LoRA
+        models=BOTH,
         kind="Avalanche's",
         ignores=TREE_OPTIONS | LORA_OPTIONS,
         uses_lora=False,
@@ -289,6 +326,8 @@ METHODS: dict[str, Method] = {
         _avalanches("LwF", alpha=1.0, temperature=2.0),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         kind="Avalanche's",
         ignores=TREE_OPTIONS,
     ),
@@ -297,6 +336,8 @@ METHODS: dict[str, Method] = {
         _avalanches("Replay", mem_size=REPLAY_SAMPLES),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         kind="Avalanche's",
         ignores=TREE_OPTIONS,
     ),
@@ -332,6 +373,8 @@ METHODS: dict[str, Method] = {
         _avalanches("Cumulative", joint=True),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         kind="upper bound",
         ignores=TREE_OPTIONS | {"head"},
         keeps_to_itself=True,
@@ -341,6 +384,8 @@ METHODS: dict[str, Method] = {
         _avalanches("JointTraining", joint=True),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         kind="upper bound",
         ignores=TREE_OPTIONS | {"head"},
         joint=True,
@@ -355,6 +400,22 @@ def find_method(name: str) -> Method:
     """
     check_known("method", name, METHODS)
     return METHODS[name]
+
+
+def check_models(methods: Iterable[str], settings: RunSettings) -> None:
+    """Raise an error if the scenario's kind of model is not one that a method is defined for.
+
+    :param methods: names of the methods.
+    :param settings: the settings.
+    """
+    kind = LANGUAGE if SCENARIOS[settings.scenario].language else VISION
+    for name in methods:
+        if kind not in find_method(name).models:
+            possible = ", ".join(known for known, entry in METHODS.items() if kind in entry.models)
+            raise ValueError(
+                f"`--scenario {settings.scenario}` is for {kind} models, and {name} is not defined "
+                f"for them; possible: {possible}"
+            )
 
 
 def method_config(method: str, seed: int, settings: RunSettings) -> dict[str, Any]:
@@ -375,12 +436,17 @@ def method_config(method: str, seed: int, settings: RunSettings) -> dict[str, An
         if field.name not in ignored
     }
     config["model"] = settings.model_name
+    for name in ("epochs", "epochs_per_task"):  # one stands in place of the other
+        if config.get(name, 0) is None:
+            del config[name]
     if "n_experiences" in config:
         config["n_experiences"] = settings.number_of_experiences
     if "lr" in config and settings.lr is None:
-        on_digits = settings.scenario == "digits" and entry.digits_lr is not None
+        on_digits = settings.on_digits and entry.digits_lr is not None
         config["lr"] = entry.digits_lr if on_digits else entry.lr
+        if settings.on_language:
+            config["lr"] = entry.language_lr
     return {"method": method, "seed": seed, **config}
 
 
-__all__ = ["METHODS", "Method", "find_method", "method_config"]
+__all__ = ["METHODS", "Method", "check_models", "find_method", "method_config"]

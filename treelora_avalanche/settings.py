@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from .names import check_known
 
@@ -10,10 +11,47 @@ DIGITS_VIT = "digits_vit"
 IMAGE_MODEL = "vit_base_patch16_224"
 SELECTIONS = ("lcb", "nearest", "random")
 HEADS = ("linear", "task_adaptive")
+DTYPES = ("float32", "bfloat16", "float16")
+VARIANTS = ("500", "1000", "5000")
+EQUAL_EPOCHS, PAPER_EPOCHS = "equal", "paper"
 
+_DIGITS = frozenset({"n_experiences", "model", "head"})
+_IMAGES = frozenset({"data", "classes", "model", "checkpoint", "img_size", "head"})
+_TEXTS = frozenset(
+    {
+        "data",
+        "model",
+        "limit",
+        "epochs_per_task",
+        "max_length",
+        "dtype",
+        "gradient_checkpointing",
+        "accumulation_steps",
+    }
+)
+SCENARIO_OPTIONS = (
+    _DIGITS
+    | _IMAGES
+    | _TEXTS
+    | {"exclude_classes", "domains", "download", "variant", "tasks", "order"}
+)
 
-_IMAGES = frozenset({"data", "classes", "model", "checkpoint", "img_size"})
-SCENARIO_OPTIONS = _IMAGES | {"n_experiences", "exclude_classes", "domains", "download"}
+# What a setting is where the user gives none; see RunSettings.
+VISION_DEFAULTS: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": 32,
+    "eval_batch_size": 256,
+    "rank": 10,
+    "alpha": 10.0,
+    "layers": "first:5",
+}
+LANGUAGE_DEFAULTS: dict[str, Any] = {
+    "batch_size": 4,
+    "eval_batch_size": 16,
+    "rank": 8,
+    "alpha": 32.0,
+    "layers": "all",
+}
 
 
 @dataclass(frozen=True)
@@ -26,12 +64,16 @@ class Scenario:
     n_experiences: int | None = 10
     """ Number of tasks where the user gives none; None: the data tell. """
     needs_data: bool = True
+    language: bool = False
+    """ Whether language models learn it, and not vision transformers. """
+    paper_epochs: bool = False
+    """ Whether the paper gives the epochs of each of its tasks. """
 
 
 SCENARIOS: dict[str, Scenario] = {
     "digits": Scenario(
         "scikit-learn's digits, 8 x 8 pixels, 10 classes; no download",
-        takes=frozenset({"n_experiences", "model"}),
+        takes=_DIGITS,
         n_experiences=5,
         needs_data=False,
     ),
@@ -57,6 +99,38 @@ SCENARIOS: dict[str, Scenario] = {
         takes=_IMAGES | {"exclude_classes", "domains"},
         n_experiences=None,
     ),
+    "trace": Scenario(
+        "TRACE: eight tasks of text, from stance detection in Chinese to mathematics",
+        takes=_TEXTS | {"variant", "tasks"},
+        n_experiences=None,
+        language=True,
+        paper_epochs=True,
+    ),
+    "math_llm": Scenario(
+        "TRACE's three tasks of science and mathematics",
+        takes=_TEXTS | {"variant"},
+        n_experiences=None,
+        language=True,
+        paper_epochs=True,
+    ),
+    "long_sequence": Scenario(
+        "fifteen tasks of text: those of TRACE and seven text classifications",
+        takes=_TEXTS | {"variant"},
+        n_experiences=None,
+        language=True,
+    ),
+    "o_lora_order": Scenario(
+        "O-LoRA's text classifications in one of its six orders: four tasks (1-3) or fifteen (4-6)",
+        takes=_TEXTS | {"order"},
+        n_experiences=None,
+        language=True,
+    ),
+    "text_tasks": Scenario(
+        'your own tasks: a folder with one JSON or JSONL of {"prompt", "answer"} for each',
+        takes=_TEXTS | {"tasks"},
+        n_experiences=None,
+        language=True,
+    ),
 }
 
 
@@ -69,19 +143,23 @@ class RunSettings:
     """Everything of a run but its method and its seed.
 
     The defaults are the demonstration: a small stream that needs no download. Each field is a flag
-    of `treelora train` and `treelora compare`, and a key of their `--config` file.
+    of `treelora train` and `treelora compare`, and a key of their `--config` file. Where a default
+    depends on the kind of model (`VISION_DEFAULTS`, `LANGUAGE_DEFAULTS`), None stands for it until
+    the settings are made.
     """
 
     scenario: str = field(
         default="digits", metadata=_help(f"stream of tasks: {', '.join(SCENARIOS)}")
     )
-    data: str | None = field(default=None, metadata=_help("folder of the images (not for digits)"))
+    data: str | None = field(
+        default=None, metadata=_help("folder of the images or texts (not for digits)")
+    )
     download: bool = field(
         default=False,
         metadata=_help("download what is missing there (cifar100, imagenet_r, cub200)"),
     )
     classes: list[str] | None = field(
-        default=None, metadata=_help("use these classes only (not for digits)")
+        default=None, metadata=_help("use these classes only (streams of images but digits)")
     )
     exclude_classes: list[str] | None = field(
         default=None, metadata=_help("leave these classes out (image_folder, domains)")
@@ -96,35 +174,90 @@ class RunSettings:
             "(domains: one for each)"
         ),
     )
+    tasks: list[str] | None = field(
+        default=None, metadata=_help("use these tasks, in this order (trace, text_tasks)")
+    )
+    variant: str = field(
+        default="500",
+        metadata=_help(
+            f"TRACE's samples per task: {', '.join(VARIANTS)} (trace, math_llm, long_sequence)"
+        ),
+    )
+    order: int = field(default=1, metadata=_help("O-LoRA's order of tasks, 1 to 6 (o_lora_order)"))
+    limit: int | None = field(
+        default=None,
+        metadata=_help("use the first samples only of each task's training and test texts"),
+    )
     model: str | None = field(
         default=None,
         metadata=_help(
-            f"timm model; default: {IMAGE_MODEL}, or for digits a small ViT pretrained in the run"
+            f"timm model, default: {IMAGE_MODEL}, or for digits a small ViT pretrained in the run; "
+            "for texts a folder with a language model, or its name on the Hugging Face hub"
         ),
     )
     checkpoint: str | None = field(
         default=None,
-        metadata=_help("file with the model's pretrained weights; default: timm's own, downloaded"),
+        metadata=_help("file with a timm model's weights; default: timm's own, downloaded"),
     )
     img_size: int | None = field(
         default=None, metadata=_help("side of the images in pixels; default: the model's own")
     )
-    epochs: int = field(default=4, metadata=_help("epochs per task, for every method"))
-    batch_size: int = field(default=32, metadata=_help("samples per training step"))
-    eval_batch_size: int = field(default=256, metadata=_help("samples per evaluation step"))
-    lr: float | None = field(
-        default=None, metadata=_help("Adam's learning rate; default: the method's own")
+    max_length: int = field(
+        default=1024, metadata=_help("tokens of a prompt and its answer, at most (texts)")
     )
-    rank: int = field(default=10, metadata=_help("rank of the LoRA factors"))
-    alpha: float = field(default=10.0, metadata=_help("LoRA's output is scaled by alpha / rank"))
-    layers: list[int] | str = field(
-        default="first:5",
-        metadata=_help("blocks with LoRA: first:k, last:k, all, or a list of numbers"),
+    dtype: str | None = field(
+        default=None,
+        metadata=_help(
+            f"of a language model's frozen weights: {', '.join(DTYPES)}; default: bfloat16 on a "
+            "GPU, else float32"
+        ),
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata=_help("compute activations twice, to save memory (texts)")
+    )
+    accumulation_steps: int = field(
+        default=1, metadata=_help("batches whose gradients make one step of the optimizer (texts)")
+    )
+    epochs: int | None = field(
+        default=None,
+        metadata=_help("epochs per task, for every method; default: 4, for texts 1"),
+    )
+    epochs_per_task: list[int] | str | None = field(
+        default=None,
+        metadata=_help(
+            f"in place of --epochs, for texts: a number for each task; {EQUAL_EPOCHS}: the paper's "
+            f"for TreeLoRA, for every method (default of trace and math_llm); {PAPER_EPOCHS}: the "
+            "paper's for each method"
+        ),
+    )
+    batch_size: int | None = field(
+        default=None, metadata=_help("samples per training step; default: 32, for texts 4")
+    )
+    eval_batch_size: int | None = field(
+        default=None, metadata=_help("samples per evaluation step; default: 256, for texts 16")
+    )
+    lr: float | None = field(
+        default=None, metadata=_help("learning rate; default: the method's own")
+    )
+    rank: int | None = field(
+        default=None, metadata=_help("rank of the LoRA factors; default: 10, for texts 8")
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata=_help("LoRA's output is scaled by alpha / rank; default: 10, for texts 32"),
+    )
+    layers: list[int] | str | None = field(
+        default=None,
+        metadata=_help(
+            "blocks with LoRA: first:k, last:k, all, or a list of numbers; default: first:5, for "
+            "texts all"
+        ),
     )
     target_modules: list[str] | None = field(
         default=None,
         metadata=_help(
-            "linear layers with LoRA inside a block, e.g. [qkv, attn.proj]; default: qkv"
+            "linear layers with LoRA inside a block, e.g. [qkv, attn.proj]; default: qkv, for "
+            "texts those of queries and values"
         ),
     )
     tree_lambda: float = field(
@@ -136,7 +269,8 @@ class RunSettings:
     head: str = field(
         default="linear",
         metadata=_help(
-            "linear, or task_adaptive: re-trained after every task on remembered class statistics"
+            "linear, or task_adaptive: re-trained after every task on remembered class statistics "
+            "(images)"
         ),
     )
     depth: int | None = field(
@@ -156,9 +290,37 @@ class RunSettings:
         check_known("`--scenario`", self.scenario, SCENARIOS)
         check_known("`--selection`", self.selection, SELECTIONS)
         check_known("`--head`", self.head, HEADS)
+        check_known("`--variant`", self.variant, VARIANTS)
+        if self.dtype is not None:
+            check_known("`--dtype`", self.dtype, DTYPES)
+        self._check_ranges()
+        self._check_meaning()
+        if SCENARIOS[self.scenario].needs_data and self.data is None:
+            raise ValueError(f"`--scenario {self.scenario}` needs `--data FOLDER`")
+        if self.on_language and self.model is None:
+            raise ValueError(
+                f"`--scenario {self.scenario}` needs `--model`: a folder with a language model, or "
+                "its name on the Hugging Face hub, such as meta-llama/Llama-3.2-1B-Instruct"
+            )
+        if self.model == DIGITS_VIT and not self.on_digits:
+            raise ValueError(f"`--model {DIGITS_VIT}` goes with `--scenario digits` only")
+        self._check_epochs()
+        defaults = LANGUAGE_DEFAULTS if self.on_language else VISION_DEFAULTS
+        if self.on_language and self.epochs is None and self.epochs_per_task is None:
+            with_numbers = SCENARIOS[self.scenario].paper_epochs
+            own = {"epochs_per_task": EQUAL_EPOCHS} if with_numbers else {"epochs": 1}
+            defaults = {**defaults, **own}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    def _check_ranges(self) -> None:
         smallest = {
             "n_experiences": 1,
+            "limit": 1,
             "img_size": 1,
+            "max_length": 2,
+            "accumulation_steps": 1,
             "epochs": 1,
             "batch_size": 1,
             "eval_batch_size": 1,
@@ -175,24 +337,50 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`--{name}` should be a positive number, but it is {value}")
+        if not 1 <= self.order <= 6:
+            raise ValueError(f"`--order` should be from 1 to 6, but it is {self.order}")
+
+    def _check_meaning(self) -> None:
+        """Nothing may be set that would have no consequence."""
+        defaults = {f.name: f.default for f in fields(self)}
         for name in sorted(self.without_meaning | ({"model"} if self.on_digits else set())):
             value = getattr(self, name)
-            if value and (name, value) != ("model", DIGITS_VIT):
+            if value and value != defaults[name] and (name, value) != ("model", DIGITS_VIT):
                 remedy = (
                     "digits bring their own data and model; set `--scenario image_folder` or"
                     if self.on_digits
                     else f"`--scenario {self.scenario}` has no use for it;"
                 )
                 raise ValueError(f"`--{name}` is {value!r}, but {remedy} leave it out")
-        if SCENARIOS[self.scenario].needs_data and self.data is None:
-            raise ValueError(f"`--scenario {self.scenario}` needs `--data FOLDER`")
-        if self.model == DIGITS_VIT and not self.on_digits:
-            raise ValueError(f"`--model {DIGITS_VIT}` goes with `--scenario digits` only")
+
+    def _check_epochs(self) -> None:
+        """One way to say how long, and one that can be followed."""
+        wanted = self.epochs_per_task
+        if wanted is None:
+            return
+        if self.epochs is not None:
+            raise ValueError("`--epochs` and `--epochs_per_task` are both given; choose one")
+        if isinstance(wanted, str):
+            check_known("`--epochs_per_task`", wanted, (EQUAL_EPOCHS, PAPER_EPOCHS))
+            if not SCENARIOS[self.scenario].paper_epochs:
+                raise ValueError(
+                    f"`--epochs_per_task` is {wanted!r}, but the paper gives no epochs for "
+                    f"`--scenario {self.scenario}`; pass a list of numbers, or `--epochs`"
+                )
+        elif not wanted or min(wanted) < 1:
+            raise ValueError(
+                f"`--epochs_per_task` should be at least 1 for each task, but it is {wanted}"
+            )
 
     @property
     def on_digits(self) -> bool:
         """Whether the stream is that of the demonstration."""
         return self.scenario == "digits"
+
+    @property
+    def on_language(self) -> bool:
+        """Whether a language model learns the stream."""
+        return SCENARIOS[self.scenario].language
 
     @property
     def without_meaning(self) -> frozenset[str]:

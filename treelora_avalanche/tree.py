@@ -22,7 +22,7 @@ Our reading where the paper is open, or where we depart from it:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import cycle, islice
@@ -538,9 +538,10 @@ class AdapterTree:
             total = self._storage[members, level - 1].double().sum(0)
         return Node(level, members, total, left=left, right=right)
 
-    def draw(self) -> rich.tree.Tree:
+    def draw(self, names: Sequence[str] | None = None) -> rich.tree.Tree:
         """The tree as text, for ``rich.print``: level and δ of each node, tasks of each leaf.
 
+        :param names: names of the tasks; by default they have their numbers alone.
         :raises ValueError: if the tree is empty.
         """
         from rich.tree import Tree
@@ -550,7 +551,9 @@ class AdapterTree:
             head = f"level {node.level}  δ {node.delta:.3g}  ({n_tasks} tasks)"
             if node.children is not None:
                 return head
-            adapters = [f"adapter {k}: {_tasks_in_words(self.tasks[k])}" for k in node.members]
+            adapters = [
+                f"adapter {k}: {_tasks_in_words(self.tasks[k], names)}" for k in node.members
+            ]
             if len(adapters) == 1:
                 return f"level {node.level}  {adapters[0]}"
             return f"{head}  {'; '.join(adapters)}"
@@ -627,5 +630,6 @@ def _to_plain(node: Node) -> Any:
     return {"left": _to_plain(left), "right": _to_plain(right)}
 
 
-def _tasks_in_words(tasks: list[int]) -> str:
-    return f"task{'s' if len(tasks) > 1 else ''} {', '.join(map(str, tasks))}"
+def _tasks_in_words(tasks: list[int], names: Sequence[str] | None) -> str:
+    words = [str(task) if names is None else f"{task} ({names[task]})" for task in tasks]
+    return f"task{'s' if len(tasks) > 1 else ''} {', '.join(words)}"

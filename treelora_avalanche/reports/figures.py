@@ -12,11 +12,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from .canvas import COLOURS, LINES, MARKERS, new_figure, plain
+from .table import is_language
 from .trees import tree_growth
 
-KINDS = {"class_incremental": "among all classes", "within_task": "among the task's own"}
+KINDS = {
+    "class_incremental": "among all classes",
+    "within_task": "among the task's own",
+    "generated": "generated text",
+}
 COLUMNS = 5
 """ Accuracy matrices side by side. """
+
+
+def _kinds(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The kinds of accuracy matrices that there are; the first is what methods are ranked by."""
+    return [kind for kind in KINDS if kind in results[0]["accuracy_matrix"]]
+
+
+def _measure(results: Sequence[dict[str, Any]]) -> str:
+    """What a matrix holds, in a word."""
+    return "score" if is_language(results) else "accuracy"
 
 
 def _by_method(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -43,16 +58,15 @@ def _style(k: int) -> dict[str, Any]:
 
 def _final_accuracy(results: Sequence[dict[str, Any]]) -> np.ndarray:
     """In percent. # (n_seeds,)"""
-    return 100 * np.array(
-        [r["metrics"]["class_incremental"]["overall_performance"] for r in results]
-    )
+    kind = _kinds(results)[0]
+    return 100 * np.array([r["metrics"][kind]["overall_performance"] for r in results])
 
 
 def accuracy_matrices(results: Sequence[dict[str, Any]]) -> Figure:
     """Heat maps of the accuracy on each task after each task, mean over seeds.
 
-    One column per method; the upper row is class-incremental, the lower one within the task. More
-    than five methods continue in further rows. Grey: not evaluated.
+    One column per method; of streams of classes the upper row is class-incremental, the lower one
+    within the task. More than five methods continue in further rows. Grey: not evaluated.
 
     :param results: contents of `results.json` files.
     """
@@ -61,14 +75,15 @@ def accuracy_matrices(results: Sequence[dict[str, Any]]) -> Figure:
     side = max(2.2, 0.36 * n_tasks)
     columns = min(COLUMNS, len(methods))
     blocks = -(-len(methods) // columns)
-    figure = new_figure(side * columns + 1.5, (2 * side + 0.4) * blocks + 0.6)
-    grid = figure.subplots(len(KINDS) * blocks, columns, squeeze=False)
+    kinds = _kinds(results)
+    figure = new_figure(side * columns + 1.5, (len(kinds) * side + 0.4) * blocks + 0.6)
+    grid = figure.subplots(len(kinds) * blocks, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     every = max(1, n_tasks // 10)
     for k, (method, own) in enumerate(methods.items()):
-        for row, (kind, label) in enumerate(KINDS.items()):
-            axes = grid[len(KINDS) * (k // columns) + row, k % columns]
+        for row, kind in enumerate(kinds):
+            axes = grid[len(kinds) * (k // columns) + row, k % columns]
             axes.set_axis_on()
             stacked = _matrices(own, kind)
             matrix = stacked.mean(axis=0)  # the same cells are unknown for all seeds
@@ -89,10 +104,11 @@ def accuracy_matrices(results: Sequence[dict[str, Any]]) -> Figure:
             if row == 0:
                 axes.set_title(method, fontsize=11)
             if k % columns == 0:
-                axes.set_ylabel(label, fontsize=9)
-    figure.supxlabel("accuracy on task", fontsize=10)
+                axes.set_ylabel(KINDS[kind], fontsize=9)
+    figure.supxlabel(f"{_measure(results)} on task", fontsize=10)
     figure.supylabel("after training on task", fontsize=10)
-    figure.colorbar(image, ax=list(grid.flat), label="accuracy, %", fraction=0.04, aspect=30)
+    label = f"{_measure(results)}, %"
+    figure.colorbar(image, ax=list(grid.flat), label=label, fraction=0.04, aspect=30)
     return figure
 
 
@@ -109,7 +125,7 @@ def accuracy_over_tasks(results: Sequence[dict[str, Any]]) -> Figure:
     tasks = np.arange(1, n_tasks + 1)
     lines = {}
     for k, (method, own) in enumerate(_by_method(results).items()):
-        matrices = _matrices(own, "class_incremental")
+        matrices = _matrices(own, _kinds(results)[0])
         seen = np.array([[m[n - 1, :n].mean() for n in tasks] for m in matrices])
         mean = seen.mean(axis=0)
         style = _style(k)
@@ -127,7 +143,7 @@ def accuracy_over_tasks(results: Sequence[dict[str, Any]]) -> Figure:
     axes.set_xticks(tasks[:: max(1, n_tasks // 10)])
     _accuracy_axis(axes)
     axes.set_xlabel("tasks learned")
-    axes.set_ylabel("mean accuracy on tasks seen, %")
+    axes.set_ylabel(f"mean {_measure(results)} on tasks seen, %")
     # In the order of the lines' right ends.
     ranked = sorted(lines.items(), key=lambda item: -item[1][0])
     figure.legend(
@@ -149,6 +165,14 @@ def _accuracy_axis(axes: Axes) -> None:
     axes.set_ylim(0 if low < 0.4 * high else low, min(high, 101))
 
 
+def _epochs_in_words(epochs: int | list[int]) -> str:
+    """Per task, or of all tasks together where they differ."""
+    if isinstance(epochs, list) and len(set(epochs)) > 1:
+        return f"{sum(epochs)} epochs in all"
+    each = epochs[0] if isinstance(epochs, list) else epochs
+    return f"{each} epoch{'s' if each > 1 else ''}"
+
+
 def speed_against_accuracy(results: Sequence[dict[str, Any]]) -> Figure:
     """Final accuracy against training speed, one point per method; bars: deviation over seeds.
 
@@ -163,7 +187,7 @@ def speed_against_accuracy(results: Sequence[dict[str, Any]]) -> Figure:
         speed = np.array([r["timings"]["samples_per_second"] for r in own])
         accuracy = _final_accuracy(own)
         many = len(own) > 1
-        epochs = f"{own[0]['epochs']} epoch{'s' if own[0]['epochs'] > 1 else ''}"
+        epochs = _epochs_in_words(own[0]["epochs"])
         points = axes.errorbar(
             speed.mean(),
             accuracy.mean(),
@@ -190,7 +214,7 @@ def speed_against_accuracy(results: Sequence[dict[str, Any]]) -> Figure:
         axes.set_xlim(left=0)
     _accuracy_axis(axes)
     axes.set_xlabel("training speed, samples of the stream per second")
-    axes.set_ylabel("mean accuracy after the last task, %")
+    axes.set_ylabel(f"mean {_measure(results)} after the last task, %")
     # Without the error bars, which hide the markers at this size.
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     plain(axes)

@@ -63,43 +63,54 @@ def short_seconds(value: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02}"
 
 
-COLUMNS = (
+def _score(key: str, header: str, kind: str, name: str) -> Column:
+    """A number of an accuracy matrix.
+
+    :param key: of the column.
+    :param header: its first line.
+    :param kind: of the matrix.
+    :param name: of the number.
+    """
+
+    def read(result: dict[str, Any]) -> float | None:
+        value: float | None = result["metrics"][kind][name]
+        return value
+
+    return Column(key, (header, "%"), read, _percent, spread=True)
+
+
+def _integer(value: float) -> str:
+    return f"{value:.0f}"
+
+
+_VISION = (
+    _score("accuracy", "Acc ↑", "class_incremental", "overall_performance"),
+    _score("within_task_accuracy", "in task ↑", "within_task", "overall_performance"),
+    _score("backward_transfer", "Bwt ↓", "class_incremental", "backward_transfer"),
+    _score("forgetting", "Forget ↓", "class_incremental", "forgetting"),
+    Column("epochs", ("Ep.", "/task"), lambda r: r["epochs"], _integer),
+)
+_LANGUAGE = (
+    _score("score", "Op ↑", "generated", "overall_performance"),
+    _score("backward_transfer", "Bwt ↓", "generated", "backward_transfer"),
+    _score("forgetting", "Forget ↓", "generated", "forgetting"),
+    # Of all tasks together: they may differ from task to task.
+    Column("epochs", ("Epochs", "in all"), lambda r: sum(r["epochs"]), _integer),
     Column(
-        "accuracy",
-        ("Acc ↑", "%"),
-        lambda r: r["metrics"]["class_incremental"]["overall_performance"],
-        _percent,
-        spread=True,
+        "tokens_per_second",
+        ("tokens", "/s"),
+        lambda r: r["timings"]["tokens_per_second"],
+        _integer,
     ),
-    Column(
-        "within_task_accuracy",
-        ("in task ↑", "%"),
-        lambda r: r["metrics"]["within_task"]["overall_performance"],
-        _percent,
-        spread=True,
-    ),
-    Column(
-        "backward_transfer",
-        ("Bwt ↓", "%"),
-        lambda r: r["metrics"]["class_incremental"]["backward_transfer"],
-        _percent,
-        spread=True,
-    ),
-    Column(
-        "forgetting",
-        ("Forget ↓", "%"),
-        lambda r: r["metrics"]["class_incremental"]["forgetting"],
-        _percent,
-        spread=True,
-    ),
-    Column("epochs", ("Ep.", "/task"), lambda r: r["epochs"], lambda v: f"{v:.0f}"),
+)
+_COST = (
     Column("train_seconds", ("Time", ""), lambda r: r["timings"]["train_seconds"], short_seconds),
     Column("ms_per_step", ("ms", "/step"), lambda r: r["timings"]["ms_per_step"], _three_digits),
     Column(
         "samples_per_second",
         ("samples", "/s"),
         lambda r: r["timings"]["samples_per_second"],
-        lambda v: f"{v:.0f}",
+        _integer,
     ),
     Column("peak_bytes", ("Peak", "memory"), lambda r: r["memory"]["peak_bytes"], short_bytes),
     Column(
@@ -110,6 +121,22 @@ COLUMNS = (
     ),
     Column("stored_bytes", ("Stored", ""), lambda r: r["memory"]["stored_bytes"], short_bytes),
 )
+
+
+def columns_of(results: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
+    """The columns that fit the kind of stream.
+
+    :param results: contents of `results.json` files, of one stream.
+    """
+    return (_LANGUAGE if is_language(results) else _VISION) + _COST
+
+
+def is_language(results: Sequence[dict[str, Any]]) -> bool:
+    """Whether the results are of language models, whose generated text is scored.
+
+    :param results: contents of `results.json` files, of one stream.
+    """
+    return "generated" in results[0]["metrics"]
 
 
 @dataclass(frozen=True)
@@ -129,9 +156,10 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     :param results: contents of `results.json` files.
     """
     rows = []
+    columns = columns_of(results)
     for method in dict.fromkeys(result["method"] for result in results):
         own = [result for result in results if result["method"] == method]
-        values = {column.key: [_number(column.read(r)) for r in own] for column in COLUMNS}
+        values = {column.key: [_number(column.read(r)) for r in own] for column in columns}
         rows.append(
             Row(
                 method=method,
@@ -169,13 +197,21 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
     """
     first = results[0]
     stream, seeds = first["stream"], sorted({result["seed"] for result in results})
+    if is_language(results):
+        what = Path(first["config"]["model"]).name
+        scores = "Op: mean over tasks, after the last one, of each task's own score of what is "
+        scores += "generated, greedily. tokens: of the stream, without padding. "
+    else:
+        what = f"{len(stream['class_names'])} classes"
+        scores = "Acc: mean over tasks after the last one, among all classes; in task: among its "
+        scores += "own. "
     return (
-        f"{first['config']['scenario']}: {len(stream['trained'])} tasks, "
-        f"{len(stream['class_names'])} classes, {first['hardware']['device']}; "
+        f"{first['config']['scenario']}: {len(stream['trained'])} tasks, {what}, "
+        f"{first['hardware']['device']}; "
         f"mean{' ± deviation' if len(seeds) > 1 else ''} over "
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n"
-        "Acc: mean over tasks after the last one, among all classes; in task: among its own. "
-        "Bwt = (1/n) Σ f_i(w_i) − f_i(w_n), positive is forgetting; Forget: the same over n − 1. "
+        f"{scores}Bwt = (1/n) Σ f_i(w_i) − f_i(w_n), positive is forgetting; "
+        "Forget: the same over n − 1. "
         f"Peak: {first['memory']['peak_kind']}. Stored: tensors kept beside the model."
     )
 
@@ -197,10 +233,11 @@ def rich_table(results: Sequence[dict[str, Any]], width: int = 120) -> Group:
             table.add_row(row.method, *(_cell(row, column, "±") for column in columns))
         return table
 
-    tables = [table(COLUMNS)]
+    columns = columns_of(results)
+    tables = [table(columns)]
     if Console(width=1000).measure(tables[0]).maximum > width:
-        learned = [column for column in COLUMNS if column.spread]
-        tables = [table(learned), table([column for column in COLUMNS if not column.spread])]
+        learned = [column for column in columns if column.spread]
+        tables = [table(learned), table([column for column in columns if not column.spread])]
     return Group(*tables, Text(caption(results), style="dim"))
 
 
@@ -209,10 +246,11 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
 
     :param results: contents of `results.json` files.
     """
-    headers = ["Method", *(" ".join(column.header).strip() for column in COLUMNS)]
-    lines = [headers, ["---", *("---:" for _ in COLUMNS)]]
+    columns = columns_of(results)
+    headers = ["Method", *(" ".join(column.header).strip() for column in columns)]
+    lines = [headers, ["---", *("---:" for _ in columns)]]
     for row in summarise(results):
-        lines.append([row.method, *(_cell(row, column, " ± ") for column in COLUMNS)])
+        lines.append([row.method, *(_cell(row, column, " ± ") for column in columns)])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{table}\n\n{caption(results)}\n"
 
@@ -232,10 +270,11 @@ def write_table(results: Sequence[dict[str, Any]], folder: Path) -> None:
 
 
 __all__ = [
-    "COLUMNS",
     "Column",
     "Row",
     "caption",
+    "columns_of",
+    "is_language",
     "markdown_table",
     "rich_table",
     "short_bytes",

@@ -60,7 +60,9 @@ def _height(node: dict[str, Any]) -> int:
 
 
 def _names(stream: dict[str, Any]) -> list[str]:
-    """A few words on each task: its domain, or some of its classes."""
+    """A few words on each task: its name, its domain, or some of its classes."""
+    if stream.get("task_names"):
+        return [str(name) for name in stream["task_names"]]
     if stream.get("domain_names"):
         return [str(stream["domain_names"][task]) for task in stream["trained"]]
     names = []

@@ -93,8 +93,14 @@ def _stored_samples_bytes(strategy: Any) -> int:
     stores = [memory.buffer for memory in memories if memory is not None]
     if getattr(strategy, "dataset", None) is not None:
         stores.append(strategy.dataset)
-    # All samples have the shape of the first.
-    return sum(len(store) * store[0][0].nbytes for store in stores if len(store))
+    return sum(_samples_bytes(store) for store in stores if len(store))
+
+
+def _samples_bytes(store: Any) -> int:
+    first = store[0][0]
+    if first.ndim > 1:  # images have one shape, and reading each would take its time
+        return len(store) * int(first.nbytes)
+    return sum(int(sample[0].nbytes + sample[1].nbytes) for sample in store)
 
 
 def versions() -> dict[str, str | None]:

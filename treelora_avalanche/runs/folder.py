@@ -19,7 +19,13 @@ from .._version import __version__
 
 SCHEMA_VERSION = 2
 STATE = "state"
-APPENDED = ("metrics.jsonl", "tree.txt", "training_results.csv", "eval_results.csv")
+APPENDED = (
+    "metrics.jsonl",
+    "generated.jsonl",
+    "tree.txt",
+    "training_results.csv",
+    "eval_results.csv",
+)
 """ Files that grow line by line, in text. """
 
 

@@ -15,6 +15,7 @@ from .. import models, scenarios
 from ..methods import method_config
 from ..names import check_known
 from ..settings import DIGITS_VIT, RunSettings
+from .texts import TEXT_STREAMS, language_model
 
 
 def find_device(name: str) -> torch.device:
@@ -45,7 +46,17 @@ def resolve_config(method: str, seed: int, settings: RunSettings) -> dict[str, A
     config["device"] = str(find_device(settings.device))
     if settings.data is not None:
         config["data"] = str(Path(settings.data).expanduser().resolve())
+    if settings.on_language:
+        config["dtype"] = _dtype(settings)
+        folder = Path(config["model"]).expanduser()
+        if folder.is_dir():  # and not a name on the hub
+            config["model"] = str(folder.resolve())
     return config
+
+
+def _dtype(settings: RunSettings) -> str:
+    on_gpu = find_device(settings.device).type == "cuda"
+    return settings.dtype or ("bfloat16" if on_gpu else "float32")
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,10 @@ def prepare(seed: int, settings: RunSettings) -> Ingredients:
     if settings.model_name == DIGITS_VIT:
         benchmark = scenarios.SplitDigits(settings.number_of_experiences, seed=seed)
         return Ingredients(seed, benchmark, models.pretrained_digits_vit(seed))
+    if settings.on_language:
+        _data(settings)  # what is missing here is noticed before gigabytes are fetched
+        model = language_model(settings, _dtype(settings))
+        return Ingredients(seed, TEXT_STREAMS[settings.scenario](settings, model), model)
     # The number of classes comes from the data, whose preprocessing comes from the model.
     unweighted = models.create_vit(
         settings.model_name, num_classes=0, img_size=settings.img_size, pretrained=False

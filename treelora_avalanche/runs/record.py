@@ -24,15 +24,15 @@ from ..metrics import (
     BackwardTransfer,
     EpochAccuracy,
     EpochLoss,
+    GenerationScore,
     OverallPerformance,
     backward_transfer,
     forgetting,
+    generation_metrics,
     overall_performance,
 )
-from .folder import write_text
+from .folder import to_json, write_text
 from .watch import JsonLinesLogger
-
-KINDS = ("class_incremental", "within_task")
 
 
 @dataclass(frozen=True)
@@ -62,34 +62,36 @@ class Stage:
 class Record:
     """The metrics of a run, and the files that grow with it.
 
+    The kinds of accuracy are two for streams of classes: among all of them (`class_incremental`)
+    and among those of the task (`within_task`). For language models it is one, the scores of what
+    they generate (`generated`). The first is the one that methods are ranked by.
+
     :param folder: the run folder.
+    :param language: whether a language model is trained.
     :param joint: whether all tasks are trained together, so that their order means nothing.
     :param verbose: attach Avalanche's `InteractiveLogger`.
     :param kept: content of the growing files, of a run that continues.
     """
 
-    def __init__(self, folder: Path, *, joint: bool, verbose: bool, kept: dict[str, str]):
+    def __init__(
+        self, folder: Path, *, language: bool, joint: bool, verbose: bool, kept: dict[str, str]
+    ):
         self.folder = folder
         for name, text in kept.items():
             write_text(folder / name, text)
         self.lines = JsonLinesLogger(folder / "metrics.jsonl")
-        self.matrices = {kind: AccuracyMatrix(within_task=kind == "within_task") for kind in KINDS}
+        metrics = self._text_metrics() if language else self._class_metrics(joint)
         self._tensorboard = TensorboardLogger(str(folder / "tensorboard"))
         self._csv = CSVLogger(str(folder))
         for file in (self._csv.training_file, self._csv.eval_file):
             # Avalanche begins these anew.
             file.write("".join(kept.get(Path(file.name).name, "").splitlines(True)[1:]))
             file.flush()
-        continual = [] if joint else [OverallPerformance, BackwardTransfer]
         self.evaluator = EvaluationPlugin(
             *self.matrices.values(),
-            *(metric(within_task=w) for w in (False, True) for metric in continual),
+            *metrics,
             EpochLoss(),
-            EpochAccuracy(),
-            accuracy_metrics(experience=True, stream=True),
             loss_metrics(experience=True, stream=True),
-            forgetting_metrics(experience=True, stream=True),
-            bwt_metrics(stream=True),
             loggers=[
                 self._tensorboard,
                 self._csv,
@@ -97,6 +99,40 @@ class Record:
                 *([InteractiveLogger()] if verbose else []),
             ],
         )
+
+    def _class_metrics(self, joint: bool) -> list[Any]:
+        self.matrices: dict[str, Any] = {
+            "class_incremental": AccuracyMatrix(),
+            "within_task": AccuracyMatrix(within_task=True),
+        }
+        continual = [] if joint else [OverallPerformance, BackwardTransfer]
+        return [
+            *(metric(within_task=w) for w in (False, True) for metric in continual),
+            EpochAccuracy(),
+            accuracy_metrics(experience=True, stream=True),
+            forgetting_metrics(experience=True, stream=True),
+            bwt_metrics(stream=True),
+        ]
+
+    def _text_metrics(self) -> list[Any]:
+        score, *others = generation_metrics()
+        self.matrices = {"generated": score}
+        return others
+
+    def write_texts(self, stage: Stage) -> None:
+        """Append what a language model has generated in the last evaluation.
+
+        :param stage: the stage that was evaluated.
+        """
+        score = self.matrices.get("generated")
+        if not isinstance(score, GenerationScore):
+            return
+        with (self.folder / "generated.jsonl").open("a", encoding="utf-8") as file:
+            for task, samples in score.generated.items():
+                for prompt, answer, generated in samples:
+                    line = {"after_task": stage.task, "task": task, "prompt": prompt}
+                    line.update(answer=answer, generated=generated)
+                    file.write(to_json(line, indent=None) + "\n")
 
     def accuracies(self, stage: Stage) -> dict[str, Tensor]:
         """The matrices so far: a row and a column per task seen, NaN where not evaluated.
@@ -122,15 +158,43 @@ def describe(benchmark: Any) -> dict[str, Any]:
 
     :param benchmark: the stream.
     """
-    return {
+    samples = {
         "trained": [e.current_experience for e in benchmark.train_stream],
+        "train_samples": [len(e.dataset) for e in benchmark.train_stream],
+        "test_samples": [len(e.dataset) for e in benchmark.test_stream],
+    }
+    names = task_names(benchmark)
+    if names is not None:
+        return {
+            **samples,
+            "task_names": names,
+            "task_metrics": [e.metric for e in benchmark.test_stream],
+            "train_tokens": [count_tokens(e) for e in benchmark.train_stream],
+        }
+    return {
+        **samples,
         "classes": [sorted(e.classes_in_this_experience) for e in benchmark.train_stream],
         # Avalanche's own benchmarks have no names.
         "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
         "domain_names": getattr(benchmark, "domain_names", None),
-        "train_samples": [len(e.dataset) for e in benchmark.train_stream],
-        "test_samples": [len(e.dataset) for e in benchmark.test_stream],
     }
+
+
+def task_names(benchmark: Any) -> list[str] | None:
+    """Names of the tasks, where they are texts; None for streams of classes.
+
+    :param benchmark: the stream.
+    """
+    names = [getattr(e, "task_name", None) for e in benchmark.train_stream]
+    return None if None in names else [str(name) for name in names]
+
+
+def count_tokens(experience: Any) -> int:
+    """Tokens that a language model reads in one pass over an experience, without padding.
+
+    :param experience: of a stream of texts.
+    """
+    return sum(len(sample[0]) for sample in experience.dataset)
 
 
 def plain_tree(tree: Any) -> dict[str, Any]:
@@ -150,18 +214,21 @@ def plain_tree(tree: Any) -> dict[str, Any]:
     return plain(tree.root)
 
 
-def append_drawing(tree: Any, task: int, folder: Path) -> None:
+def append_drawing(tree: Any, task: int, folder: Path, names: list[str] | None) -> str:
     """Append a drawing of a tree to `tree.txt`.
 
     :param tree: an `AdapterTree`.
     :param task: the task that came last, counted from 0.
     :param folder: the run folder.
+    :param names: of all tasks, where they have names.
+    :return: the drawing.
     """
     text = StringIO()
-    Console(file=text, width=100).print(tree.draw())
+    Console(file=text, width=100).print(tree.draw(names))
     with (folder / "tree.txt").open("a", encoding="utf-8") as file:
         # As in `tree.json`; the figures count from 1.
         file.write(f"After {task + 1} tasks, counted from 0\n{text.getvalue()}\n")
+    return text.getvalue()
 
 
 def scores_of(accuracies: Tensor) -> dict[str, float]:
@@ -176,4 +243,13 @@ def scores_of(accuracies: Tensor) -> dict[str, float]:
     }
 
 
-__all__ = ["Record", "Stage", "append_drawing", "describe", "plain_tree", "scores_of"]
+__all__ = [
+    "Record",
+    "Stage",
+    "append_drawing",
+    "count_tokens",
+    "describe",
+    "plain_tree",
+    "scores_of",
+    "task_names",
+]

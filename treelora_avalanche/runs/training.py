@@ -29,8 +29,9 @@ from .folder import (
     write_tree,
 )
 from .ingredients import Ingredients, find_device, prepare, resolve_config
-from .record import Record, Stage, append_drawing, describe, plain_tree, scores_of
+from .record import Record, Stage, append_drawing, describe, plain_tree, scores_of, task_names
 from .resume import Interrupted, Progressed, find_interrupted, save_progress
+from .texts import epochs_per_task
 from .watch import PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
 
 
@@ -61,7 +62,8 @@ def run(
     :param ingredients: from :func:`prepare` with the same seed and settings, to share it among
         methods; built here by default.
     :param progress: called after every training step.
-    :param note: called with one line where an interrupted run continues, or cannot.
+    :param note: called with one line where an interrupted run continues, or cannot; and of a
+        language model with TreeLoRA's tree after every task, as in the paper's Figures 5 and 8.
     :param verbose: attach Avalanche's `InteractiveLogger`.
     :return: what `results.json` holds.
     """
@@ -116,13 +118,16 @@ def _run(
     )
     kept = first_lines(folder, before.lines)
     prepare_folder(folder, config, keep=interrupted is not None)
-    record = Record(folder, joint=entry.joint, verbose=verbose, kept=kept)
-
-    samples = [len(experience.dataset) for experience in benchmark.train_stream]
-    epochs = entry.epochs(settings)
-    counter = ProgressPlugin(
-        progress or (lambda _: None), len(stages), _steps(entry, settings, samples, stages)
+    names = task_names(benchmark)
+    record = Record(
+        folder, language=settings.on_language, joint=entry.joint, verbose=verbose, kept=kept
     )
+
+    stream = describe(benchmark)
+    samples = stream["train_samples"]
+    epochs = _epochs(entry, settings, len(samples), names)
+    steps = _steps(entry, config, samples, stages, epochs)
+    counter = ProgressPlugin(progress or (lambda _: None), len(stages), steps)
     training, evaluating = (
         Stopwatch(device, s) for s in (before.train_seconds, before.eval_seconds)
     )
@@ -152,6 +157,8 @@ def _run(
                 except ValueError as error:
                     raise CannotContinueError(str(error)) from error
             for done, stage in enumerate(stages[before.stages :], start=before.stages + 1):
+                if not entry.frozen:
+                    strategy.train_epochs = _of_stage(epochs, stage, joint=entry.joint)
                 with training:
                     strategy.train(stage.train)
                 # Before evaluation: what was learned is safe whatever happens next.
@@ -161,19 +168,21 @@ def _run(
                 if hasattr(strategy, "tree"):
                     write_tree(strategy.tree, folder)
                     trees.append(plain_tree(strategy.tree))
-                    append_drawing(strategy.tree, stage.task, folder)
+                    drawing = append_drawing(strategy.tree, stage.task, folder, names)
+                    if names is not None:
+                        note(f"the tree after {names[stage.task]}\n{drawing.rstrip()}")
                 with evaluating:
                     strategy.eval(stage.test)
+                record.write_texts(stage)
                 accuracy = record.accuracies(stage)
                 scores = {kind: scores_of(matrix) for kind, matrix in accuracy.items()}
-                counter.accuracy = scores["class_incremental"]["overall_performance"]
+                counter.accuracy = next(iter(scores.values()))["overall_performance"]
                 counter.report(strategy)
-                experience = benchmark.train_stream[stage.task]
                 record.lines.write(
                     event="task",
                     task=stage.task,
-                    experience=experience.current_experience,
-                    classes=sorted(experience.classes_in_this_experience),
+                    experience=stream["trained"][stage.task],
+                    **_what_was_learned(stream, stage.task),
                     accuracy={kind: matrix[-1].tolist() for kind, matrix in accuracy.items()},
                     train_seconds=training.seconds,
                     **scores,
@@ -196,19 +205,25 @@ def _run(
         "method": config["method"],
         "seed": config["seed"],
         "config": config,
-        "epochs": epochs,
+        # Of texts one for each task, where they may differ.
+        "epochs": epochs if settings.on_language else epochs[0],
         "metrics": scores,
         # Row: after training on the j-th task; column: the i-th task, in the order of training.
         # Null where it was not evaluated: before a task is seen, and, trained on all at once, in
         # every row but the last.
         "accuracy_matrix": {kind: matrix.tolist() for kind, matrix in accuracy.items()},
-        "stream": describe(benchmark),
+        "stream": stream,
         "trees": trees or None,
         "timings": {
             "train_seconds": training.seconds,
             "ms_per_step": 1000 * training.seconds / counter.step if counter.step else None,
             # Of the stream: samples that a method trains on once more do not count again.
-            "samples_per_second": epochs * sum(samples) / training.seconds,
+            "samples_per_second": _times(epochs, samples) / training.seconds,
+            **(
+                {"tokens_per_second": _times(epochs, stream["train_tokens"]) / training.seconds}
+                if settings.on_language
+                else {}
+            ),
             "eval_seconds": evaluating.seconds,
             "steps": counter.step,
         },
@@ -271,7 +286,7 @@ def _build(
         ingredients.seed,
         {
             "train_mb_size": settings.batch_size,
-            "train_epochs": entry.epochs(settings),
+            "train_epochs": entry.epochs(settings),  # and set before each task
             "eval_mb_size": settings.eval_batch_size,
             **shared,
         },
@@ -298,13 +313,44 @@ def _why_unsaved(entry: Method, strategy: Any) -> str | None:
     return None
 
 
-def _steps(entry: Method, settings: RunSettings, samples: list[int], stages: list[Stage]) -> int:
+def _epochs(
+    entry: Method, settings: RunSettings, n_tasks: int, names: list[str] | None
+) -> list[int]:
+    """Passes over the data of each task."""
+    if names is not None and settings.epochs_per_task is not None and not entry.frozen:
+        return epochs_per_task(entry, settings.epochs_per_task, names)
+    return [entry.epochs(settings)] * n_tasks
+
+
+def _of_stage(epochs: list[int], stage: Stage, *, joint: bool) -> int:
+    # All tasks together: the mean, so that as many samples are seen where tasks are equally large.
+    return round(sum(epochs) / len(epochs)) if joint else epochs[stage.task]
+
+
+def _times(epochs: list[int], counts: list[int]) -> int:
+    return sum(e * n for e, n in zip(epochs, counts, strict=True))
+
+
+def _what_was_learned(stream: dict[str, Any], task: int) -> dict[str, Any]:
+    if "task_names" in stream:
+        return {"task_name": stream["task_names"][task]}
+    return {"classes": stream["classes"][task]}
+
+
+def _steps(
+    entry: Method,
+    config: dict[str, Any],
+    samples: list[int],
+    stages: list[Stage],
+    epochs: list[int],
+) -> int:
     """Training steps of the whole stream."""
-    sizes = [
-        sum(samples[: stage.task + 1]) if entry.on_all_seen else samples[stage.task]
-        for stage in stages
-    ]
-    return sum(math.ceil(n / settings.batch_size) for n in sizes) * entry.epochs(settings)
+    total = 0
+    for stage in stages:
+        n = sum(samples[: stage.task + 1]) if entry.on_all_seen else samples[stage.task]
+        n_steps = math.ceil(n / config["batch_size"])
+        total += n_steps * _of_stage(epochs, stage, joint=entry.joint)
+    return total
 
 
 __all__ = ["CannotContinueError", "check_arguments", "run"]

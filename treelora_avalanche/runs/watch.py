@@ -27,7 +27,7 @@ class Progress:
     step: int
     n_steps: int
     accuracy: float | None
-    """ Class-incremental Op after the last finished task. """
+    """ Op after the last finished task: class-incremental, or of what is generated. """
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -1,0 +1,88 @@
+"""What a run on texts is made of: a language model, and a stream by the name of its scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import models, scenarios
+from ..methods import Method
+from ..settings import EQUAL_EPOCHS, RunSettings
+
+
+def language_model(settings: RunSettings, dtype: str) -> nn.Module:
+    """The pretrained model.
+
+    :param settings: the settings.
+    :param dtype: of its frozen weights.
+    :raises OSError: if its weights are not there and cannot be fetched.
+    """
+    return models.create_language_model(
+        str(settings.model),
+        dtype=dtype,
+        max_length=settings.max_length,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def _data(settings: RunSettings) -> Path:
+    return Path(settings.data or "").expanduser()
+
+
+def _trace(settings: RunSettings, model: Any) -> Any:
+    return scenarios.TRACE(
+        _data(settings), model, settings.variant, tasks=settings.tasks, limit=settings.limit
+    )
+
+
+def _math_llm(settings: RunSettings, model: Any) -> Any:
+    return scenarios.MathLLM(_data(settings), model, settings.variant, limit=settings.limit)
+
+
+def _long_sequence(settings: RunSettings, model: Any) -> Any:
+    return scenarios.LongSequence(_data(settings), model, settings.variant, limit=settings.limit)
+
+
+def _o_lora_order(settings: RunSettings, model: Any) -> Any:
+    return scenarios.OLoRAOrder(settings.order, _data(settings), model, limit=settings.limit)
+
+
+def _text_tasks(settings: RunSettings, model: Any) -> Any:
+    return scenarios.TextTasks(_data(settings), model, tasks=settings.tasks, limit=settings.limit)
+
+
+TEXT_STREAMS: dict[str, Callable[[RunSettings, Any], Any]] = {
+    "trace": _trace,
+    "math_llm": _math_llm,
+    "long_sequence": _long_sequence,
+    "o_lora_order": _o_lora_order,
+    "text_tasks": _text_tasks,
+}
+
+
+def epochs_per_task(entry: Method, wanted: list[int] | str, names: list[str]) -> list[int]:
+    """Passes over the data of each task.
+
+    :param entry: the method.
+    :param wanted: as in `RunSettings.epochs_per_task`.
+    :param names: of the tasks.
+    :raises ValueError: if there is not one number for each task.
+    """
+    if isinstance(wanted, str):
+        if wanted == EQUAL_EPOCHS or entry.has_tree:
+            numbers = scenarios.TREELORA_EPOCHS
+        else:
+            numbers = scenarios.LORA_EPOCHS if entry.uses_lora else scenarios.FULL_EPOCHS
+        return [numbers[name] for name in names]
+    if len(wanted) != len(names):
+        raise ValueError(
+            f"`--epochs_per_task` has {len(wanted)} numbers, but there are {len(names)} tasks: "
+            f"{', '.join(names)}"
+        )
+    return wanted
+
+
+__all__ = ["TEXT_STREAMS", "epochs_per_task", "language_model"]
