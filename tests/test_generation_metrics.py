@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark, with_task_labels
+from avalanche.benchmarks.utils import DataAttribute, TaskAwareSupervisedClassificationDataset
 from avalanche.training import EWC, Naive
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
@@ -20,6 +21,7 @@ from treelora_avalanche.metrics import (
     find_text_generator,
     generation_metrics,
 )
+from treelora_avalanche.models import create_language_model
 from treelora_avalanche.state import load_state, save_state
 from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 
@@ -344,3 +346,44 @@ def test_no_bar_where_the_output_is_no_terminal(streams, capfd):
     _, test = streams
     build(generation_metrics()).eval(test[0])
     assert "letters" not in "".join(capfd.readouterr())
+
+
+def test_a_pretrained_model_says_what_transformers_says(data_root):
+    folder = data_root / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"no data: {folder} is not a folder")
+    model = create_language_model(folder)
+    prompts = ["Once upon a time, there was a", "Tom and his dog went to the", "Die Sonne"]
+
+    def reply(prompt):  # one at a time, so that nothing is padded
+        ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            new = model.network.generate(input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :]
+        return model.tokenizer.decode(new, skip_special_tokens=True)
+
+    replies = [reply(prompt) for prompt in prompts]
+    answers = [replies[0], "nothing of this", replies[2]]
+
+    tokens = torch.tensor([[1, 2, 3]])
+    dataset = TaskAwareSupervisedClassificationDataset(
+        TensorDataset(tokens[:, :-1], tokens[:, 1:]),
+        data_attributes=[
+            DataAttribute([2], "targets", use_in_getitem=False),
+            DataAttribute([0], "targets_task_labels", use_in_getitem=True),
+        ],
+    )
+    stream = with_task_labels(benchmark_from_datasets(train=[dataset], test=[dataset])).test_stream
+    experience = stream[0]
+    for name, value in {
+        "task_name": "stories",
+        "prompts": prompts,
+        "answers": answers,
+        "metric": "accuracy",
+        "max_new_tokens": 12,
+    }.items():
+        setattr(experience, name, value)
+    metrics = generation_metrics(batch_size=2)
+    results = build(metrics, model=TrainableView(model)).eval(experience)
+    assert metrics[0].generated["stories"] == list(zip(prompts, answers, replies, strict=True))
+    assert on_experience(results, "GenerationScore", 0) == pytest.approx(2 / 3)
+    assert on_experience(results, "GenerationTokensPerSecond", 0) > 0
