@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, add_lora
-from treelora_avalanche.models.routed import RoutedView, Router
+from treelora_avalanche.models.routed import RoutedAdapters, Router
 
 TARGET = 1.6
 
@@ -48,7 +48,7 @@ def routed_inference(
     torch.manual_seed(0)
     vit = timm.create_model(model, img_size=img_size, num_classes=100)
     bank = AdapterBank()
-    view = RoutedView(add_lora(vit, layers=layers), bank).to(device).eval()
+    view = RoutedAdapters(add_lora(vit, layers=layers), bank).to(device).eval()
     factors = LoRAFactors(view)
     for _ in range(n_adapters):
         factors.stack.normal_(std=0.01)

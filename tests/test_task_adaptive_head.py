@@ -17,7 +17,7 @@ from treelora_avalanche.models.pseudo_features import (
     train_head,
 )
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
-from treelora_avalanche.plugins.task_adaptive_head import WithinTaskLoss
+from treelora_avalanche.plugins.within_task_loss import WithinTaskLoss
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

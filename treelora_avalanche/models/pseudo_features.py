@@ -2,16 +2,48 @@
 
 Tensor in, tensor out; the hooks that use it are in ``plugins/task_adaptive_head.py`` and
 ``plugins/router.py``. Task-adaptive prediction in HiDe-Prompt (Wang et al., NeurIPS 2023) and
-classifier alignment in SLCA (Zhang et al., ICCV 2023) are of this kind.
+classifier alignment in SLCA (Zhang et al., ICCV 2023) are of this kind. HiDe's own statistics, by
+centroids, are in ``models/centroids.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class Draws(Protocol):
+    """A source of pseudo-features."""
+
+    labels: Tensor
+    """ Of the classes, ``(n_classes,)``. """
+
+    @property
+    def dim(self) -> int:
+        """Size of a feature."""
+
+    def draw(self, n_per_class: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Features ``(n_classes * n_per_class, dim)`` and their labels; see :class:`Gaussians`."""
+
+
+class StatisticsKind(Protocol):
+    """What is remembered of a class: :class:`Gaussians`, or centroids (``models/centroids.py``).
+
+    The statistics of a class are a named tuple with ``label``, ``task``, tensors, and ``moved``.
+    """
+
+    def of(self, features: Tensor, targets: Tensor, task: int) -> list[Any]:
+        """Statistics of all classes of a task, from features ``(n_samples, dim)``."""
+
+    def draws(self, statistics: Sequence[Any]) -> Draws:
+        """A source of features as the classes would have them."""
+
+    def load(self, state: list[dict[str, Any]]) -> list[Any]:
+        """The statistics that :func:`statistics_state` was given."""
 
 
 class ClassStatistics(NamedTuple):
@@ -53,7 +85,7 @@ class ClassStatistics(NamedTuple):
         )
 
 
-def statistics_state(statistics: Sequence[ClassStatistics]) -> list[dict[str, Any]]:
+def statistics_state(statistics: Sequence[Any]) -> list[dict[str, Any]]:
     """Statistics as tensors and plain values, to be saved.
 
     :param statistics: the classes.
@@ -61,23 +93,18 @@ def statistics_state(statistics: Sequence[ClassStatistics]) -> list[dict[str, An
     return [s._asdict() for s in statistics]
 
 
-def load_statistics(state: list[dict[str, Any]]) -> list[ClassStatistics]:
-    """The statistics that :func:`statistics_state` was given.
-
-    :param state: what it returned.
-    """
-    return [ClassStatistics(**plain) for plain in state]
-
-
-def move_statistics(
-    statistics: Sequence[ClassStatistics], device: torch.device | str
-) -> list[ClassStatistics]:
+def move_statistics(statistics: Sequence[Any], device: torch.device | str) -> list[Any]:
     """The statistics on another device; loaded ones come on the CPU.
 
     :param statistics: the classes.
     :param device: where to.
     """
-    return [s._replace(mean=s.mean.to(device), factor=s.factor.to(device)) for s in statistics]
+
+    def moved(s: Any) -> Any:
+        tensors = {name: v.to(device) for name, v in s._asdict().items() if isinstance(v, Tensor)}
+        return s._replace(**tensors)
+
+    return [moved(s) for s in statistics]
 
 
 class PseudoFeatures:
@@ -108,6 +135,11 @@ class PseudoFeatures:
         # Not a Cholesky factor: with few samples the mean covariance is singular too.
         self._shared = (shrinkage * values.clamp(min=0)).sqrt()[:, None] * vectors.T  # (dim, dim)
 
+    @property
+    def dim(self) -> int:
+        """Size of a feature."""
+        return self._means.shape[1]
+
     def draw(self, n_per_class: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws from every class.
 
@@ -124,9 +156,47 @@ class PseudoFeatures:
         return features.flatten(0, 1), self.labels.repeat_interleave(n_per_class)
 
 
+@dataclass(frozen=True)
+class Gaussians:
+    """Classes as Gaussians, the default kind of statistics.
+
+    :param max_rank: see :meth:`ClassStatistics.of`.
+    :param shrinkage: see :class:`PseudoFeatures`.
+    """
+
+    max_rank: int = 64
+    shrinkage: float = 0.5
+
+    def of(self, features: Tensor, targets: Tensor, task: int) -> list[ClassStatistics]:
+        """Statistics of all classes of a task.
+
+        :param features: ``(n_samples, dim)``.
+        :param targets: their classes, ``(n_samples,)``.
+        :param task: number of the task.
+        """
+        return [
+            ClassStatistics.of(label, task, features[targets == label], self.max_rank)
+            for label in targets.unique().tolist()
+        ]
+
+    def draws(self, statistics: Sequence[ClassStatistics]) -> PseudoFeatures:
+        """A source of pseudo-features.
+
+        :param statistics: the classes.
+        """
+        return PseudoFeatures(statistics, self.shrinkage)
+
+    def load(self, state: list[dict[str, Any]]) -> list[ClassStatistics]:
+        """The statistics that :func:`statistics_state` was given.
+
+        :param state: what it returned.
+        """
+        return [ClassStatistics(**plain) for plain in state]
+
+
 def train_head(
     head: nn.Linear,
-    pseudo_features: PseudoFeatures,
+    pseudo_features: Draws,
     *,
     epochs: int,
     n_per_class: int,
@@ -161,22 +231,6 @@ def train_head(
     with torch.no_grad():
         head.weight[seen] = weight
         head.bias[seen] = bias
-
-
-def statistics_of(
-    features: Tensor, targets: Tensor, task: int, max_rank: int
-) -> list[ClassStatistics]:
-    """Statistics of all classes of a task.
-
-    :param features: ``(n_samples, dim)``.
-    :param targets: their classes, ``(n_samples,)``.
-    :param task: number of the task.
-    :param max_rank: see :meth:`ClassStatistics.of`.
-    """
-    return [
-        ClassStatistics.of(label, task, features[targets == label], max_rank)
-        for label in targets.unique().tolist()
-    ]
 
 
 def feature_drift(before: Tensor, after: Tensor, ridge: float = 0.01) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -39,10 +40,40 @@ class Router(NamedTuple):
 class RoutedView(TrainableView):
     """The view of a model that, in evaluation mode, routes each sample to its adapter.
 
+    A prediction does not depend on the rest of its batch. In training mode, or while there is no
+    router, the live adapter answers.
+    """
+
+    router: Router | None = None
+    """Set after every task by the :class:`~treelora_avalanche.plugins.RouterPlugin`."""
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        if self.training or self.router is None or not len(images):
+            return self.module(images)
+        return self.routed(images, self.router)
+
+    def routed(self, images: Tensor, router: Router) -> Tensor:
+        """Logits of samples, each answered by the adapter that the router takes it for.
+
+        :param images: a batch of preprocessed images, at least one.
+        :param router: the router.
+        """
+        raise NotImplementedError
+
+    def frozen_features(self, images: Tensor) -> Tensor:
+        """Features of the backbone without any adapter, ``(batch, dim)``.
+
+        :param images: a batch of preprocessed images.
+        """
+        raise NotImplementedError
+
+
+class RoutedAdapters(RoutedView):
+    """Routes each sample to one of the LoRA adapters of a bank.
+
     One pass through the frozen blocks below the lowest adapted one serves both the choice and the
     answer. Then the frozen rest tells the adapter, and the samples of each adapter go through the
-    rest once more, with that adapter on. A prediction does not depend on the rest of its batch. In
-    training mode, or while there is no router, the live adapter answers.
+    rest once more, with that adapter on.
 
     :param module: a peft model around a timm vision transformer.
     :param bank: the bank of finished adapters.
@@ -52,8 +83,6 @@ class RoutedView(TrainableView):
     def __init__(self, module: nn.Module, bank: AdapterBank):
         super().__init__(module)
         self.bank = bank
-        self.router: Router | None = None
-        """Set after every task by the :class:`~treelora_avalanche.plugins.RouterPlugin`."""
         self._transformer()
 
     def _transformer(self) -> VisionTransformer:
@@ -64,9 +93,7 @@ class RoutedView(TrainableView):
             "`inference` is 'routed', which takes a timm VisionTransformer; use inference='last'."
         )
 
-    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        if self.training or self.router is None:
-            return self.module(images)
+    def routed(self, images: Tensor, router: Router) -> Tensor:
         factors = LoRAFactors(self.module)
         first = min(next(int(p) for p in n.split(".") if p.isdigit()) for n in factors.names)
         vit = self._transformer()
@@ -75,22 +102,15 @@ class RoutedView(TrainableView):
             for block in vit.blocks[:first]:
                 hidden = block(hidden)
             factors.stack.zero_()  # LoRA's output is BA x: without factors the model is frozen
-            chosen = self.router(self._features(vit, hidden, first))
-            logits: Tensor | None = None
+            chosen = router(self._features(vit, hidden, first))
+            rows, answers = [], []
             for adapter in chosen.unique().tolist():
-                rows = (chosen == adapter).nonzero().squeeze(1)
+                rows.append((chosen == adapter).nonzero().squeeze(1))
                 factors.stack.copy_(self.bank[adapter])
-                answer = vit.head(self._features(vit, hidden[rows], first))
-                if logits is None:
-                    logits = answer.new_empty(len(images), answer.shape[1])
-                logits[rows] = answer
-        return self.module(images) if logits is None else logits  # None: the batch is empty
+                answers.append(vit.head(self._features(vit, hidden[rows[-1]], first)))
+        return torch.cat(answers)[torch.cat(rows).argsort()]
 
     def frozen_features(self, images: Tensor) -> Tensor:
-        """Features of the backbone without any adapter, ``(batch, dim)``.
-
-        :param images: a batch of preprocessed images.
-        """
         factors = LoRAFactors(self.module)
         vit = self._transformer()
         with _restored(factors):

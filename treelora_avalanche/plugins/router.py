@@ -10,11 +10,9 @@ from torch import nn
 
 from treelora_avalanche.models.features import evaluating
 from treelora_avalanche.models.pseudo_features import (
-    ClassStatistics,
-    PseudoFeatures,
-    load_statistics,
+    Gaussians,
+    StatisticsKind,
     move_statistics,
-    statistics_of,
     statistics_state,
     train_head,
 )
@@ -26,19 +24,25 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     """Fits the router of a :class:`~treelora_avalanche.models.routed.RoutedView`.
 
     The router tells the classes of each task apart by the features of the frozen backbone, which
-    never drift. It is trained like the head, on pseudo-features; no image is stored. Costs one
-    frozen pass over the data per experience. Task labels are not used.
+    never drift (task-identity inference, HiDe). It is trained like the head, on pseudo-features; no
+    image is stored. Costs one frozen pass over the data per experience, and stores per class what
+    ``kind`` says. Task labels are not used.
 
     :param tree: the tree that knows which adapter stands for a task; its
-        :class:`~treelora_avalanche.plugins.TreeBuilderPlugin` must come before this plugin.
+        :class:`~treelora_avalanche.plugins.TreeBuilderPlugin` must come before this plugin. None:
+        every task has an adapter, or a prompt, of its own.
     :param seed: seed of the pseudo-features.
+    :param kind: what is remembered of a class, see :class:`TaskAdaptiveHeadPlugin`.
     """
 
-    def __init__(self, tree: AdapterTree, seed: int = 0):
+    def __init__(
+        self, tree: AdapterTree | None = None, seed: int = 0, kind: StatisticsKind | None = None
+    ):
         super().__init__()
         self.tree = tree
         self.seed = seed
-        self.statistics: list[ClassStatistics] = []
+        self.kind: StatisticsKind = Gaussians() if kind is None else kind
+        self.statistics: list[Any] = []
         self._loaded = False
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -52,7 +56,8 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         features = torch.cat([frozen for frozen, _ in batches])
         targets = torch.cat([target for _, target in batches]).to(features.device)
         self.statistics = move_statistics(self.statistics, features.device)
-        self.statistics += statistics_of(features, targets, self.tree.n_tasks - 1, max_rank=64)
+        task = self.statistics[-1].task + 1 if self.statistics else 0
+        self.statistics += self.kind.of(features, targets, task)
         self._fit(view)
         self._loaded = False
 
@@ -67,25 +72,26 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     def _fit(self, view: RoutedView) -> None:
         """Trains the router from nothing, so that it depends on the statistics alone."""
-        device = self.statistics[0].mean.device
         clusters = [s._replace(label=i) for i, s in enumerate(self.statistics)]
+        source = self.kind.draws(clusters)
+        device = source.labels.device
         # Without the usual initialisation: it would draw from the global generator.
-        head = nn.utils.skip_init(
-            nn.Linear, len(clusters[0].mean), len(clusters), device=str(device)
-        )
+        head = nn.utils.skip_init(nn.Linear, source.dim, len(clusters), device=str(device))
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         generator = torch.Generator().manual_seed(self.seed + len(clusters))
         train_head(
             head,
-            PseudoFeatures(clusters),
+            source,
             epochs=120,
             n_per_class=16,
             learning_rate=0.01,
             generator=generator,
         )
-        adapter_of_task = {t: a for a, tasks in enumerate(self.tree.tasks) for t in tasks}
-        adapters = [adapter_of_task[s.task] for s in self.statistics]
+        adapters = [s.task for s in self.statistics]
+        if self.tree is not None:
+            adapter_of_task = {t: a for a, tasks in enumerate(self.tree.tasks) for t in tasks}
+            adapters = [adapter_of_task[task] for task in adapters]
         view.router = Router(
             head.weight.detach(), head.bias.detach(), torch.tensor(adapters, device=device)
         )
@@ -99,5 +105,5 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
         :param state: what :meth:`state_dict` returned.
         """
-        self.statistics = load_statistics(state["statistics"])
+        self.statistics = self.kind.load(state["statistics"])
         self._loaded = True

@@ -11,59 +11,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from avalanche.training.plugins import SupervisedPlugin
-from torch import Tensor, nn
+from torch import Tensor
 
 from treelora_avalanche.models.features import classifier_of, extract_features
 from treelora_avalanche.models.pseudo_features import (
-    ClassStatistics,
-    PseudoFeatures,
+    Gaussians,
+    StatisticsKind,
     feature_drift,
-    load_statistics,
     move_statistics,
-    statistics_of,
     statistics_state,
     train_head,
 )
 from treelora_avalanche.models.routed import RoutedView
+from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 
 
-class WithinTaskLoss(nn.Module):
-    """A criterion that compares only the classes of the current experience.
-
-    A sample of another class (from a replay memory) competes with these by its own output.
-
-    :param criterion: the criterion of logits ``(batch, n_classes)`` and targets ``(batch,)``.
-    """
-
-    def __init__(self, criterion: Any):
-        super().__init__()
-        self.criterion = criterion
-        self.current: Tensor | None = None  # (n_classes_of_the_experience,)
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        keep = torch.zeros_like(logits, dtype=torch.bool)
-        keep[:, self.current] = True
-        keep.scatter_(1, targets[:, None], True)
-        return self.criterion(logits.masked_fill(~keep, float("-inf")), targets)
-
-
-class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin):
     """Within-task loss, class statistics, and a head re-trained on pseudo-features.
 
     Attaches to any strategy, Avalanche's own too, whose model ends in a linear classifier. It costs
-    one pass over the data before and one after each experience, and stores per class its mean and
-    at most ``max_rank`` directions of its covariance. In a domain-incremental stream a class has
-    statistics for every task. Old statistics are moved along with the features, as the current
-    images show it (:func:`~treelora_avalanche.models.pseudo_features.feature_drift`); not so in a
+    one pass over the data before and one after each experience, and stores per class what ``kind``
+    says: its mean and at most 64 directions of its covariance, or centroids with variances. In a
+    domain-incremental stream a class has statistics for every task. Old statistics are moved along
+    with the features, as the current images show it
+    (:func:`~treelora_avalanche.models.pseudo_features.feature_drift`); not so in a
     :class:`~treelora_avalanche.models.routed.RoutedView`, where each class is answered by the
     adapter of its own task. Task labels are not used.
 
     :param epochs: steps in which the head is re-trained.
     :param n_per_class: pseudo-features per class and step.
     :param learning_rate: learning rate of the re-training.
-    :param shrinkage: see :class:`PseudoFeatures`.
-    :param max_rank: see :class:`ClassStatistics`.
+    :param kind: what is remembered of a class, :class:`~treelora_avalanche.models.pseudo_features.
+        Gaussians` by default, or :class:`~treelora_avalanche.models.centroids.Centroids`.
     :param seed: seed of the pseudo-features.
     """
 
@@ -73,26 +52,21 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
         epochs: int = 120,
         n_per_class: int = 16,
         learning_rate: float = 0.01,
-        shrinkage: float = 0.5,
-        max_rank: int = 64,
+        kind: StatisticsKind | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.epochs = epochs
         self.n_per_class = n_per_class
         self.learning_rate = learning_rate
-        self.shrinkage = shrinkage
-        self.max_rank = max_rank
+        self.kind: StatisticsKind = Gaussians() if kind is None else kind
         self.seed = seed
         self.n_tasks = 0
-        self.statistics: list[ClassStatistics] = []
+        self.statistics: list[Any] = []
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Narrows the loss to the classes of the experience."""
-        if not isinstance(strategy._criterion, WithinTaskLoss):
-            strategy._criterion = WithinTaskLoss(strategy._criterion)
-        classes = sorted(strategy.experience.classes_in_this_experience)
-        strategy._criterion.current = torch.tensor(classes, device=strategy.device)
+        super().before_training_exp(strategy, *args, **kwargs)
         if self._must_follow(strategy):
             self._before, _ = self._features(strategy)
 
@@ -104,21 +78,16 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
             drift = feature_drift(self._before, features)
             self.statistics = [s.moved(*drift) for s in self.statistics]
             del self._before
-        self.statistics += statistics_of(features, targets, self.n_tasks, self.max_rank)
+        self.statistics += self.kind.of(features, targets, self.n_tasks)
         self.n_tasks += 1
         train_head(
             classifier_of(strategy.model),
-            PseudoFeatures(self.statistics, self.shrinkage),
+            self.kind.draws(self.statistics),
             epochs=self.epochs,
             n_per_class=self.n_per_class,
             learning_rate=self.learning_rate,
             generator=torch.Generator().manual_seed(self.seed + self.n_tasks),
         )
-
-    def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Gives the strategy its own criterion back."""
-        if isinstance(strategy._criterion, WithinTaskLoss):
-            strategy._criterion = strategy._criterion.criterion
 
     def _must_follow(self, strategy: Any) -> bool:
         return len(self.statistics) > 0 and not isinstance(strategy.model, RoutedView)
@@ -141,4 +110,4 @@ class TaskAdaptiveHeadPlugin(SupervisedPlugin, supports_distributed=True):  # ty
         :param state: what :meth:`state_dict` returned.
         """
         self.n_tasks = state["n_tasks"]
-        self.statistics = load_statistics(state["statistics"])
+        self.statistics = self.kind.load(state["statistics"])

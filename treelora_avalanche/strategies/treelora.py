@@ -15,7 +15,7 @@ from treelora_avalanche.adapters import (
     find_adaptable_layers,
     lora_layers,
 )
-from treelora_avalanche.models.routed import RoutedView
+from treelora_avalanche.models.routed import RoutedAdapters
 from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import (
     LCBSelectorPlugin,
@@ -102,4 +102,4 @@ class TreeLoRAStrategy(SeqLoRA):
         super().__init__(model=model, plugins=[*(plugins or ()), *own], **kwargs)
 
     def _view(self, model: nn.Module) -> TrainableView:
-        return super()._view(model) if self.inference == "last" else RoutedView(model, self.bank)
+        return super()._view(model) if self.inference == "last" else RoutedAdapters(model, self.bank)
