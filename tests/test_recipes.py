@@ -1,0 +1,120 @@
+"""The shipped recipes: each can be run as it is, once its weights are there."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from treelora_avalanche.cli import build_parser, main
+from treelora_avalanche.methods import METHODS, check_models, method_config
+from treelora_avalanche.recipes import RECIPES, describe_recipe
+from treelora_avalanche.settings import SCENARIOS, RunSettings
+
+SETTINGS = set(RunSettings.__dataclass_fields__)
+
+# In one process, since importing torch and Avalanche takes seconds; offline, so that nothing is
+# waited for.
+ASK_FOR_WEIGHTS = """
+import sys
+from treelora_avalanche.cli import main
+from treelora_avalanche.recipes import RECIPES
+for name in RECIPES:
+    folder = sys.argv[1]
+    code = main(["compare", "--config", name, "--data", folder, "--output", folder + "/runs"])
+    print(f"{name} {code}", flush=True)
+"""
+
+
+def read(name):
+    return yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))
+
+
+def settings(name):
+    return RunSettings(**{k: v for k, v in read(name).items() if k in SETTINGS})
+
+
+def test_every_table_of_language_models_has_its_recipe():
+    models = {read(name)["model"] for name in RECIPES if name.startswith("table_03")}
+    assert models == {
+        "mistralai/Mistral-7B-Instruct-v0.3",
+        "meta-llama/Llama-2-7b-chat-hf",
+        "google/gemma-2b-it",
+        "meta-llama/Llama-3.2-1B-Instruct",
+    }
+    others = [name.split("_")[1] for name in RECIPES if not name.startswith("table_03")]
+    assert others == ["04", "05", "07", "09", "10", "13"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_a_comparison_that_can_be_run(name):
+    recipe = read(name)
+    options = build_parser().parse_args(["compare", "--config", str(RECIPES[name])])["compare"]
+    assert {key: options[key] for key in recipe} == recipe
+    check_models(recipe["methods"], settings(name))
+    assert SCENARIOS[recipe["scenario"]].language
+    assert "TreeLoRA" in recipe["methods"]
+    assert recipe["output"] == f"runs/{name}"
+    # What the paper gives for language models (A.3).
+    for method in recipe["methods"]:
+        config = method_config(method, 0, settings(name))
+        assert (config["batch_size"], config["max_length"]) == (4, 1024)
+        assert (config["rank"], config["alpha"], config["lr"]) == (8, 32, 1e-4)
+        assert config.get("tree_lambda", 0.5) == 0.5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_says_what_it_reproduces(name):
+    comment = [line for line in RECIPES[name].read_text().splitlines() if line.startswith("#")]
+    assert describe_recipe(RECIPES[name]) == comment[0].lstrip("# ")
+    assert comment[0].startswith(f"# Table {int(name.split('_')[1])}")
+    missing = " ".join(comment)
+    # A method that has come since is no longer missing.
+    listed = missing.partition("Not here yet:")[2].partition(". ")[0].rstrip(".").split(", ")
+    here = {method for method, entry in METHODS.items() if "language" in entry.models}
+    assert not {name.strip("# ").replace("-", "") for name in listed} & here
+
+
+def test_recipes_ask_for_their_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_FOR_WEIGHTS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [f"{name} 2" for name in RECIPES]
+    complaints = done.stderr.splitlines()
+    assert len(complaints) == len(RECIPES)
+    for name, line in zip(RECIPES, complaints, strict=True):
+        assert line.startswith("treelora: error: ")
+        assert read(name)["model"] in line
+        assert "folder" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_recipes_are_listed(capsys):
+    assert main(["list", "recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in RECIPES:
+        assert name in printed
+    assert "JointTraining" not in printed
+    assert str(next(iter(RECIPES.values())).parent) in printed.replace("\n", "")
+
+
+def test_recipes_are_known_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def resolved(*arguments):
+        with pytest.raises(SystemExit, match="0"):
+            main(["compare", *arguments, "--print_config"])
+        return yaml.safe_load(capsys.readouterr().out)
+
+    for arguments in (["--config", "table_04_depth"], ["--config=table_04_depth"]):
+        config = resolved(*arguments, "--layers", "last:4")
+        assert config["model"] == "meta-llama/Llama-2-7b-chat-hf"
+        assert config["layers"] == "last:4"
+    # A file of the user's own comes first.
+    (tmp_path / "table_04_depth").write_text("rank: 3\n")
+    assert resolved("--config", "table_04_depth")["rank"] == 3
