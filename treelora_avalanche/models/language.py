@@ -29,7 +29,7 @@ from transformers import (
 
 from ..adapters import AdapterHost
 from .features import evaluating
-from .prompts import encode_prompt, end_token
+from .text_prompts import encode_prompt, end_token
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,230 @@
+"""O-LoRA's text classifications (Wang et al. 2023, arXiv 2310.14152), in their orders and others.
+
+A sample is an instruction, the possible labels, a text, and ``Answer:``; the answer is the label.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from avalanche.benchmarks import CLScenario
+
+from ..names import check_known
+from .text_records import Records, TextRecord, read_json, text_of
+from .text_tasks import TextTask, text_benchmark
+from .trace import TRACE_TASKS, trace_tasks
+
+logger = logging.getLogger(__name__)
+
+# The instructions are part of the benchmark: O-LoRA's paper lists them (appendix, "Task
+# Instructions"). COPA's texts carry their question themselves.
+_INSTRUCTIONS = {
+    "NLI": (
+        'What is the logical relationship between the "sentence 1" and the "sentence 2"? '
+        "Choose one from the option.\n"
+    ),
+    "QQP": (
+        'Whether the "first sentence" and the "second sentence" have the same meaning? '
+        "Choose one from the option.\n"
+    ),
+    "SC": "What is the sentiment of the following paragraph? Choose one from the option.\n",
+    "TC": "What is the topic of the following paragraph? Choose one from the option.\n",
+    "BoolQA": (
+        "According to the following passage, is the question true or false? "
+        "Choose one from the option.\n"
+    ),
+    "MultiRC": (
+        "According to the following passage and question, is the candidate answer true or false? "
+        "Choose one from the option.\n"
+    ),
+    "WiC": (
+        "Given a word and two sentences, whether the word is used with the same sense in both "
+        "sentence? Choose one from the option.\n"
+    ),
+    "COPA": None,
+}
+
+FAMILY_OF = {
+    "yelp": "SC",
+    "amazon": "SC",
+    "IMDB": "SC",
+    "SST-2": "SC",
+    "agnews": "TC",
+    "dbpedia": "TC",
+    "yahoo": "TC",
+    "MNLI": "NLI",
+    "CB": "NLI",
+    "RTE": "NLI",
+    "QQP": "QQP",
+    "BoolQA": "BoolQA",
+    "MultiRC": "MultiRC",
+    "WiC": "WiC",
+    "COPA": "COPA",
+}
+"""The fifteen tasks, each with the family whose instruction it has, and whose folder it lies in."""
+
+O_LORA_ORDERS = {
+    1: ("dbpedia", "amazon", "yahoo", "agnews"),
+    2: ("dbpedia", "amazon", "agnews", "yahoo"),
+    3: ("yahoo", "amazon", "agnews", "dbpedia"),
+    4: (
+        *("MNLI", "CB", "WiC", "COPA", "QQP", "BoolQA", "RTE", "IMDB"),
+        *("yelp", "amazon", "SST-2", "dbpedia", "agnews", "MultiRC", "yahoo"),
+    ),
+    5: (
+        *("MultiRC", "BoolQA", "WiC", "MNLI", "CB", "COPA", "QQP", "RTE"),
+        *("IMDB", "SST-2", "dbpedia", "agnews", "yelp", "amazon", "yahoo"),
+    ),
+    6: (
+        *("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB"),
+        *("SST-2", "dbpedia", "agnews", "yahoo", "MultiRC", "BoolQA", "WiC"),
+    ),
+}
+"""O-LoRA's orders of four tasks (1 to 3) and of fifteen (4 to 6)."""
+
+LONG_SEQUENCE = (
+    *TRACE_TASKS,
+    *("dbpedia", "amazon", "yahoo", "agnews", "yelp", "BoolQA", "QQP"),
+)
+"""The fifteen tasks of TreeLoRA's long sequence: TRACE's, then seven of O-LoRA's."""
+
+MAX_NEW_TOKENS = 50
+"""Where a generated label is stopped, as in O-LoRA's release."""
+
+_NO_LABEL = "-"  # of MNLI, where the annotators did not agree
+
+
+def OLoRAOrder(
+    order: int,
+    data_root: str | Path,
+    model: Any,
+    *,
+    skip_missing_tasks: bool = False,
+    limit: int | None = None,
+    max_length: int = 1024,
+) -> CLScenario:
+    """O-LoRA's text classifications in one of its six orders, :data:`O_LORA_ORDERS`.
+
+    Read is the layout of the release, ``<family>/<task>/{train,test,labels}.json``. Yelp and Yahoo
+    are part of every order (of 1 to 3, Yahoo alone), and their terms forbid redistribution, so that
+    a copy of the data may lack them. For what an experience carries see
+    :func:`~treelora_avalanche.scenarios.text_tasks.text_benchmark`.
+
+    :param order: 1 to 3, of four tasks; 4 to 6, of fifteen.
+    :param data_root: the folder that holds ``CL_Benchmark``, or that folder itself.
+    :param model: the :class:`~treelora_avalanche.models.LanguageModel` that is to learn it, or a
+        tokenizer.
+    :param skip_missing_tasks: whether to go on without the tasks that the data lack. It is another
+        benchmark then, and results do not compare with O-LoRA's.
+    :param limit: the first so many records of each file; None for all.
+    :param max_length: most tokens of a prompt and its answer, where ``model`` is a tokenizer.
+    :return: the benchmark; it carries ``task_names``.
+    :raises FileNotFoundError: if tasks are missing.
+    :raises ValueError: if an argument is out of range, or a file does not hold such records.
+    """
+    if order not in O_LORA_ORDERS:
+        raise ValueError(f"`order` is {order!r}; O-LoRA's orders are 1 to 6.")
+    names = _present(data_root, O_LORA_ORDERS[order], skip_missing_tasks)
+    built = classification_tasks(data_root, names)
+    return text_benchmark(built, model, limit=limit, max_length=max_length)
+
+
+def LongSequence(
+    data_root: str | Path,
+    model: Any,
+    variant: str = "500",
+    *,
+    skip_missing_tasks: bool = False,
+    limit: int | None = None,
+    max_length: int = 1024,
+) -> CLScenario:
+    """TreeLoRA's sequence of fifteen tasks (Table 9): TRACE's eight, then seven of O-LoRA's.
+
+    :param data_root: the folder that holds both ``TRACE-Benchmark`` and ``CL_Benchmark``.
+    :param model: see :func:`OLoRAOrder`.
+    :param variant: of TRACE, see :func:`~treelora_avalanche.scenarios.TRACE`.
+    :param skip_missing_tasks: see :func:`OLoRAOrder`; Yelp and Yahoo are part of it.
+    :param limit: see :func:`OLoRAOrder`.
+    :param max_length: see :func:`OLoRAOrder`.
+    :return: the benchmark; it carries ``task_names``.
+    :raises FileNotFoundError: if tasks are missing.
+    """
+    names = _present(data_root, LONG_SEQUENCE[len(TRACE_TASKS) :], skip_missing_tasks)
+    built = [
+        *trace_tasks(data_root, variant, TRACE_TASKS),
+        *classification_tasks(data_root, names),
+    ]
+    return text_benchmark(built, model, limit=limit, max_length=max_length)
+
+
+def classification_tasks(data_root: str | Path, names: Sequence[str]) -> list[TextTask]:
+    """Tasks of O-LoRA as they are on disk.
+
+    :param data_root: see :func:`OLoRAOrder`.
+    :param names: the tasks.
+    :raises FileNotFoundError: if a file is missing.
+    :raises ValueError: if a file does not hold ``{"label", "sentence"}`` records.
+    """
+    root = _root(data_root)
+    built = []
+    for name in names:
+        check_known("task", name, FAMILY_OF)
+        folder = root / FAMILY_OF[name] / name
+        labels = _labels(folder / "labels.json")
+        train = _records(folder / "train.json", FAMILY_OF[name], labels)
+        test = _records(folder / "test.json", FAMILY_OF[name], labels)
+        built.append(TextTask(name, train, test, "accuracy", MAX_NEW_TOKENS))
+    return built
+
+
+def _root(data_root: str | Path) -> Path:
+    root = Path(data_root).expanduser()
+    return root / "CL_Benchmark" if (root / "CL_Benchmark").is_dir() else root
+
+
+def _present(data_root: str | Path, names: Sequence[str], skip: bool) -> list[str]:
+    root = _root(data_root)
+    present = [name for name in names if (root / FAMILY_OF[name] / name).is_dir()]
+    missing = [name for name in names if name not in present]
+    if not present:
+        raise FileNotFoundError(
+            f"`data_root` {str(root)!r} holds none of O-LoRA's tasks (<family>/<task>/train.json, "
+            f"such as {FAMILY_OF[names[0]]}/{names[0]}). Get them from "
+            "https://github.com/cmnfriend/O-LoRA."
+        )
+    if missing and not skip:
+        raise FileNotFoundError(
+            f"{root} lacks {', '.join(missing)} (Yelp and Yahoo may not be redistributed: get them "
+            "from their owners); pass `skip_missing_tasks=True` to go on with the other "
+            f"{len(present)}, which is another benchmark than the published one."
+        )
+    if missing:
+        logger.warning("going on without %s, which %s lacks", ", ".join(missing), root)
+    return present
+
+
+def _labels(file: Path) -> list[str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; it lists the possible labels of the task.")
+    labels = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{file} should hold a list of labels, all of them texts.")
+    return labels
+
+
+def _records(file: Path, family: str, labels: Sequence[str]) -> Records:
+    instruction = _INSTRUCTIONS[family]
+    before = "" if instruction is None else f"{instruction}Option: {', '.join(labels)} \n"
+    records = []
+    for number, record in enumerate(read_json(file)):
+        label = text_of(record, "label", file, number)
+        if label == _NO_LABEL:
+            continue
+        check_known(f"label in record {number} of {file}", label, labels)
+        sentence = text_of(record, "sentence", file, number)
+        records.append(TextRecord(f"{before}{sentence}\nAnswer:", label))
+    return Records(file, records)
