@@ -105,9 +105,10 @@ class InfLoRAPlugin(PastAdaptersPlugin):
         self.n_tasks += 1
 
     def _covariances(self, strategy: Any) -> list[Tensor]:
-        return input_covariances(
-            strategy.model, experience_batches(strategy, strategy.eval_mb_size)
-        )
+        tokens = not strategy.experience.dataset[0][0].is_floating_point()
+        # Texts one by one: models crop a batch to its longest, and padding is no input.
+        batch_size = 1 if tokens else strategy.eval_mb_size
+        return input_covariances(strategy.model, experience_batches(strategy, batch_size))
 
     def state_dict(self) -> dict[str, Any]:
         """The past adapters, and the subspaces of their inputs."""
