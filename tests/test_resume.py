@@ -17,7 +17,10 @@ from treelora_avalanche.settings import RunSettings
 SETTINGS = RunSettings(
     epochs=1, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu", head="task_adaptive"
 )
-CONTINUES = ["TreeLoRA", "TreeLoRA-routed", "SeqLoRA", "EWCLoRA", "GEMLoRA", "Naive"]
+CONTINUES = [
+    *("TreeLoRA", "TreeLoRA-routed", "SeqLoRA", "EWCLoRA", "GEMLoRA", "Naive"),
+    *("OGD", "OLoRA", "InfLoRA", "L2Anchor"),
+]
 
 
 class PowerCutError(Exception):
