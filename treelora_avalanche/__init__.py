@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from treelora_avalanche._version import __version__
 
 if TYPE_CHECKING:
-    from treelora_avalanche.adapters import AdapterBank, TrainableView, add_lora, load_adapter
+    from treelora_avalanche.adapters import (
+        AdapterBank,
+        PastAdapters,
+        TrainableView,
+        add_lora,
+        load_adapter,
+    )
     from treelora_avalanche.metrics import (
         AccuracyMatrix,
         BackwardTransfer,
@@ -22,16 +28,24 @@ if TYPE_CHECKING:
         generation_metrics,
     )
     from treelora_avalanche.plugins import (
+        InfLoRAPlugin,
+        L2AnchorPlugin,
         LCBSelectorPlugin,
+        OGDPlugin,
+        OLoRAPlugin,
         SparseUpdatePlugin,
         TaskAdaptiveHeadPlugin,
         TreeBuilderPlugin,
     )
     from treelora_avalanche.strategies import (
+        OGD,
         EWCLoRA,
         FrozenGaussian,
         FrozenNCM,
         GEMLoRA,
+        InfLoRA,
+        L2Anchor,
+        OLoRA,
         SeqLoRA,
         TreeLoRAStrategy,
     )
@@ -47,8 +61,17 @@ _HOME = {
     "FrozenNCM": "strategies",
     "GEMLoRA": "strategies",
     "GenerationScore": "metrics",
+    "InfLoRA": "strategies",
+    "InfLoRAPlugin": "plugins",
+    "L2Anchor": "strategies",
+    "L2AnchorPlugin": "plugins",
     "LCBSelectorPlugin": "plugins",
+    "OGD": "strategies",
+    "OGDPlugin": "plugins",
+    "OLoRA": "strategies",
+    "OLoRAPlugin": "plugins",
     "OverallPerformance": "metrics",
+    "PastAdapters": "adapters",
     "SeqLoRA": "strategies",
     "SparseUpdatePlugin": "plugins",
     "TaskAdaptiveHeadPlugin": "plugins",
@@ -62,6 +85,7 @@ _HOME = {
 }
 
 __all__ = [
+    "OGD",
     "AccuracyMatrix",
     "AdapterBank",
     "AdapterTree",
@@ -71,8 +95,16 @@ __all__ = [
     "FrozenNCM",
     "GEMLoRA",
     "GenerationScore",
+    "InfLoRA",
+    "InfLoRAPlugin",
+    "L2Anchor",
+    "L2AnchorPlugin",
     "LCBSelectorPlugin",
+    "OGDPlugin",
+    "OLoRA",
+    "OLoRAPlugin",
     "OverallPerformance",
+    "PastAdapters",
     "SeqLoRA",
     "SparseUpdatePlugin",
     "TaskAdaptiveHeadPlugin",
