@@ -104,7 +104,9 @@ def _before_heavy_imports(settings: RunSettings) -> None:
     warnings.filterwarnings("ignore")
     warnings.showwarning = lambda *_, **__: None  # Avalanche sets filters of its own
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger(__package__).setLevel(logging.WARNING)  # what we say, we mean
     # OpenMP's threads spin while they wait. Where other programs want the cores as well, small
     # operations then take 30 times as long (measured on two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -32,6 +32,10 @@ BOTH = frozenset({VISION, LANGUAGE})
 LORA_LR = 0.005
 """ The paper's, for LoRA. """
 LORA_DIGITS_LR = 0.0003
+PROMPT_LR = 0.005
+""" DualPrompt's and HiDe-Prompt's. """
+L2P_LR = 0.03
+""" L2P's. """
 LORA_LANGUAGE_LR = 0.0001
 """ As in TRACE, for methods with LoRA; the paper gives this value and 0.001 (A.3). """
 REPLAY_SAMPLES = 200
@@ -138,9 +142,52 @@ def _our_lora(name: str, **fixed: Any) -> Build:
         strategy: SupervisedTemplate = getattr(strategies, name)(
             model=model,
             optimizer=partial(_optimizer(settings), lr=lr),
+            criterion=_criterion(settings),
             **_lora_arguments(settings),
             **fixed,
             **{**shared, "plugins": plugins},
+        )
+        return strategy
+
+    return build
+
+
+def _our_prompts(name: str) -> Build:
+    """Builder of a strategy of ours with prompts, which takes either head.
+
+    :param name: the strategy's class.
+    """
+
+    def build(
+        model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
+    ) -> SupervisedTemplate:
+        from . import strategies
+
+        strategy: SupervisedTemplate = getattr(strategies, name)(
+            model=model,
+            optimizer=partial(_optimizer(settings), lr=lr),
+            **{**shared, "plugins": [*_head(settings), *shared["plugins"]]},
+        )
+        return strategy
+
+    return build
+
+
+def _hide(name: str, *options: str) -> Build:
+    """Builder of a form of HiDe, which has a head of its own.
+
+    :param name: the strategy's class.
+    :param options: settings that are arguments of it.
+    """
+
+    def build(
+        model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
+    ) -> SupervisedTemplate:
+        from . import strategies
+
+        own = {option: getattr(settings, option) for option in options}
+        strategy: SupervisedTemplate = getattr(strategies, name)(
+            model=model, optimizer=partial(_optimizer(settings), lr=lr), seed=seed, **own, **shared
         )
         return strategy
 
@@ -302,6 +349,34 @@ METHODS: dict[str, Method] = {
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         ignores=TREE_OPTIONS,
+    ),
+    "L2P": Method(
+        "prompts from one pool before the tokens, each sample's by the nearest keys (30, top 5)",
+        _our_prompts("L2P"),
+        lr=L2P_LR,
+        ignores=TREE_OPTIONS | LORA_OPTIONS,
+        uses_lora=False,
+    ),
+    "DualPrompt": Method(
+        "general prompts for all tasks and an expert prompt per task, chosen by the nearest key",
+        _our_prompts("DualPrompt"),
+        lr=PROMPT_LR,
+        ignores=TREE_OPTIONS | LORA_OPTIONS,
+        uses_lora=False,
+    ),
+    "HiDePrompt": Method(
+        "a prompt per task, chosen by the class the frozen backbone sees; head on centroids",
+        _hide("HiDePrompt"),
+        lr=PROMPT_LR,
+        ignores=TREE_OPTIONS | LORA_OPTIONS | {"head"},
+        uses_lora=False,
+    ),
+    "HiDeLoRA": Method(
+        "a LoRA per task (keys, values), chosen by the class the frozen backbone sees",
+        _hide("HiDeLoRA", "rank", "alpha", "layers"),
+        lr=LORA_LR,
+        digits_lr=LORA_DIGITS_LR,
+        ignores=TREE_OPTIONS | {"head", "target_modules"},
     ),
     "L2Anchor": Method(
         "LoRA pulled, in squared L2, towards the adapter of the task before: a control",

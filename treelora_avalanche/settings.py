@@ -13,6 +13,7 @@ SELECTIONS = ("lcb", "nearest", "random")
 HEADS = ("linear", "task_adaptive")
 DTYPES = ("float32", "bfloat16", "float16")
 VARIANTS = ("500", "1000", "5000")
+METRICS = ("accuracy", "rouge_l", "edit_similarity", "sari")
 EQUAL_EPOCHS, PAPER_EPOCHS = "equal", "paper"
 
 _DIGITS = frozenset({"n_experiences", "model", "head"})
@@ -34,6 +35,7 @@ SCENARIO_OPTIONS = (
     | _IMAGES
     | _TEXTS
     | {"exclude_classes", "domains", "download", "variant", "tasks", "order"}
+    | {"skip_missing_tasks", "metric", "max_new_tokens"}
 )
 
 # What a setting is where the user gives none; see RunSettings.
@@ -115,19 +117,19 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "long_sequence": Scenario(
         "fifteen tasks of text: those of TRACE and seven text classifications",
-        takes=_TEXTS | {"variant"},
+        takes=_TEXTS | {"variant", "skip_missing_tasks"},
         n_experiences=None,
         language=True,
     ),
     "o_lora_order": Scenario(
         "O-LoRA's text classifications in one of its six orders: four tasks (1-3) or fifteen (4-6)",
-        takes=_TEXTS | {"order"},
+        takes=_TEXTS | {"order", "skip_missing_tasks"},
         n_experiences=None,
         language=True,
     ),
     "text_tasks": Scenario(
         'your own tasks: a folder with one JSON or JSONL of {"prompt", "answer"} for each',
-        takes=_TEXTS | {"tasks"},
+        takes=_TEXTS | {"tasks", "metric", "max_new_tokens"},
         n_experiences=None,
         language=True,
     ),
@@ -184,6 +186,20 @@ class RunSettings:
         ),
     )
     order: int = field(default=1, metadata=_help("O-LoRA's order of tasks, 1 to 6 (o_lora_order)"))
+    skip_missing_tasks: bool = field(
+        default=False,
+        metadata=_help(
+            "go on without the tasks that the data lack, which is another benchmark then "
+            "(o_lora_order, long_sequence)"
+        ),
+    )
+    metric: str = field(
+        default="rouge_l",
+        metadata=_help(f"score of generated answers: {', '.join(METRICS)} (text_tasks)"),
+    )
+    max_new_tokens: int = field(
+        default=128, metadata=_help("where a generated answer is stopped (text_tasks)")
+    )
     limit: int | None = field(
         default=None,
         metadata=_help("use the first samples only of each task's training and test texts"),
@@ -291,6 +307,7 @@ class RunSettings:
         check_known("`--selection`", self.selection, SELECTIONS)
         check_known("`--head`", self.head, HEADS)
         check_known("`--variant`", self.variant, VARIANTS)
+        check_known("`--metric`", self.metric, METRICS)
         if self.dtype is not None:
             check_known("`--dtype`", self.dtype, DTYPES)
         self._check_ranges()
@@ -318,6 +335,7 @@ class RunSettings:
         smallest = {
             "n_experiences": 1,
             "limit": 1,
+            "max_new_tokens": 1,
             "img_size": 1,
             "max_length": 2,
             "accumulation_steps": 1,

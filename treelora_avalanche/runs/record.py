@@ -31,6 +31,7 @@ from ..metrics import (
     generation_metrics,
     overall_performance,
 )
+from ..models.language import PADDING
 from .folder import to_json, write_text
 from .watch import JsonLinesLogger
 
@@ -194,7 +195,7 @@ def count_tokens(experience: Any) -> int:
 
     :param experience: of a stream of texts.
     """
-    return sum(len(sample[0]) for sample in experience.dataset)
+    return sum(int((sample[0] != PADDING).sum()) for sample in experience.dataset)
 
 
 def plain_tree(tree: Any) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from .. import models, scenarios
 from ..methods import Method
@@ -20,6 +22,8 @@ def language_model(settings: RunSettings, dtype: str) -> nn.Module:
     :param dtype: of its frozen weights.
     :raises OSError: if its weights are not there and cannot be fetched.
     """
+    if not sys.stderr.isatty():  # a bar would be a line for each of its steps there
+        disable_progress_bar()
     return models.create_language_model(
         str(settings.model),
         dtype=dtype,
@@ -43,15 +47,34 @@ def _math_llm(settings: RunSettings, model: Any) -> Any:
 
 
 def _long_sequence(settings: RunSettings, model: Any) -> Any:
-    return scenarios.LongSequence(_data(settings), model, settings.variant, limit=settings.limit)
+    return scenarios.LongSequence(
+        _data(settings),
+        model,
+        settings.variant,
+        skip_missing_tasks=settings.skip_missing_tasks,
+        limit=settings.limit,
+    )
 
 
 def _o_lora_order(settings: RunSettings, model: Any) -> Any:
-    return scenarios.OLoRAOrder(settings.order, _data(settings), model, limit=settings.limit)
+    return scenarios.OLoRAOrder(
+        settings.order,
+        _data(settings),
+        model,
+        skip_missing_tasks=settings.skip_missing_tasks,
+        limit=settings.limit,
+    )
 
 
 def _text_tasks(settings: RunSettings, model: Any) -> Any:
-    return scenarios.TextTasks(_data(settings), model, tasks=settings.tasks, limit=settings.limit)
+    return scenarios.TextTasks(
+        _data(settings),
+        model,
+        tasks=settings.tasks,
+        metric=settings.metric,
+        max_new_tokens=settings.max_new_tokens,
+        limit=settings.limit,
+    )
 
 
 TEXT_STREAMS: dict[str, Callable[[RunSettings, Any], Any]] = {

@@ -53,12 +53,12 @@ class JsonLinesLogger(BaseLogger):
 
     def after_training_epoch(self, strategy: Any, metric_values: Any, **kwargs: Any) -> None:
         values = {value.name.split("/")[0]: value.value for value in metric_values}
+        names = {"Loss_Epoch": "loss", "Top1_Acc_Epoch": "training_accuracy"}
         self.write(
             event="epoch",
             experience=strategy.experience.current_experience,
             epoch=strategy.clock.train_exp_epochs + 1,
-            loss=values.get("Loss_Epoch"),
-            training_accuracy=values.get("Top1_Acc_Epoch"),
+            **{key: values[name] for name, key in names.items() if name in values},
         )
 
 
