@@ -171,6 +171,42 @@ def test_a_step_leaves_the_true_logits_of_the_past(tiny_vit, tiny_benchmark):
     assert moved(OGD, samples_per_task=32, memory_size=32) < 0.1 * plain
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_steps_are_orthogonal_whatever_the_optimizer_does(tiny_vit, tiny_benchmark, optimizer):
+    def factory(parameters):
+        return optimizer(parameters, lr=0.01, weight_decay=0.01)
+
+    def flat(strategy):
+        return torch.cat([p.detach().flatten() for p in strategy.model.parameters()])
+
+    strategy = make(OGD, tiny_vit(), optimizer=factory, samples_per_task=16, memory_size=48)
+    train(strategy, tiny_benchmark, 0)
+    start, basis = flat(strategy), plugin_of(strategy).basis.clone()
+    train(strategy, tiny_benchmark, 1)
+    moved = flat(strategy) - start
+    assert moved.norm() > 0.05
+    assert (basis @ moved).abs().max() < 1e-4 * moved.norm()
+
+
+def test_with_plain_sgd_a_step_is_that_of_the_projected_gradient(tiny_vit, tiny_benchmark):
+    def factory(parameters):
+        return torch.optim.SGD(parameters, lr=0.05)
+
+    options = {"train_mb_size": 32, "train_epochs": 1, "optimizer": factory}
+    own = train(make(OGD, tiny_vit(), samples_per_task=8, **options), tiny_benchmark, 0)
+    before, basis = weights(own), plugin_of(own).basis.clone()
+    train(own, tiny_benchmark, 1)
+    plain = make(SeqLoRA, tiny_vit(), **options)
+    for name, parameter in plain.model.named_parameters():
+        parameter.data.copy_(before[name])
+    train(plain, tiny_benchmark, 1)
+    step = torch.cat([(p - before[n]).flatten() for n, p in weights(plain).items()])
+    expected = step - basis.T @ (basis @ step)
+    taken = torch.cat([(p - before[n]).flatten() for n, p in weights(own).items()])
+    torch.testing.assert_close(taken, expected, rtol=1e-3, atol=1e-6)
+    assert (taken - step).norm() > 0.01 * step.norm()
+
+
 def test_first_experience_is_that_of_plain_lora(tiny_vit, tiny_benchmark):
     plain = weights(train(make(SeqLoRA, tiny_vit()), tiny_benchmark, 0))
     assert same(plain, weights(train(make(OGD, tiny_vit()), tiny_benchmark, 0)))

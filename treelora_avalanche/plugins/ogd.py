@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,16 +31,18 @@ def ground_truth_outputs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Projects every gradient off the span of past samples' gradients.
+    """Projects every gradient, and every step, off the span of past samples' gradients.
 
     After an experience, gradients of its samples are stored, of the output that tells the truth
     (the paper's OGD-GTL), over everything that is trained and persists: the LoRA factors, and the
     classifier where there is one. They are kept as an orthonormal basis. In each later step the
     gradient of the loss loses its part in their span, so that a small step against it leaves those
-    outputs as they are. The projection reads the basis twice, however it is divided into tasks.
+    outputs as they are. A projection is two products with the whole basis, a matrix.
 
-    The paper trains with SGD. An optimizer that scales coordinates, such as Adam, takes the
-    projected gradient but not exactly its direction.
+    The paper trains with SGD. Adam scales every coordinate by itself and remembers the gradients of
+    the task before, so that its step leaves the direction of the projected gradient: in small
+    trials past outputs then moved more than without OGD. Therefore what the optimizer has done is
+    projected too, which after plain SGD changes nothing.
 
     Stores ``samples_per_task`` vectors per task, each of as many values as are trained, until there
     are ``memory_size``. From then on all tasks have equal shares, and each keeps its strongest
@@ -83,10 +86,22 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
     def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Projects the gradient."""
         if self.counts:
-            flat = project_off(self._flat([p.grad for p in self._parameters]), self.basis)
-            parts = flat.split([p.numel() for p in self._parameters])
-            for parameter, part in zip(self._parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter).to(parameter.dtype)
+            gradient = self._flat([p.grad for p in self._parameters])
+            for parameter, part in self._parts(project_off(gradient, self.basis)):
+                parameter.grad = part.to(parameter.dtype)
+
+    def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Notes where the step starts."""
+        if self.counts:
+            self._start = self._flat([p.detach() for p in self._parameters])
+
+    @torch.no_grad()
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Projects the step."""
+        if self.counts:
+            step = self._flat([p.detach() for p in self._parameters]) - self._start
+            for parameter, part in self._parts(self._start + project_off(step, self.basis)):
+                parameter.copy_(part)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Stores what the experience's gradients add to the basis."""
@@ -111,13 +126,19 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         strategy.model.train(was_training)
         return torch.stack(rows)
 
-    def _flat(self, gradients: Any) -> Tensor:
+    def _flat(self, values: Any) -> Tensor:
+        """One vector of what there is of every parameter; zeros where there is nothing."""
         return torch.cat(
             [
-                (torch.zeros_like(p) if g is None else g).flatten().float()
-                for p, g in zip(self._parameters, gradients, strict=True)
+                (torch.zeros_like(p) if v is None else v).flatten().float()
+                for p, v in zip(self._parameters, values, strict=True)
             ]
         )
+
+    def _parts(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        parts = flat.split([p.numel() for p in self._parameters])
+        for parameter, part in zip(self._parameters, parts, strict=True):
+            yield parameter, part.view_as(parameter)
 
     def state_dict(self) -> dict[str, Any]:
         """The basis, not copied, and how it is divided."""
