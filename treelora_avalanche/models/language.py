@@ -237,7 +237,7 @@ def create_language_model(
         raise FileNotFoundError(f"`name_or_folder` is {name!r}, which is not a folder.")
     safe: dict[str, Any] = {"trust_remote_code": False}
     try:
-        AutoConfig.from_pretrained(name, **safe)  # small: a wrong name is known at once
+        _check_causal(name, AutoConfig.from_pretrained(name, **safe))  # before gigabytes come
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", use_safetensors=True, **safe
@@ -271,4 +271,14 @@ def _check_folder(folder: Path) -> None:
             f"`name_or_folder` is {str(folder)!r}, a folder without weights in safetensors{found}; "
             "load it with transformers where you trust it, and save it with "
             "`model.save_pretrained(folder)`."
+        )
+
+
+def _check_causal(name: str, config: Any) -> None:
+    """A model that looks to the right would read the answers, and transformers loads it alike."""
+    architectures = config.architectures or ["CausalLM"]
+    if not any(kind in given for given in architectures for kind in ("CausalLM", "LMHeadModel")):
+        raise ValueError(
+            f"{name!r} holds a {', '.join(architectures)}, which is no causal language model; "
+            "choose one such as meta-llama/Llama-3.2-1B-Instruct."
         )
