@@ -110,9 +110,14 @@ class Centroids:
     :class:`~treelora_avalanche.models.pseudo_features.StatisticsKind`.
 
     :param n_centroids: centroids per class; HiDe's are 10.
+    :raises ValueError: if ``n_centroids`` is below 1.
     """
 
     n_centroids: int = 10
+
+    def __post_init__(self) -> None:
+        if self.n_centroids < 1:
+            raise ValueError(f"`n_centroids` must be at least 1, and is {self.n_centroids}.")
 
     def of(self, features: Tensor, targets: Tensor, task: int) -> list[ClassCentroids]:
         """Centroids of all classes of a task.

@@ -1,136 +1,204 @@
-"""From a prompt and an answer to the tokens of one sample."""
+"""Prompts, their keys, and how a query picks among them; independent of the backbone.
+
+L2P (Wang et al., CVPR 2022) has one pool that all tasks share; DualPrompt (Wang et al., ECCV 2022)
+and HiDe-Prompt (Wang et al., NeurIPS 2023) have one prompt per task. The vision transformers that
+carry them are in ``models/prompted_vit.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-MIN_PROMPT = 32
-"""Tokens of a prompt that stay, where an answer would take all the room."""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-_MARK = "\ue000"  # of Unicode's private use
+from treelora_avalanche.state import check_keys
 
 
-class EncodedSample(NamedTuple):
-    """A prompt and its answer as one sequence of tokens.
+def cosine_similarity(queries: Tensor, keys: Tensor) -> Tensor:
+    """Cosine between every query and every key.
 
-    :param tokens: prompt, answer, end token.
-    :param n_prompt: how many of them are the prompt's.
-    :param n_cut: tokens of the answer that did not fit; its end token is then missing too.
+    :param queries: ``(batch, dim)``.
+    :param keys: ``(n_keys, dim)``.
+    :return: ``(batch, n_keys)``.
+    """
+    return F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T
+
+
+def check_momentum(momentum: float) -> None:
+    """Raises an error for a weight of the past that leaves nothing to the live prompt.
+
+    :param momentum: the weight.
+    :raises ValueError: if it is not at least 0 and below 1.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"`momentum` must be at least 0 and below 1, and is {momentum}.")
+
+
+class PromptPool(nn.Module):
+    """A pool of prompts of which every sample takes those whose keys are nearest to its query.
+
+    Each sample picks for itself: its prompts do not depend on the other samples
+    of the batch.
+
+    :param pool_size: number of prompts.
+    :param length: tokens per prompt.
+    :param top_k: prompts per sample.
+    :param dim: width of tokens and queries.
+    :raises ValueError: if a number is below 1, or ``top_k`` above ``pool_size``.
     """
 
-    tokens: list[int]
-    n_prompt: int
-    n_cut: int
+    def __init__(self, *, pool_size: int, length: int, top_k: int, dim: int):
+        super().__init__()
+        for name, value in (("pool_size", pool_size), ("prompt_length", length), ("top_k", top_k)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, and is {value}.")
+        if top_k > pool_size:
+            raise ValueError(
+                f"`top_k` is {top_k}, and the pool has {pool_size} prompts; lower it, or raise "
+                "`pool_size`."
+            )
+        self.top_k = top_k
+        self.prompts = nn.Parameter(torch.empty(pool_size, length, dim).uniform_(-1, 1))
+        self.keys = nn.Parameter(torch.empty(pool_size, dim).uniform_(-1, 1))
+
+    def pick(self, queries: Tensor) -> Tensor:
+        """Indices of the prompts of every sample, ``(batch, top_k)``, the nearest first.
+
+        :param queries: ``(batch, dim)``.
+        """
+        return cosine_similarity(queries, self.keys).topk(self.top_k, dim=1).indices
+
+    def take(self, picks: Tensor) -> Tensor:
+        """The picked prompts one after the other, ``(batch, top_k * length, dim)``.
+
+        :param picks: what :meth:`pick` returned.
+        """
+        return self.prompts[picks].flatten(1, 2)
+
+    def distance(self, queries: Tensor, picks: Tensor) -> Tensor:
+        """Mean over the samples of sum_k (1 - cos(query, key_k)) over the picked keys (Eq. 5).
+
+        :param queries: ``(batch, dim)``.
+        :param picks: what :meth:`pick` returned.
+        :return: a scalar that leads a gradient to the picked keys.
+        """
+        similarity = cosine_similarity(queries, self.keys).gather(1, picks)
+        return (1 - similarity).sum(1).mean()
 
 
-class _EncodedPrompt(NamedTuple):
-    """The tokens of a prompt in three parts, of which only the middle one may be shortened."""
+class TaskPrompts(nn.Module):
+    """One prompt for every task, and, if wanted, one key: the last are trained, the others frozen.
 
-    head: list[int]
-    body: list[int]
-    tail: list[int]
+    A new task starts from the prompt of the one before, and from a random key. The past is held as
+    buffers that are not part of ``state_dict``: parameters and optimizer know the live prompt
+    alone, so no momentum moves a past one, and there is no pool whose size limits the number of
+    tasks.
 
-    @property
-    def n_fixed(self) -> int:
-        return len(self.head) + len(self.tail)
+    With ``momentum`` above 0 the prompt in use is an ensemble with the past ones (HiDe-Prompt):
+    ``(1 - momentum) * live + momentum * mean(past)``.
 
-    def shortened(self, room: int) -> list[int]:
-        """At most ``room`` tokens; what goes first is the beginning of the body."""
-        kept = min(len(self.body), max(0, room - self.n_fixed))
-        return [*self.head, *self.body[len(self.body) - kept :], *self.tail]
-
-
-def end_token(tokenizer: Any) -> int:
-    """Id of the token that ends an answer.
-
-    :param tokenizer: a tokenizer of transformers.
-    :raises ValueError: if it has none.
+    :param shape: shape of a prompt.
+    :param key_dim: width of the keys; None for prompts without keys.
+    :param momentum: weight of the past prompts, at least 0 and below 1.
+    :raises ValueError: if ``momentum`` is out of range.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"`tokenizer` ({type(tokenizer).__name__}) has no end token, and without one a model "
-            "cannot learn where an answer ends; set `tokenizer.eos_token` to one of its tokens."
+
+    past: Tensor
+    past_keys: Tensor
+    past_mean: Tensor
+
+    def __init__(self, shape: Sequence[int], *, key_dim: int | None = None, momentum: float = 0.0):
+        super().__init__()
+        check_momentum(momentum)
+        self.momentum = momentum
+        self.live = nn.Parameter(torch.empty(*shape).uniform_(-1, 1))
+        self.key: nn.Parameter | None = None
+        if key_dim is not None:
+            self.key = nn.Parameter(torch.empty(key_dim).uniform_(-1, 1))
+        self.register_buffer("past", torch.empty(0, *shape), persistent=False)
+        self.register_buffer("past_mean", torch.zeros(*shape), persistent=False)
+        self.register_buffer("past_keys", torch.empty(0, key_dim or 0), persistent=False)
+
+    def __len__(self) -> int:
+        """Number of tasks, the live one included."""
+        return len(self.past) + 1
+
+    def current(self) -> Tensor:
+        """The prompt of the live task, of the given shape."""
+        if self.momentum == 0 or len(self.past) == 0:
+            return self.live
+        return torch.lerp(self.live, self.past_mean, self.momentum)
+
+    def stacked(self) -> Tensor:
+        """The prompts of all tasks, ``(n_tasks, *shape)``, the live one last."""
+        return torch.cat((self.past, self.current()[None]))
+
+    def match(self, queries: Tensor) -> Tensor:
+        """The task whose key is nearest to each query by cosine, ``(batch,)``.
+
+        :param queries: ``(batch, dim)``.
+        :raises ValueError: if the prompts have no keys.
+        """
+        keys = torch.cat((self.past_keys, self._key()[None]))
+        return cosine_similarity(queries, keys).argmax(1)
+
+    def distance(self, queries: Tensor) -> Tensor:
+        """Mean over the samples of 1 - cos(query, key of the live task), a scalar.
+
+        :param queries: ``(batch, dim)``.
+        :raises ValueError: if the prompts have no keys.
+        """
+        return (1 - cosine_similarity(queries, self._key()[None])).mean()
+
+    def _key(self) -> nn.Parameter:
+        if self.key is None:
+            raise ValueError("these prompts were made without keys; give `key_dim`.")
+        return self.key
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Freeze the live prompt and key as those of a past task, and start those of a new one.
+
+        The new prompt is the old one to begin with; the new key is random: one that started where
+        the last has ended would have been pulled for two tasks, and be the nearest to everything.
+        """
+        prompt = self.current().detach().clone()
+        self._set_past(torch.cat((self.past, prompt[None])))
+        self.live.copy_(prompt)
+        if self.key is not None:
+            self.past_keys = torch.cat((self.past_keys, self.key.detach()[None]))
+            self.key.uniform_(-1, 1)
+
+    def _set_past(self, past: Tensor) -> None:
+        self.past = past
+        if len(past):
+            self.past_mean = past.mean(0)
+
+    def past_state(self) -> dict[str, Any]:
+        """Prompts and keys of the past tasks, not copied; the live ones are parameters."""
+        return {"prompts": self.past, "keys": self.past_keys}
+
+    def load_past(self, state: dict[str, Any]) -> None:
+        """Take the past of a state in place of the present one.
+
+        :param state: what :meth:`past_state` returned.
+        :raises ValueError: if it is of other shapes; the past is then as it was.
+        """
+        check_keys(state, {"prompts", "keys"}, "the state of TaskPrompts")
+        prompts, keys = state["prompts"], state["keys"]
+        n_keys = len(prompts) if self.key is not None else 0
+        fits = prompts.shape[1:] == self.live.shape and keys.shape == (
+            n_keys,
+            self.past_keys.shape[1],
         )
-    return int(tokenizer.eos_token_id)
-
-
-def encode_prompt(tokenizer: Any, prompt: str, room: int) -> list[int]:
-    """The tokens of a prompt, ready to be answered.
-
-    A tokenizer with a chat template puts the prompt into a turn of the user, and opens the turn of
-    the assistant; without one the prompt stands as it is, as in TRACE. Where it is too long its
-    *end* is kept, and with it all that the template adds around it.
-
-    :param tokenizer: a tokenizer of transformers.
-    :param prompt: the text.
-    :param room: how many tokens there may be.
-    :raises ValueError: if not even the template fits.
-    """
-    encoded = _encode(tokenizer, prompt)
-    if room <= encoded.n_fixed:
-        raise ValueError(
-            f"there is room for {max(room, 0)} tokens of a prompt, and what the tokenizer puts "
-            f"around it alone has {encoded.n_fixed}; raise `max_length`, or lower the number of "
-            "new tokens."
-        )
-    return encoded.shortened(room)
-
-
-def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> EncodedSample:
-    """The tokens of a prompt, its answer, and the end token.
-
-    What is too long loses the beginning of its prompt, but for :data:`MIN_PROMPT` tokens. Only an
-    answer that does not fit beside these loses its end; ``n_cut`` tells.
-
-    :param tokenizer: a tokenizer of transformers.
-    :param prompt: the prompt, see :func:`encode_prompt`.
-    :param answer: the answer, not empty.
-    :param max_length: how many tokens there may be in all.
-    :raises ValueError: if the tokenizer has no end token, or there is no room for an answer.
-    """
-    encoded = _encode(tokenizer, prompt)
-    full = [*tokenizer(answer, add_special_tokens=False)["input_ids"], end_token(tokenizer)]
-    least = encoded.n_fixed + min(len(encoded.body), MIN_PROMPT)
-    if max_length <= least:
-        raise ValueError(
-            f"`max_length` is {max_length}, and {least} tokens of the prompt are kept whatever its "
-            "answer, so that there is no room for one; raise it."
-        )
-    kept = full[: max_length - least]
-    tokens = encoded.shortened(max_length - len(kept))
-    return EncodedSample([*tokens, *kept], len(tokens), len(full) - len(kept))
-
-
-def _encode(tokenizer: Any, prompt: str) -> _EncodedPrompt:
-    templated = tokenizer.chat_template is not None
-    text = _in_template(tokenizer, prompt) if templated else prompt
-    if not tokenizer.is_fast:  # it cannot tell which token stands for which characters
-        tokens = tokenizer(text, add_special_tokens=not templated)["input_ids"]
-        return _EncodedPrompt([], tokens, [])
-    encoded = tokenizer(
-        text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False
-    )
-    start, end = 0, len(text)
-    if templated:  # found by a mark, as the prompt's own words may stand in the template too
-        empty = _in_template(tokenizer, _MARK)
-        start = empty.index(_MARK)
-        end -= len(empty) - start - len(_MARK)
-    return _split(encoded["input_ids"], encoded["offset_mapping"], start, end)
-
-
-def _in_template(tokenizer: Any, prompt: str) -> str:
-    turn = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    return text
-
-
-def _split(
-    tokens: Sequence[int], offsets: Sequence[tuple[int, int]], start: int, end: int
-) -> _EncodedPrompt:
-    """Parts before, within and after the characters ``start`` to ``end``."""
-    within = [i for i, (a, b) in enumerate(offsets) if a < b and a >= start and b <= end]
-    if not within:
-        return _EncodedPrompt(list(tokens), [], [])
-    first, last = within[0], within[-1] + 1
-    return _EncodedPrompt(list(tokens[:first]), list(tokens[first:last]), list(tokens[last:]))
+        if not fits:
+            raise ValueError(
+                f"past prompts {tuple(prompts.shape)} with keys {tuple(keys.shape)} do not fit "
+                f"prompts of {tuple(self.live.shape)}; build the strategy with the same lengths "
+                "and layers."
+            )
+        self.past_keys = keys.detach().to(self.live, copy=True)
+        self._set_past(prompts.detach().to(self.live, copy=True))

@@ -1,6 +1,7 @@
 """Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
 
 from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
+from treelora_avalanche.plugins.hide import ContrastivePlugin, TaskAdaptersPlugin
 from treelora_avalanche.plugins.inf_lora import InfLoRAPlugin
 from treelora_avalanche.plugins.l2_anchor import L2AnchorPlugin
 from treelora_avalanche.plugins.lcb_selector import (
@@ -11,14 +12,18 @@ from treelora_avalanche.plugins.lcb_selector import (
 )
 from treelora_avalanche.plugins.o_lora import OLoRAPlugin
 from treelora_avalanche.plugins.ogd import OGDPlugin
+from treelora_avalanche.plugins.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
+from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 
 __all__ = [
+    "ContrastivePlugin",
     "FiniteLossPlugin",
     "InfLoRAPlugin",
+    "KeyLossPlugin",
     "L2AnchorPlugin",
     "LCBSelectorPlugin",
     "NearestSelectorPlugin",
@@ -29,7 +34,10 @@ __all__ = [
     "RouterPlugin",
     "SelectorPlugin",
     "SparseUpdatePlugin",
+    "TaskAdaptersPlugin",
     "TaskAdaptiveHeadPlugin",
+    "TaskPromptsPlugin",
     "TreeBuilderPlugin",
+    "WithinTaskLossPlugin",
     "proximal_step",
 ]

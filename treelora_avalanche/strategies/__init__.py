@@ -1,21 +1,29 @@
 """One Avalanche strategy per method."""
 
+from treelora_avalanche.strategies.dual_prompt import DualPrompt
 from treelora_avalanche.strategies.ewc_lora import EWCLoRA
 from treelora_avalanche.strategies.frozen import FrozenGaussian, FrozenNCM
 from treelora_avalanche.strategies.gem_lora import GEMLoRA
+from treelora_avalanche.strategies.hide_lora import HiDeLoRA
+from treelora_avalanche.strategies.hide_prompt import HiDePrompt
 from treelora_avalanche.strategies.inf_lora import InfLoRA
 from treelora_avalanche.strategies.l2_anchor import L2Anchor
+from treelora_avalanche.strategies.l2p import L2P
 from treelora_avalanche.strategies.o_lora import OLoRA
 from treelora_avalanche.strategies.ogd import OGD
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.strategies.treelora import TreeLoRAStrategy
 
 __all__ = [
+    "L2P",
     "OGD",
+    "DualPrompt",
     "EWCLoRA",
     "FrozenGaussian",
     "FrozenNCM",
     "GEMLoRA",
+    "HiDeLoRA",
+    "HiDePrompt",
     "InfLoRA",
     "L2Anchor",
     "OLoRA",

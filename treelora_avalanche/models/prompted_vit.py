@@ -1,0 +1,307 @@
+"""Vision transformers that carry prompts: tokens before the input, or prefixes of the attention.
+
+The backbone is frozen and always in evaluation mode; only prompts, keys and the classifier are
+trained. Two kinds: prompt tuning (L2P), and prefix tuning (DualPrompt, HiDe-Prompt), in which the
+prompt is prepended to the keys and values inside the attention and no token is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from treelora_avalanche.adapters import find_classifier
+from treelora_avalanche.models.prompts import PromptPool, TaskPrompts, check_momentum
+from treelora_avalanche.models.routed import RoutedView, Router
+
+
+def check_vision_transformer(model: nn.Module, method: str) -> VisionTransformer:
+    """The model, if it is a vision transformer of timm that a prompt method can be put on.
+
+    :param model: the pretrained model.
+    :param method: name of the method, for the error.
+    :raises ValueError: if it is another kind of model, or has no classifier.
+    """
+    if not isinstance(model, VisionTransformer) or isinstance(model, VisionTransformerDistilled):
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, and {method} takes a VisionTransformer of timm, "
+            "such as timm.create_model('vit_base_patch16_224')."
+        )
+    if find_classifier(model) is None:
+        raise ValueError("`model` has no linear classifier; make it with num_classes above 0.")
+    return model
+
+
+def attend_with_prefix(attention: Attention, hidden: Tensor, prefix: Tensor) -> Tensor:
+    """Self-attention to the tokens and, before them, to a prefix (prefix tuning).
+
+    Softmax(q [p_k; k]^T / sqrt(head_dim)) [p_v; v]: as many tokens come out as went in.
+
+    :param attention: attention of a timm block.
+    :param hidden: ``(batch, n_tokens, dim)``.
+    :param prefix: keys and values of every head, ``(batch or 1, 2, length, n_heads, head_dim)``.
+    :return: ``(batch, n_tokens, dim)``.
+    """
+    batch, n_tokens, _ = hidden.shape
+    heads, head_dim = attention.num_heads, attention.head_dim
+    qkv = attention.qkv(hidden).view(batch, n_tokens, 3, heads, head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, n_heads, n_tokens, head_dim)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    prefix_k, prefix_v = prefix.expand(batch, *prefix.shape[1:]).transpose(2, 3).unbind(1)
+    k, v = torch.cat((prefix_k, k), 2), torch.cat((prefix_v, v), 2)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attention.proj(attention.norm(mixed))
+
+
+def block_with_prefix(block: Block, hidden: Tensor, prefix: Tensor) -> Tensor:
+    """A frozen block whose attention sees a prefix.
+
+    :param block: a block of a timm vision transformer, in evaluation mode.
+    :param hidden: ``(batch, n_tokens, dim)``.
+    :param prefix: see :func:`attend_with_prefix`.
+    """
+    hidden = hidden + block.ls1(
+        attend_with_prefix(cast(Attention, block.attn), block.norm1(hidden), prefix)
+    )
+    return hidden + block.ls2(block.mlp(block.norm2(hidden)))
+
+
+class PromptedViT(nn.Module):
+    """A frozen vision transformer with a trained classifier, to which prompts are added.
+
+    :param vit: the pretrained transformer, which is frozen in place.
+    """
+
+    def __init__(self, vit: VisionTransformer):
+        super().__init__()
+        self.vit = vit.requires_grad_(False)
+        vit.head.requires_grad_(True)
+        self.vit.eval()
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, by timm's name for it."""
+        return self.vit.head
+
+    def train(self, mode: bool = True) -> PromptedViT:
+        """Training or evaluation mode; the frozen backbone drops nothing in either.
+
+        :param mode: whether training.
+        """
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    @torch.no_grad()
+    def query(self, images: Tensor) -> Tensor:
+        """Features of the backbone without prompts (its class token's), ``(batch, dim)``.
+
+        :param images: a batch of preprocessed images.
+        """
+        return self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        vit = self.vit
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+
+
+class PromptTunedViT(PromptedViT):
+    """L2P's: the prompts that a sample picks are put before its tokens.
+
+    They have no position embedding. The classifier sees the mean of what comes out at the prompts'
+    places (L2P, Section 4.2), and not the class token.
+
+    :param vit: the pretrained transformer.
+    :param pool: the prompts.
+    """
+
+    key_distance: Tensor | None = None
+    """Of the last batch, in training mode: see :meth:`PromptPool.distance`."""
+
+    def __init__(self, vit: VisionTransformer, pool: PromptPool):
+        super().__init__(vit)
+        self.pool = pool
+
+    def forward(self, images: Tensor) -> Tensor:
+        queries = self.query(images)
+        picks = self.pool.pick(queries)
+        if self.training:
+            self.key_distance = self.pool.distance(queries, picks)
+        prompts = self.pool.take(picks)
+        hidden = self.vit.norm(self.vit.blocks(torch.cat((prompts, self._embed(images)), 1)))
+        return self.vit.head(self.vit.fc_norm(hidden[:, : prompts.shape[1]].mean(1)))
+
+
+class PrefixTunedViT(PromptedViT):
+    """A transformer some of whose blocks attend to prefixes.
+
+    :param vit: the pretrained transformer.
+    :raises ValueError: if its blocks are not timm's plain ones.
+    """
+
+    def __init__(self, vit: VisionTransformer):
+        for block in vit.blocks:
+            plain = type(block) is Block and type(block.attn) is Attention
+            if not plain or getattr(block.attn, "gate", None) is not None:
+                raise ValueError(
+                    f"`model` has blocks of {type(block).__name__} with "
+                    f"{type(getattr(block, 'attn', None)).__name__}, and prefixes take those of "
+                    "timm's plain vision transformers, such as 'vit_base_patch16_224'."
+                )
+        super().__init__(vit)
+
+    def prefix_shape(self, n_layers: int, length: int) -> tuple[int, ...]:
+        """Shape of the prefixes of several blocks.
+
+        :param n_layers: number of blocks.
+        :param length: positions that a prefix adds.
+        :return: ``(n_layers, 2, length, n_heads, head_dim)``: keys and values.
+        """
+        attention: Any = self.vit.blocks[0].attn
+        return n_layers, 2, length, attention.num_heads, attention.head_dim
+
+    def answer(self, images: Tensor, prefixes: Mapping[int, Tensor]) -> Tensor:
+        """Logits under prefixes.
+
+        :param images: a batch of preprocessed images.
+        :param prefixes: by block number, see :func:`attend_with_prefix`.
+        """
+        hidden = self._embed(images)
+        for number, block in enumerate(self.vit.blocks):
+            if number in prefixes:
+                hidden = block_with_prefix(cast(Block, block), hidden, prefixes[number])
+            else:
+                hidden = block(hidden)
+        features = self.vit.forward_head(self.vit.norm(hidden), pre_logits=True)
+        return self.vit.head(features)
+
+
+def check_length(name: str, length: int) -> None:
+    """Raises an error for a prompt without positions.
+
+    :param name: of the argument.
+    :param length: positions of a prompt.
+    :raises ValueError: if it is below 1.
+    """
+    if length < 1:
+        raise ValueError(f"`{name}` must be at least 1, and is {length}.")
+
+
+def check_layers(name: str, layers: tuple[int, ...], vit: VisionTransformer) -> None:
+    """Raises an error if block numbers are not those of a transformer.
+
+    :param name: of the argument.
+    :param layers: the block numbers.
+    :param vit: the transformer.
+    :raises ValueError: if there are none, one is out of range, or one comes twice.
+    """
+    known = range(len(vit.blocks))
+    if not layers or len(set(layers)) < len(layers) or any(layer not in known for layer in layers):
+        raise ValueError(
+            f"`{name}` is {list(layers)}; it must name different blocks of the model, which are 0 "
+            f"to {len(known) - 1}."
+        )
+
+
+class DualPromptedViT(PrefixTunedViT):
+    """DualPrompt's: general prompts that all tasks share, and expert prompts, one of each task.
+
+    In training mode the live expert prompt is in use; in evaluation mode every sample takes that of
+    the task whose key is nearest to its query.
+
+    :param vit: the pretrained transformer.
+    :param general_layers: block numbers of the general prompts.
+    :param general_length: their length.
+    :param expert_layers: block numbers of the expert prompts.
+    :param expert_length: their length.
+    :raises ValueError: if an argument is out of range; the transformer is then as it was.
+    """
+
+    key_distance: Tensor | None = None
+    """Of the last batch, in training mode: see :meth:`TaskPrompts.distance`."""
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        *,
+        general_layers: tuple[int, ...],
+        general_length: int,
+        expert_layers: tuple[int, ...],
+        expert_length: int,
+    ):
+        check_length("general_length", general_length)
+        check_length("expert_length", expert_length)
+        check_layers("general_layers", general_layers, vit)
+        check_layers("expert_layers", expert_layers, vit)
+        if set(general_layers) & set(expert_layers):
+            raise ValueError(
+                f"`general_layers` {list(general_layers)} and `expert_layers` "
+                f"{list(expert_layers)} share blocks; a block takes one kind of prompt."
+            )
+        super().__init__(vit)
+        self.general_layers, self.expert_layers = general_layers, expert_layers
+        general = torch.empty(*self.prefix_shape(len(general_layers), general_length))
+        self.general = nn.Parameter(general.uniform_(-1, 1))
+        self.experts = TaskPrompts(
+            self.prefix_shape(len(expert_layers), expert_length), key_dim=vit.num_features
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        queries = self.query(images)
+        if self.training:
+            self.key_distance = self.experts.distance(queries)
+            experts = self.experts.current()[None]  # (1, n_layers, 2, length, n_heads, head_dim)
+        else:
+            experts = self.experts.stacked()[self.experts.match(queries)]  # (batch, ...)
+        prefixes = dict(zip(self.general_layers, self.general[:, None], strict=True))
+        prefixes.update(zip(self.expert_layers, experts.unbind(1), strict=True))
+        return self.answer(images, prefixes)
+
+
+class TaskPromptedViT(PrefixTunedViT):
+    """HiDe-Prompt's: one prompt of each task; the live one answers, unless others are given.
+
+    :param vit: the pretrained transformer.
+    :param layers: block numbers of the prompts.
+    :param length: their length.
+    :param momentum: see :class:`TaskPrompts`.
+    :raises ValueError: if an argument is out of range; the transformer is then as it was.
+    """
+
+    def __init__(
+        self, vit: VisionTransformer, *, layers: tuple[int, ...], length: int, momentum: float
+    ):
+        check_length("prompt_length", length)
+        check_momentum(momentum)
+        check_layers("prompt_layers", layers, vit)
+        super().__init__(vit)
+        self.layers = layers
+        self.prompts = TaskPrompts(self.prefix_shape(len(layers), length), momentum=momentum)
+
+    def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
+        if prompts is None:
+            prompts = self.prompts.current()[None]
+        return self.answer(images, dict(zip(self.layers, prompts.unbind(1), strict=True)))
+
+
+class RoutedPrompts(RoutedView):
+    """Answers each sample with the prompt of the task that the frozen backbone takes it for.
+
+    Two passes: the frozen one that tells the task, and one in which every sample has its prompt.
+
+    :param module: the transformer with its prompts.
+    """
+
+    module: TaskPromptedViT
+
+    def routed(self, images: Tensor, router: Router) -> Tensor:
+        chosen = router(self.module.query(images))
+        return self.module(images, self.module.prompts.stacked()[chosen])
+
+    def frozen_features(self, images: Tensor) -> Tensor:
+        return self.module.query(images)

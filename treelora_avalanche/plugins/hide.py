@@ -1,0 +1,192 @@
+"""What HiDe adds to the training of a task: a push from the past classes, and adapters kept apart.
+
+HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234) and HiDe-PET (Wang et al. 2024,
+arXiv 2407.05229). Its other steps are plugins of their own: task-identity inference is the
+:class:`~treelora_avalanche.plugins.RouterPlugin`, task-adaptive prediction the
+:class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`, both with centroids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
+from torch.nn import functional as F
+
+from treelora_avalanche.adapters import AdapterBank, LoRAFactors
+from treelora_avalanche.models.centroids import Centroids
+from treelora_avalanche.models.features import classifier_of
+from treelora_avalanche.plugins.router import RouterPlugin
+from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
+from treelora_avalanche.state import check_keys
+
+
+def contrastive_regularisation(features: Tensor, centroids: Tensor, temperature: float) -> Tensor:
+    """How near features are to the centroids of past classes, against how near to each other.
+
+    Mean over features h and centroids mu of log softmax(h . mu / tau), the softmax running over all
+    centroids and all features of the batch. To minimise it pushes the features off the past.
+
+    :param features: unit vectors, ``(batch, dim)``.
+    :param centroids: unit vectors, ``(n_centroids, dim)``.
+    :param temperature: tau.
+    :return: a scalar, below 0.
+    """
+    scores = features @ torch.cat((centroids, features)).T / temperature
+    return scores.log_softmax(1)[:, : len(centroids)].mean()
+
+
+class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Pushes the features of a new task off the centroids of past classes, from the second on.
+
+    Adds ``contrast`` times :func:`contrastive_regularisation` to the loss. Features and centroids
+    are scaled to unit length first, which the paper does not say: those of a vision transformer are
+    some tens long, the softmax then sees only each feature's product with itself, and no gradient
+    is left. Stores nothing but what the head has stored; its work grows with the number of past
+    classes. Task labels are not used.
+
+    :param head: the plugin that keeps the centroids.
+    :param contrast: strength lambda; the paper's is 0.1.
+    :param temperature: tau; the paper's is 0.8.
+    :raises ValueError: if ``contrast`` is negative, or ``temperature`` not positive.
+    """
+
+    def __init__(
+        self, head: TaskAdaptiveHeadPlugin, contrast: float = 0.1, temperature: float = 0.8
+    ):
+        super().__init__()
+        if not contrast >= 0:
+            raise ValueError(f"`contrast` must be at least 0, and is {contrast}.")
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be positive, and is {temperature}.")
+        self.head = head
+        self.contrast = contrast
+        self.temperature = temperature
+        self._centroids: Tensor | None = None
+        self._hook: Any = None
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Collects the centroids of past classes, and listens at the classifier."""
+        self._let_go()
+        if self.head.statistics:
+            means = torch.cat([s.means for s in self.head.statistics])
+            self._centroids = F.normalize(means.to(strategy.device), dim=1)
+            self._hook = classifier_of(strategy.model).register_forward_pre_hook(self._listen)
+
+    def _listen(self, classifier: Any, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0]
+
+    def penalty(self) -> Tensor:
+        """The penalty of the last batch, a scalar that leads a gradient to its features.
+
+        :raises RuntimeError: outside of the training of an experience, and in the first.
+        """
+        if self._centroids is None:
+            raise RuntimeError("there are no past classes whose centroids could push.")
+        features = F.normalize(self._features, dim=1)
+        return self.contrast * contrastive_regularisation(
+            features, self._centroids, self.temperature
+        )
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Adds the penalty to the loss."""
+        if self._centroids is not None:
+            strategy.loss = strategy.loss + self.penalty()
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Stops listening."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            del self._features
+        self._hook = self._centroids = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments, so that a stream is not continued with others by mistake."""
+        return {"contrast": float(self.contrast), "temperature": float(self.temperature)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Checks that the arguments are the same; there is nothing to load.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if one differs.
+        """
+        check_keys(state, {"contrast", "temperature"}, "the state of ContrastivePlugin")
+        for name, value in state.items():
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is {value} in the state, and {getattr(self, name)} here; make it "
+                    f"with {name}={value} to continue."
+                )
+
+
+class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Keeps a copy of the LoRA adapter of every task, which touches keys and values alone.
+
+    A task starts from the adapter of the one before; what the optimizer has gathered belongs to
+    that one, and goes. In a fused ``qkv`` the rows of B that would change the queries are held at
+    zero: one operation for all layers after every step. Stores one adapter per task, on the host.
+    Works with any strategy whose model carries LoRA. Task labels are not used.
+
+    :param bank: the bank of finished adapters.
+    """
+
+    def __init__(self, bank: AdapterBank):
+        super().__init__()
+        self.bank = bank
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Finds the live adapter and its part on the queries."""
+        self._factors = LoRAFactors(strategy.model)
+        self._queries = torch.zeros_like(self._factors.stack, dtype=torch.bool)
+        for row, name, shape in zip(
+            self._queries, self._factors.names, self._factors.shapes, strict=True
+        ):
+            if name.endswith("qkv"):
+                _, b = shape.split(row)
+                b[: shape.n_out // 3] = True
+        if len(self.bank):
+            for pair in self._factors.parameters:
+                for parameter in pair:
+                    strategy.optimizer.state.pop(parameter, None)
+
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Takes back what the step has done to the queries."""
+        self._factors.stack.masked_fill_(self._queries, 0)
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Stores the adapter in the bank."""
+        self.bank.append(self._factors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bank."""
+        return {"bank": self.bank.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads the bank into the object that the view shares.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it does not fit; the bank is then as it was.
+        """
+        check_keys(state, {"bank"}, "the state of TaskAdaptersPlugin")
+        self.bank.load_state_dict(state["bank"])
+
+
+def hide_plugins(
+    contrast: float, n_centroids: int, seed: int
+) -> tuple[TaskAdaptiveHeadPlugin, ContrastivePlugin, RouterPlugin]:
+    """The parts of HiDe that are the same for prompts and for LoRA.
+
+    :param contrast: see :class:`ContrastivePlugin`.
+    :param n_centroids: centroids per class, of adapted and of frozen features.
+    :param seed: of the pseudo-features.
+    :return: task-adaptive prediction, contrastive regularisation, task-identity inference.
+    :raises ValueError: if an argument is out of range.
+    """
+    kind = Centroids(n_centroids)
+    head = TaskAdaptiveHeadPlugin(kind=kind, seed=seed)
+    return head, ContrastivePlugin(head, contrast), RouterPlugin(seed=seed, kind=kind)

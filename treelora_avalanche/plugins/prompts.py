@@ -1,0 +1,118 @@
+"""What prompts need of the training loop: the loss of their keys, and a new prompt for a task."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
+
+from treelora_avalanche.models.prompts import TaskPrompts
+from treelora_avalanche.state import check_keys
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A model with keys that are to be pulled to the queries."""
+
+    key_distance: Tensor | None
+    """ Of the last batch, a scalar that leads a gradient to the keys. """
+
+
+class KeyLossPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Adds ``sim_coefficient`` times the distance between queries and their keys to the loss.
+
+    As in L2P (Eq. 5) and DualPrompt. The forward pass of the strategy's model measures the
+    distance. Stores nothing. Task labels are not used.
+
+    :param sim_coefficient: weight of the distance.
+    :raises ValueError: if ``sim_coefficient`` is negative.
+    """
+
+    def __init__(self, sim_coefficient: float):
+        super().__init__()
+        if not sim_coefficient >= 0:
+            raise ValueError(f"`sim_coefficient` must be at least 0, and is {sim_coefficient}.")
+        self.sim_coefficient = sim_coefficient
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Finds the part of the model that has the keys.
+
+        :raises ValueError: if there is none.
+        """
+        keyed = next((m for m in strategy.model.modules() if isinstance(m, Keyed)), None)
+        if keyed is None:
+            raise ValueError(
+                f"`model` ({type(strategy.model).__name__}) has no keys to be pulled; use a model "
+                "with keyed prompts, such as L2P's."
+            )
+        self._keyed = keyed
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Adds the distance of the batch to the loss.
+
+        :raises RuntimeError: if the forward pass has not measured it.
+        """
+        distance = self._keyed.key_distance
+        if distance is None:
+            raise RuntimeError("the model measured no distance: it must be in training mode.")
+        strategy.loss = strategy.loss + self.sim_coefficient * distance
+        self._keyed.key_distance = None  # a copy of the model must not reach into the graph
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient, so that a stream is not continued with another by mistake."""
+        return {"sim_coefficient": float(self.sim_coefficient)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Checks that the coefficient is the same; there is nothing to load.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if the coefficient differs.
+        """
+        check_keys(state, {"sim_coefficient"}, "the state of KeyLossPlugin")
+        if state["sim_coefficient"] != self.sim_coefficient:
+            raise ValueError(
+                f"`sim_coefficient` is {state['sim_coefficient']} in the state, and "
+                f"{self.sim_coefficient} here; make it with "
+                f"sim_coefficient={state['sim_coefficient']} to continue."
+            )
+
+
+class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Freezes the prompt of a task when the next one begins, which starts from it.
+
+    What the optimizer has gathered belongs to the old prompt, and goes. Stores one prompt, and its
+    key if it has one, per task. Task labels are not used.
+
+    :param prompts: the prompts of the strategy's model.
+    """
+
+    def __init__(self, prompts: TaskPrompts):
+        super().__init__()
+        self.prompts = prompts
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Starts the prompt of a new task."""
+        # Not where a task that was interrupted is trained again.
+        if len(self.prompts) <= strategy.clock.train_exp_counter:
+            self.prompts.fold()
+            for parameter in self.prompts.parameters():
+                strategy.optimizer.state.pop(parameter, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The prompts and keys of the past tasks, and the weight that they have."""
+        return {"past": self.prompts.past_state(), "momentum": float(self.prompts.momentum)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads the past prompts into the model; their weight must be the same.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it does not fit; the prompts are then as they were.
+        """
+        check_keys(state, {"past", "momentum"}, "the state of TaskPromptsPlugin")
+        if state["momentum"] != self.prompts.momentum:
+            raise ValueError(
+                f"`momentum` is {state['momentum']} in the state, and {self.prompts.momentum} "
+                f"here; make it with momentum={state['momentum']} to continue."
+            )
+        self.prompts.load_past(state["past"])
