@@ -91,7 +91,7 @@ def test_truth_of_an_image_is_its_logit():
 def test_truth_of_a_text_is_the_log_likelihood_of_its_answer():
     probabilities = torch.tensor([[[0.1, 0.2, 0.5], [0.9, 0.8, 0.5]]])  # (1, 2 tokens, length 3)
     answer = torch.tensor([[-100, 1, 0]])
-    expected = np.log(0.8) + np.log(0.5)
+    expected = (np.log(0.8) + np.log(0.5)) / 2
     assert ground_truth_outputs(probabilities.log(), answer).item() == pytest.approx(expected)
 
 

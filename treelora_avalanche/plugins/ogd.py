@@ -10,6 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters import new_directions, project_off
+from treelora_avalanche.models.token_loss import TokenCrossEntropy
 from treelora_avalanche.plugins.batches import experience_batches
 from treelora_avalanche.state import check_keys
 
@@ -18,16 +19,17 @@ def ground_truth_outputs(logits: Tensor, targets: Tensor) -> Tensor:
     """What a model says about the truth, one number per sample.
 
     For images the logit of the true class. For text, where logits of different positions cannot be
-    compared, the log-likelihood of the answer's tokens.
+    compared, the log-likelihood of the answer, by token.
 
-    :param logits: ``(batch, n_classes)``, or ``(batch, n_tokens, length)``.
+    :param logits: ``(batch, n_classes)``, or ``(batch, vocabulary, length)``.
     :param targets: ``(batch,)``, or ``(batch, length)`` with -100 where there is no answer.
     :return: ``(batch,)``.
     """
     if logits.ndim == 2:
         return logits.gather(1, targets[:, None]).squeeze(1)
     targets = targets[:, : logits.shape[2]]  # a language model crops its rows to the longest
-    return -nn.functional.cross_entropy(logits, targets, reduction="none").sum(1)
+    likelihoods: Tensor = -TokenCrossEntropy(reduction="none")(logits, targets)
+    return likelihoods
 
 
 class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
