@@ -109,20 +109,10 @@ def _head(settings: RunSettings) -> list[Any]:
     return [TaskAdaptiveHeadPlugin()] if settings.head == "task_adaptive" else []
 
 
-def _optimizer(settings: RunSettings) -> Callable[..., Optimizer]:
+def _optimizer(settings: RunSettings, lr: float) -> Callable[..., Optimizer]:
     from torch.optim import Adam, AdamW
 
-    return AdamW if settings.on_language else Adam
-
-
-def _criterion(settings: RunSettings) -> nn.Module:
-    if settings.on_language:
-        from .models import TokenCrossEntropy
-
-        return TokenCrossEntropy()
-    from torch.nn import CrossEntropyLoss
-
-    return CrossEntropyLoss()
+    return partial(AdamW, lr=lr, weight_decay=0.0) if settings.on_language else partial(Adam, lr=lr)
 
 
 def _our_lora(name: str, **fixed: Any) -> Build:
@@ -141,8 +131,8 @@ def _our_lora(name: str, **fixed: Any) -> Build:
         plugins = [*_head(settings), *shared["plugins"]]
         strategy: SupervisedTemplate = getattr(strategies, name)(
             model=model,
-            optimizer=partial(_optimizer(settings), lr=lr),
-            criterion=_criterion(settings),
+            optimizer=_optimizer(settings, lr),
+            accumulation_steps=settings.accumulation_steps,
             **_lora_arguments(settings),
             **fixed,
             **{**shared, "plugins": plugins},
@@ -165,7 +155,7 @@ def _our_prompts(name: str) -> Build:
 
         strategy: SupervisedTemplate = getattr(strategies, name)(
             model=model,
-            optimizer=partial(_optimizer(settings), lr=lr),
+            optimizer=_optimizer(settings, lr),
             **{**shared, "plugins": [*_head(settings), *shared["plugins"]]},
         )
         return strategy
@@ -187,7 +177,7 @@ def _hide(name: str, *options: str) -> Build:
 
         own = {option: getattr(settings, option) for option in options}
         strategy: SupervisedTemplate = getattr(strategies, name)(
-            model=model, optimizer=partial(_optimizer(settings), lr=lr), seed=seed, **own, **shared
+            model=model, optimizer=_optimizer(settings, lr), seed=seed, **own, **shared
         )
         return strategy
 
@@ -211,7 +201,9 @@ def _treelora(inference: str) -> Build:
 
 
 def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: Any) -> Build:
-    """Builder of a strategy of Avalanche, unchanged, trained with Adam (texts: AdamW).
+    """Builder of a strategy of Avalanche, unchanged, trained with Adam.
+
+    Language models are trained as by our strategies: with AdamW along a cosine.
 
     :param name: the strategy's class.
     :param lora: whether it trains LoRA, seen through its trainable parameters, or every weight.
@@ -225,18 +217,28 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
         from avalanche import training
 
         from .adapters import TrainableView, add_lora
-        from .plugins import FiniteLossPlugin
+        from .plugins import CosineSchedulePlugin, FiniteLossPlugin
+        from .strategies.defaults import LANGUAGE_TRAINING, VISION_TRAINING
 
+        if settings.accumulation_steps > 1:
+            raise ValueError(
+                f"`--accumulation_steps` is {settings.accumulation_steps}, and Avalanche's {name} "
+                "makes a step of every batch; leave it out, and raise `--batch_size` as far as "
+                "memory allows"
+            )
         if lora:
             model = TrainableView(add_lora(model, **_lora_arguments(settings)))
         # On its device now: an optimizer made of parameters that move later would train copies.
         model.to(shared["device"])
         head = [] if joint else _head(settings)
         plugins = [*head, *shared["plugins"], FiniteLossPlugin()]
+        defaults = LANGUAGE_TRAINING if settings.on_language else VISION_TRAINING
+        if defaults.schedule == "cosine":
+            plugins.append(CosineSchedulePlugin())
         strategy: SupervisedTemplate = getattr(training, name)(
             model=model,
-            optimizer=_optimizer(settings)(model.parameters(), lr=lr),
-            criterion=_criterion(settings),
+            optimizer=_optimizer(settings, lr)(model.parameters()),
+            criterion=defaults.criterion(),
             **fixed,
             **{**shared, "plugins": plugins},
         )
@@ -334,6 +336,8 @@ METHODS: dict[str, Method] = {
         _our_lora("OGD"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         ignores=TREE_OPTIONS,
     ),
     "OLoRA": Method(
@@ -341,6 +345,8 @@ METHODS: dict[str, Method] = {
         _our_lora("OLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         ignores=TREE_OPTIONS,
     ),
     "InfLoRA": Method(
@@ -348,6 +354,8 @@ METHODS: dict[str, Method] = {
         _our_lora("InfLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         ignores=TREE_OPTIONS,
     ),
     "L2P": Method(
@@ -383,6 +391,8 @@ METHODS: dict[str, Method] = {
         _our_lora("L2Anchor"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
+        language_lr=LORA_LANGUAGE_LR,
+        models=BOTH,
         ignores=TREE_OPTIONS,
     ),
     "Naive": Method(

@@ -348,7 +348,8 @@ def _steps(
     total = 0
     for stage in stages:
         n = sum(samples[: stage.task + 1]) if entry.on_all_seen else samples[stage.task]
-        n_steps = math.ceil(n / config["batch_size"])
+        batches = math.ceil(n / config["batch_size"])
+        n_steps = math.ceil(batches / config.get("accumulation_steps", 1))
         total += n_steps * _of_stage(epochs, stage, joint=entry.joint)
     return total
 
