@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +69,22 @@ def tiny_benchmark():
         return _make_taskaware_tensor_classification_dataset(images, targets, task_labels=0)
 
     return nc_benchmark(dataset(16), dataset(8), n_experiences=3, task_labels=False, shuffle=False)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Any]:
+    """Makes tokenizers of one token per printable ASCII character; ids 0, 96, 97 are special."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(**special: str | None) -> Any:
+        characters = {chr(31 + i): i for i in range(1, 96)}
+        vocabulary = {"<unk>": 0, **characters, "<s>": 96, "</s>": 97}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        backend.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, **{"unk_token": "<unk>", "eos_token": "</s>", **special}
+        )
+
+    return make

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +18,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
@@ -64,22 +62,17 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(**special):
-    """One token per printable ASCII character; id 0 is unknown, 96 and 97 begin and end."""
-    vocabulary = {"<unk>": 0, **{chr(31 + i): i for i in range(1, 96)}, "<s>": 96, "</s>": 97}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{"unk_token": "<unk>", "eos_token": "</s>", **special}
-    )
+@pytest.fixture
+def make_model(make_tokenizer):
+    """Makes a random model of a family, the same at every call."""
 
+    def make(family="llama", **options):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = AutoModelForCausalLM.from_config(FAMILIES[family][0])
+        return LanguageModel(network, make_tokenizer(), **{"max_length": 64, **options}).eval()
 
-def make_model(family="llama", **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = AutoModelForCausalLM.from_config(FAMILIES[family][0])
-    return LanguageModel(network, make_tokenizer(), **{"max_length": 64, **options}).eval()
+    return make
 
 
 def rows(*lengths, width=64, seed=0):
@@ -94,7 +87,7 @@ def rows(*lengths, width=64, seed=0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_bare_network_row_by_row(family):
+def test_logits_are_those_of_the_bare_network_row_by_row(make_model, family):
     model = make_model(family)
     x = rows(11, 5, 8)
     logits = model(x)
@@ -105,7 +98,7 @@ def test_logits_are_those_of_the_bare_network_row_by_row(family):
         assert not logits[row, :, n:].any()
 
 
-def test_logits_are_a_view_and_the_last_columns_can_be_had_alone():
+def test_logits_are_a_view_and_the_last_columns_can_be_had_alone(make_model):
     model = make_model()
     x = rows(11, 5)
     logits = model(x)
@@ -113,7 +106,7 @@ def test_logits_are_a_view_and_the_last_columns_can_be_had_alone():
     torch.testing.assert_close(model(x, last=4), logits[:, :, -4:])
 
 
-def test_an_end_token_within_a_row_is_not_padding():
+def test_an_end_token_within_a_row_is_not_padding(make_model):
     model = make_model()
     x = rows(9, 9)
     x[1, 4:6] = 97
@@ -121,7 +114,7 @@ def test_an_end_token_within_a_row_is_not_padding():
     torch.testing.assert_close(model(x)[1].T, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_gradient_checkpointing_gives_the_same_gradients(make_model):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -231,7 +224,7 @@ def text(tokenizer, tokens):
     return "".join(tokenizer.convert_ids_to_tokens(tokens))
 
 
-def test_plain_sample_is_prompt_answer_end():
+def test_plain_sample_is_prompt_answer_end(make_tokenizer):
     tokenizer = make_tokenizer()
     sample = encode_sample(tokenizer, "2 + 2 =", "4", 64)
     assert text(tokenizer, sample.tokens) == "2 + 2 =4</s>"
@@ -239,7 +232,7 @@ def test_plain_sample_is_prompt_answer_end():
     assert sample.n_cut == 0
 
 
-def test_template_is_used_where_there_is_one():
+def test_template_is_used_where_there_is_one(make_tokenizer):
     tokenizer = make_tokenizer(bos_token="<s>")
     tokenizer.chat_template = TEMPLATE
     sample = encode_sample(tokenizer, " hi ", "yo", 80)
@@ -254,7 +247,7 @@ def test_template_is_used_where_there_is_one():
     max_length=st.integers(56, 100),
 )
 def test_truncation_keeps_template_answer_and_the_end_of_the_prompt(
-    template, prompt, answer, max_length
+    make_tokenizer, template, prompt, answer, max_length
 ):
     tokenizer = make_tokenizer(bos_token="<s>")
     tokenizer.chat_template = template
@@ -281,7 +274,7 @@ def test_truncation_keeps_template_answer_and_the_end_of_the_prompt(
         assert kept_answer == answer + "</s>"
 
 
-def test_no_room_is_an_error():
+def test_no_room_is_an_error(make_tokenizer):
     tokenizer = make_tokenizer(bos_token="<s>")
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(ValueError, match="no room"):
@@ -290,12 +283,12 @@ def test_no_room_is_an_error():
         encode_prompt(tokenizer, "a", 3)
 
 
-def test_tokenizer_without_end_token_is_refused():
+def test_tokenizer_without_end_token_is_refused(make_model, make_tokenizer):
     with pytest.raises(ValueError, match="no end token"):
         LanguageModel(make_model().network, make_tokenizer(eos_token=None))
 
 
-def test_tokenizer_of_another_model_is_refused():
+def test_tokenizer_of_another_model_is_refused(make_tokenizer):
     network = LlamaForCausalLM(LlamaConfig(vocab_size=50, **SIZES))
     with pytest.raises(ValueError, match="98 tokens, and the network embeds 50"):
         LanguageModel(network, make_tokenizer())
@@ -317,7 +310,7 @@ def greedy(model, tokens, n_new):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [False, True])
-def test_generation_is_greedy_whatever_the_batch(family, lora):
+def test_generation_is_greedy_whatever_the_batch(make_model, family, lora):
     model = make_model(family)
     if lora:
         model = add_lora(model)
@@ -343,7 +336,7 @@ def test_generation_is_greedy_whatever_the_batch(family, lora):
     assert any(expected)
 
 
-def test_generation_keeps_the_end_of_a_prompt_and_takes_tokens_too():
+def test_generation_keeps_the_end_of_a_prompt_and_takes_tokens_too(make_model):
     model = make_model()
     long = "abcdefghij" * 20
     assert model.generate([long], 8) == model.generate([long[-64:]], 8)
@@ -352,7 +345,7 @@ def test_generation_keeps_the_end_of_a_prompt_and_takes_tokens_too():
 
 
 @pytest.mark.parametrize("arguments", [(0, 1), (4, 0), (128, 1)])
-def test_generation_refuses_what_leaves_nothing_to_do(arguments):
+def test_generation_refuses_what_leaves_nothing_to_do(make_model, arguments):
     with pytest.raises(ValueError, match="`max_new_tokens`"):
         make_model().generate(["a"], *arguments)
 
@@ -361,7 +354,7 @@ def test_generation_refuses_what_leaves_nothing_to_do(arguments):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lora_adapts_what_the_family_calls_queries_and_values(family):
+def test_lora_adapts_what_the_family_calls_queries_and_values(make_model, family):
     model = add_lora(make_model(family))
     kinds = FAMILIES[family][1]
     layers = lora_layers(model)
@@ -382,7 +375,7 @@ def test_lora_adapts_what_the_family_calls_queries_and_values(family):
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_view_copies_the_adapter_and_shares_the_rest():
+def test_view_copies_the_adapter_and_shares_the_rest(make_model):
     view = TrainableView(add_lora(make_model()))
     twin = copy.deepcopy(view)
     x = rows(5, 3)
@@ -395,7 +388,7 @@ def test_view_copies_the_adapter_and_shares_the_rest():
     assert frozen == {id(p) for p in torch.nn.Module.parameters(twin) if not p.requires_grad}
 
 
-def test_saved_adapter_is_one_of_peft(tmp_path):
+def test_saved_adapter_is_one_of_peft(make_model, tmp_path):
     model = make_model()
     model.network.save_pretrained(tmp_path / "base")
     model.tokenizer.save_pretrained(tmp_path / "base")
@@ -415,7 +408,7 @@ def test_saved_adapter_is_one_of_peft(tmp_path):
 # ------------------------------------------------------------------------------------- loading
 
 
-def test_dtype_is_that_of_the_frozen_weights(tmp_path):
+def test_dtype_is_that_of_the_frozen_weights(make_model, make_tokenizer, tmp_path):
     make_model().network.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     model = add_lora(create_language_model(tmp_path, dtype=torch.bfloat16))
@@ -426,13 +419,13 @@ def test_dtype_is_that_of_the_frozen_weights(tmp_path):
     assert model(rows(5)).dtype == torch.bfloat16
 
 
-def test_length_is_at_most_the_context(caplog):
+def test_length_is_at_most_the_context(make_model, caplog):
     with caplog.at_level(logging.INFO):
         assert make_model(max_length=1024).max_length == 128
     assert "max_length is 128" in caplog.text
 
 
-def test_folder_without_safetensors_is_refused(tmp_path):
+def test_folder_without_safetensors_is_refused(make_model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"without config\.json"):
         create_language_model(tmp_path)
     make_model().network.config.save_pretrained(tmp_path)
@@ -454,7 +447,7 @@ def test_hub_out_of_reach_is_one_line_that_names_the_model(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_encoder_is_no_causal_model(tmp_path):
+def test_encoder_is_no_causal_model(make_tokenizer, tmp_path):
     BertModel(
         BertConfig(
             vocab_size=99,
