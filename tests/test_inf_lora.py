@@ -15,10 +15,10 @@ from treelora_avalanche.adapters import (
     LoRAFactors,
     PastAdapters,
     SubspaceMemory,
-    TrainableView,
     add_lora,
     lora_layers,
 )
+from treelora_avalanche.models.frozen_prefix import trainable_view
 from treelora_avalanche.plugins import InfLoRAPlugin
 from treelora_avalanche.plugins.inf_lora import input_covariances
 from treelora_avalanche.runs.account import stored_bytes
@@ -260,7 +260,7 @@ def test_stores_one_adapter_per_task_and_a_bounded_subspace(tiny_vit, tiny_bench
 
 def test_plugin_attached_to_naive_is_the_strategy(tiny_vit, tiny_benchmark):
     torch.manual_seed(1)
-    model = TrainableView(add_lora(tiny_vit()))
+    model = trainable_view(add_lora(tiny_vit()))
     attached = Naive(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=0.005),

@@ -6,7 +6,8 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
-from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
+from treelora_avalanche.adapters import LoRAFactors, add_lora
+from treelora_avalanche.models.frozen_prefix import trainable_view
 from treelora_avalanche.plugins import L2AnchorPlugin
 from treelora_avalanche.runs.account import stored_bytes
 from treelora_avalanche.strategies import L2Anchor, SeqLoRA
@@ -111,7 +112,7 @@ def test_pull_holds_the_adapter(tiny_vit, tiny_benchmark):
 
 def test_plugin_attached_to_naive_is_the_strategy(tiny_vit, tiny_benchmark):
     torch.manual_seed(1)
-    model = TrainableView(add_lora(tiny_vit()))
+    model = trainable_view(add_lora(tiny_vit()))
     attached = Naive(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=0.005),

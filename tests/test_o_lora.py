@@ -18,6 +18,7 @@ from treelora_avalanche.adapters import (
     lora_layers,
     save_adapter,
 )
+from treelora_avalanche.models.frozen_prefix import trainable_view
 from treelora_avalanche.plugins import NonFiniteLossError, OLoRAPlugin
 from treelora_avalanche.plugins.o_lora import overlap
 from treelora_avalanche.runs.account import stored_bytes
@@ -324,7 +325,7 @@ def test_an_experience_that_failed_leaves_no_past(tiny_vit, tiny_benchmark):
 
 def test_plugin_attached_to_naive_is_the_strategy(tiny_vit, tiny_benchmark):
     torch.manual_seed(1)
-    model = TrainableView(add_lora(tiny_vit()))
+    model = trainable_view(add_lora(tiny_vit()))
     attached = Naive(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=0.005),

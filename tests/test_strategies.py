@@ -20,6 +20,7 @@ from torch import nn
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.metrics import AccuracyMatrix
+from treelora_avalanche.models.frozen_prefix import trainable_view
 from treelora_avalanche.strategies import (
     EWCLoRA,
     FrozenGaussian,
@@ -117,7 +118,7 @@ def test_optimizer_may_be_an_optimizer_or_a_factory(tiny_vit, tiny_benchmark):
 
     made = make(SeqLoRA, tiny_vit(), optimizer=factory)
     torch.manual_seed(1)
-    model = TrainableView(add_lora(tiny_vit()))
+    model = trainable_view(add_lora(tiny_vit()))
     given = make(SeqLoRA, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert made.optimizer.param_groups[0]["lr"] == 0.1
     first, second = (weights(train(strategy, tiny_benchmark, 1)) for strategy in (made, given))
@@ -232,7 +233,7 @@ def test_strategy_equals_its_plugins_attached_to_naive(tiny_vit, tiny_benchmark)
     tree, bank = AdapterTree(), AdapterBank()
     selector = LCBSelectorPlugin(tree)
     torch.manual_seed(1)
-    model = TrainableView(add_lora(tiny_vit()))
+    model = trainable_view(add_lora(tiny_vit()))
     attached = Naive(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=0.005),

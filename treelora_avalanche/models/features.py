@@ -55,13 +55,13 @@ def extract_features(
     targets: list[Tensor] = []
     classifier = classifier_of(model)
     # A view may route its samples elsewhere; the features are those of the live adapter.
-    live = model.module if isinstance(model, TrainableView) else model
+    live = model.live if isinstance(model, TrainableView) else model
     hook = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     try:
-        with evaluating(live):
+        with evaluating(model):
             for images, target, *_ in DataLoader(dataset, batch_size):
                 live(images.to(device))
                 targets.append(target.to(device))
     finally:
         hook.remove()
-    return torch.cat(features), torch.cat(targets)
+    return torch.cat(features).to(classifier.weight.dtype), torch.cat(targets)

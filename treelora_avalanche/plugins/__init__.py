@@ -13,6 +13,7 @@ from treelora_avalanche.plugins.lcb_selector import (
 from treelora_avalanche.plugins.o_lora import OLoRAPlugin
 from treelora_avalanche.plugins.ogd import OGDPlugin
 from treelora_avalanche.plugins.prompts import KeyLossPlugin, TaskPromptsPlugin
+from treelora_avalanche.plugins.prefix_cache import PrefixCachePlugin
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
@@ -30,6 +31,7 @@ __all__ = [
     "NonFiniteLossError",
     "OGDPlugin",
     "OLoRAPlugin",
+    "PrefixCachePlugin",
     "RandomSelectorPlugin",
     "RouterPlugin",
     "SelectorPlugin",

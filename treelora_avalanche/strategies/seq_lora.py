@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from treelora_avalanche.adapters import (
@@ -15,7 +16,10 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
+from treelora_avalanche.models.frozen_prefix import trainable_view
+from treelora_avalanche.models.precision import autocast_dtype
 from treelora_avalanche.names import check_known
+from treelora_avalanche.plugins import PrefixCachePlugin
 from treelora_avalanche.strategies.parameter_efficient import HEADS, ParameterEfficientStrategy
 from treelora_avalanche.strategies.positional_model import positional_model
 
@@ -38,8 +42,14 @@ class SeqLoRA(ParameterEfficientStrategy):
     :param layers: blocks to adapt: ``"first:k"``, ``"last:k"``, ``"all"`` or block numbers.
     :param target_modules: linear layers to adapt inside a block; by default the fused ``qkv``.
     :param head: see :class:`ParameterEfficientStrategy`.
+    :param cache: bytes of memory in which to keep what the blocks below the adapter make of the
+        images, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
+    :param precision: ``"fp32"``, ``"bf16"`` or ``"auto"``, see
+        :func:`~treelora_avalanche.models.precision.autocast_dtype`.
+    :param compile: whether to compile the model by ``torch.compile``.
+    :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`ParameterEfficientStrategy`: optimizer, criterion, batch
-        sizes, epochs, device, plugins and evaluator.
+        sizes, epochs, device and evaluator.
     :raises ValueError: if an argument is out of range or the model cannot be adapted; the model is
         then as it was.
     """
@@ -53,17 +63,27 @@ class SeqLoRA(ParameterEfficientStrategy):
         layers: LayerChoice = DEFAULT_LAYERS,
         target_modules: Sequence[str] | None = None,
         head: str = "linear",
+        cache: int | str | None = "auto",
+        precision: str = "fp32",
+        compile: bool = False,
+        plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
         check_known("`head`", head, HEADS)
+        autocast = autocast_dtype(precision, kwargs.get("device", "cpu"))
+        prefix_cache = PrefixCachePlugin(cache)
         if not lora_layers(model):
             model = add_lora(
                 model, rank=rank, alpha=alpha, layers=layers, target_modules=target_modules
             )
         logger.info("LoRA adapts %s", ", ".join(lora_layers(model)))
         view = model if isinstance(model, TrainableView) else self._view(model)
-        super().__init__(model=view, head=head, **kwargs)
+        view.autocast = autocast
+        if compile:
+            view.compile()
+        plugins = [*(plugins or ()), prefix_cache]
+        super().__init__(model=view, head=head, plugins=plugins, **kwargs)
 
     def _view(self, model: nn.Module) -> TrainableView:
         """What :attr:`model` becomes, around a model with LoRA."""
-        return TrainableView(model)
+        return trainable_view(model)

@@ -1,0 +1,233 @@
+"""Computes what the frozen blocks make of a sample once, and keeps it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import shutil
+import tempfile
+import weakref
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import psutil
+import torch
+from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from treelora_avalanche.models.frozen_prefix import PrefixView
+from treelora_avalanche.state import random_state, set_random_state
+
+logger = logging.getLogger(__name__)
+
+TRIED_SAMPLES = 32
+
+
+class HiddenStates(Dataset[tuple[Tensor, Any]]):
+    """What the prefix has made of every sample of a dataset, with the samples' targets.
+
+    :param hidden: ``(n_samples, n_tokens, dim)``.
+    :param targets: the targets, in the same order.
+    """
+
+    def __init__(self, hidden: Tensor, targets: list[Any]):
+        self.hidden = hidden
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.hidden[index], self.targets[index]
+
+
+class _Kept(NamedTuple):
+    """What is kept of a dataset."""
+
+    dataset: Any
+    hidden: Tensor
+    n_blocks: int
+    for_training: bool
+    """Whether training sees the same images as evaluation."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def bytes_in_memory(self) -> int:
+        return 0 if self.hidden.untyped_storage().filename else self.hidden.nbytes
+
+
+class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Lets every pass over an experience start where the first trained block does.
+
+    The blocks below it are frozen: what they make of a sample is the same in every epoch, and in
+    every evaluation of the stream. Before an experience is trained or evaluated it is computed for
+    all samples, and ``strategy.experience`` becomes a copy of the experience whose dataset holds it
+    in place of the images. Loaders, shuffling, other plugins and the model take it as they take
+    images, so the order of the samples is the same, and so are the weights that are learned: up to
+    the precision of storage, which is that of the forward pass. In float32 on one CPU thread that
+    is bit for bit.
+
+    The samples of a training experience are kept while it is trained, those of an evaluation for as
+    long as their dataset lives: evaluated after each of N tasks, N test sets cost N passes through
+    the prefix and not N (N + 1) / 2. They are no part of the state of a strategy.
+
+    It does nothing, and one line of the log says why, where no block is frozen below the adapter,
+    where a sample read again differs (augmentation, or a transform of training that is not that of
+    evaluation), and where the prefix itself is random (dropout). Samples are tried, and not all: a
+    transform that rarely does anything goes unnoticed, and is a reason to switch the cache off.
+    Task labels are not used.
+
+    :param memory: bytes of main memory that may be taken; what does not fit lies in memory-mapped
+        files in the folder for temporary files (``$TMPDIR``), which are gone when it is let go.
+        ``"auto"``: a quarter of what is available when the first experience comes. None: switched
+        off.
+    :raises ValueError: if ``memory`` is neither.
+    """
+
+    def __init__(self, memory: int | str | None = "auto"):
+        super().__init__()
+        if not (memory in ("auto", None) or (isinstance(memory, int) and memory >= 0)):
+            raise ValueError(
+                f"`memory` is {memory!r}; use a number of bytes, 'auto', or None for no cache."
+            )
+        self.memory = memory
+        self._kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()  # by dataset
+        self._in_training: weakref.ref[Any] | None = None
+        self._said: set[str] = set()
+
+    def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Puts what the prefix makes of the experience in place of its images."""
+        self._let_go()
+        dataset = strategy.experience.dataset
+        if dataset not in self._kept:
+            self._in_training = weakref.ref(dataset)
+        self._replace(strategy, training=True, num_workers=kwargs.get("num_workers", 0))
+
+    def before_eval_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """The same for an experience that is evaluated."""
+        self._replace(strategy, training=False, num_workers=kwargs.get("num_workers", 0))
+
+    def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Lets go of what was kept for training."""
+        self._let_go()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what is kept can be computed again."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads nothing.
+
+        :param state: what :meth:`state_dict` returned.
+        """
+
+    def _let_go(self) -> None:
+        dataset = self._in_training and self._in_training()
+        if dataset is not None:
+            self._kept.pop(dataset, None)
+        self._in_training = None
+
+    def _replace(self, strategy: Any, training: bool, num_workers: int) -> None:
+        view, dataset = strategy.model, strategy.experience.dataset
+        if self.memory is None or len(dataset) == 0:
+            return
+        if not isinstance(view, PrefixView):
+            self._say("the model is not known in two parts (PrefixView)")
+            return
+        if not view.n_frozen:
+            self._say("no block is frozen below the adapter (choose layers='last:k')")
+            return
+        before = random_state()  # looking at samples is to change nothing
+        try:
+            kept = self._find(strategy, training, num_workers)
+        finally:
+            set_random_state(before)
+        if kept is None:
+            return
+        self._kept[dataset] = kept
+        # A copy: the benchmark's own experience keeps its images.
+        strategy.experience = copy.copy(strategy.experience)
+        strategy.experience._dataset = kept.dataset
+
+    def _find(self, strategy: Any, training: bool, num_workers: int) -> _Kept | None:
+        """What is kept of the current experience, computed if need be; None if it may not be."""
+        view, dataset = strategy.model, strategy.experience.dataset
+        kept = self._kept.get(dataset)
+        if kept is not None and (kept.n_blocks, kept.dtype) != (view.n_frozen, view.dtype):
+            kept = None
+        if (kept is None or (training and not kept.for_training)) and not self._repeats(
+            view, dataset, strategy.device, training
+        ):
+            return None
+        if kept is not None:
+            return kept._replace(for_training=kept.for_training or training)
+        one = view.prefix(dataset.eval()[0][0].to(strategy.device)[None])
+        hidden = self._room((len(dataset), *one.shape[1:]), view.dtype)
+        if hidden is None:
+            return None
+        loader = DataLoader(
+            dataset.eval(),
+            strategy.eval_mb_size,
+            num_workers=num_workers,
+            pin_memory=strategy.device.type == "cuda",
+            collate_fn=dataset.collate_fn,
+        )
+        row = 0
+        for x, *_ in loader:
+            part = view.prefix(x.to(strategy.device, non_blocking=True))
+            hidden[row : row + len(part)] = part
+            row += len(part)
+        targets, task_labels = list(dataset.targets), list(dataset.targets_task_labels)
+        as_dataset = _make_taskaware_classification_dataset(
+            HiddenStates(hidden, targets), targets=targets, task_labels=task_labels
+        )
+        return _Kept(as_dataset, hidden, view.n_frozen, training)
+
+    def _repeats(
+        self, view: PrefixView, dataset: Any, device: torch.device, training: bool
+    ) -> bool:
+        """Whether the prefix seems to make the same of a sample every time."""
+        rows = torch.linspace(0, len(dataset) - 1, TRIED_SAMPLES).long().unique().tolist()
+        readings = [dataset.eval(), *([dataset.train()] * 2 if training else [dataset.eval()])]
+        images, *again = ([part[row][0] for row in rows] for part in readings)
+        if not all(isinstance(x, Tensor) and x.ndim == 3 for x in images):
+            self._say("the samples are not images as tensors")
+            return False
+        if not all(
+            torch.equal(x, y) for other in again for x, y in zip(images, other, strict=True)
+        ):
+            self._say("a sample read again differs (random augmentation, or two transforms)")
+            return False
+        if view.training:
+            some = torch.stack(images[:8]).to(device)
+            if not torch.allclose(view.prefix(some), view.prefix(some), rtol=1e-2, atol=1e-2):
+                self._say("the frozen blocks are random (dropout)")
+                return False
+        return True
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Room for hidden states, in memory or in a file."""
+        n_values = math.prod(shape)
+        n_bytes = n_values * dtype.itemsize
+        if self.memory == "auto":
+            self.memory = psutil.virtual_memory().available // 4
+        in_memory = sum(kept.bytes_in_memory for kept in self._kept.values())
+        if n_bytes + in_memory <= int(self.memory or 0):
+            return torch.empty(shape, dtype=dtype)
+        if n_bytes > shutil.disk_usage(tempfile.gettempdir()).free:
+            self._say(f"there is no room for {n_bytes:,} bytes, neither in memory nor on disk")
+            return None
+        # The file has no name any more when this returns; it lives as long as the mapping.
+        with tempfile.NamedTemporaryFile(prefix="treelora-prefix-") as file:
+            return torch.from_file(file.name, shared=True, size=n_values, dtype=dtype).view(shape)
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            logger.info("what the frozen blocks compute is not kept: %s", reason)
+            self._said.add(reason)
