@@ -67,6 +67,18 @@ def test_list(capsys):
         assert name in printed
     for kind in ("ours", "Avalanche's", "frozen", "upper bound"):
         assert kind in printed
+    for line in printed.splitlines():
+        if line.split()[:1] == ["FrozenNCM"]:
+            assert "language" not in line
+        if line.split()[:1] == ["EWCLoRA"]:
+            assert "vision, language" in line
+
+
+def test_list_one_kind(capsys):
+    assert call("list", "scenarios") == 0
+    printed = capsys.readouterr().out
+    assert "o_lora_order" in printed
+    assert "FrozenNCM" not in printed
 
 
 @pytest.mark.usefixtures("unpretrained")
@@ -153,6 +165,7 @@ def test_a_loss_that_is_no_number(tmp_path, capsys):
     [
         ([], "command"),
         (["trian"], "invalid choice: 'trian'"),
+        (["list", "recipe"], "Did you mean 'recipes'?"),
         (["compare", "--epocs", "3"], "--epocs"),
         (["compare", "--epochs", "three"], 'Parser key "epochs"'),
         (["compare", "--epochs", "0"], "`--epochs` should be at least 1, but it is 0"),

@@ -1,0 +1,430 @@
+"""Runs and comparisons on streams of texts: folders, tables, interruptions, and what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from rapidfuzz import fuzz
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from treelora_avalanche.cli import main
+from treelora_avalanche.methods import METHODS, check_models, method_config
+from treelora_avalanche.models import LanguageModel
+from treelora_avalanche.reports.figures import FIGURES, write_figures
+from treelora_avalanche.reports.table import summarise, write_table
+from treelora_avalanche.runs import prepare, resolve_config, run
+from treelora_avalanche.runs.texts import epochs_per_task
+from treelora_avalanche.scenarios.trace import TRACE_TASKS
+from treelora_avalanche.settings import RunSettings
+from treelora_avalanche.tree import AdapterTree
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LANGUAGE = [name for name, entry in METHODS.items() if "language" in entry.models]
+CONTINUES = ["TreeLoRA", "SeqLoRA", "EWCLoRA", "GEMLoRA", "Naive"]
+TASKS = {"echo": "say {}:", "shout": "shout {}!"}
+WORDS = ("a", "bc", "def", "g", "hi", "j", "kl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_tokenizer):
+    """A small Llama with random weights, a token for every character, and two tasks."""
+    root = tmp_path_factory.mktemp("language")
+    config = LlamaConfig(
+        vocab_size=98,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    for name, prompt in TASKS.items():
+        (root / "tasks" / name).mkdir(parents=True)
+        records = [{"prompt": prompt.format(word), "answer": word} for word in WORDS]
+        for part, n in (("train", 7), ("test", 3)):
+            (root / "tasks" / name / f"{part}.json").write_text(json.dumps(records[:n]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings(folder):
+    """Makes settings of a run on the two tasks."""
+
+    def make(**changes):
+        given = {
+            "scenario": "text_tasks",
+            "data": str(folder / "tasks"),
+            "model": str(folder / "model"),
+            "metric": "edit_similarity",
+            "max_new_tokens": 4,
+            "max_length": 32,
+            "lr": 0.01,
+            "epochs": 2,
+            "device": "cpu",
+        }
+        return RunSettings(**{**given, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ingredients(settings):
+    return prepare(0, settings())
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------ one run
+
+
+@pytest.mark.parametrize("method", LANGUAGE)
+def test_run_folder(method, settings, ingredients, folder, tmp_path):
+    results = run(method, 0, settings(), tmp_path, ingredients=ingredients)
+    entry = METHODS[method]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config == results["config"] == resolve_config(method, 0, settings())
+
+    # The scores are those of the texts that were kept.
+    texts = json_lines(tmp_path / "generated.jsonl")
+    matrix = results["accuracy_matrix"]["generated"]
+    for after, row in enumerate(matrix):
+        for place, task in enumerate(TASKS):
+            own = [t for t in texts if (t["after_task"], t["task"]) == (after, task)]
+            known = place <= after and not (entry.joint and after == 0)
+            assert len(own) == (3 if known else 0)
+            assert [t["prompt"] for t in own] == [
+                TASKS[task].format(word) for word in WORDS[: len(own)]
+            ]
+            scores = [fuzz.ratio(t["generated"], t["answer"]) / 100 for t in own]
+            assert row[place] == (pytest.approx(sum(scores) / 3) if known else None)
+    final = results["metrics"]["generated"]
+    assert final["overall_performance"] == pytest.approx(sum(matrix[1]) / 2)
+    drop = None if entry.joint else pytest.approx((matrix[0][0] - matrix[1][0]) / 2)
+    assert final["backward_transfer"] == drop
+
+    assert results["epochs"] == [2, 2]
+    stream = results["stream"]
+    assert (stream["task_names"], stream["train_samples"]) == (["echo", "shout"], [7, 7])
+    # A character is a token, and the end token has no successor.
+    tokens = [sum(len(p.format(w)) + len(w) for w in WORDS) for p in TASKS.values()]
+    assert stream["train_tokens"] == tokens
+    timings = results["timings"]
+    assert timings["tokens_per_second"] == pytest.approx(2 * sum(tokens) / timings["train_seconds"])
+    assert timings["samples_per_second"] == pytest.approx(28 / timings["train_seconds"])
+    # 2 batches per task and epoch; Cumulative trains on the first task again, in 4 batches of 14.
+    steps = {"Cumulative": 2 * (2 + 4)}.get(method, 8)
+    assert timings["steps"] == steps
+    lines = json_lines(tmp_path / "metrics.jsonl")
+    assert all(line["loss"] > 0 for line in lines if line["event"] == "epoch")
+    assert lines[-1]["task_name"] == "shout"
+
+    names = sorted(path.name for path in tmp_path.glob("adapters/*"))
+    assert names == ([] if method == "Naive" else ["task_001"] if entry.joint else names)
+    assert results["parameters"]["trainable"] <= results["parameters"]["total"]
+    if method in ("SeqLoRA", "TreeLoRA", "Replay"):  # of others, earlier adapters answer as well
+        network = AutoModelForCausalLM.from_pretrained(folder / "model")
+        restored = PeftModel.from_pretrained(network, str(tmp_path / "adapters" / "task_001"))
+        model = LanguageModel(restored, ingredients.backbone.tokenizer, max_length=32)
+        again = model.generate([t["prompt"] for t in texts[-3:]], max_new_tokens=4, batch_size=3)
+        assert again == [t["generated"] for t in texts[-3:]]
+
+
+def test_the_tree_is_shown_after_every_task(settings, ingredients, tmp_path):
+    notes = []
+    run("TreeLoRA", 0, settings(), tmp_path, ingredients=ingredients, note=notes.append)
+    assert [note.splitlines()[0] for note in notes] == [
+        "the tree after echo",
+        "the tree after shout",
+    ]
+    drawing = "\n".join(notes[1].splitlines()[1:])
+    assert "0 (echo)" in drawing
+    assert "1 (shout)" in drawing
+    assert drawing in (tmp_path / "tree.txt").read_text()
+    assert (tmp_path / "tree.txt").read_text().count("After") == 2
+
+
+def test_drawing_without_names():
+    tree = AdapterTree()
+    tree.insert(torch.tensor([[0.5, 0.5]]))
+    assert "task 0" in str(tree.draw().label)
+    assert "task 0 (echo)" in str(tree.draw(["echo"]).label)
+
+
+class PowerCutError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", CONTINUES)
+def test_continued_is_uninterrupted(method, settings, ingredients, tmp_path):
+    """A stream that was cut in its second task keeps the first, and comes to the same end."""
+
+    def cut(now):
+        if (now.task, now.step) == (2, 6):
+            raise PowerCutError
+
+    whole = run(method, 0, settings(), tmp_path / "whole", ingredients=ingredients)
+    notes = []
+    with pytest.raises(PowerCutError):
+        run(method, 0, settings(), tmp_path / "cut", ingredients=ingredients, progress=cut)
+    continued = run(
+        method, 0, settings(), tmp_path / "cut", ingredients=ingredients, note=notes.append
+    )
+    assert notes[0] == "continues after task 1 of 2"
+    for key in ("accuracy_matrix", "metrics", "trees", "epochs", "stream"):
+        assert continued[key] == whole[key]
+    assert continued["timings"]["steps"] == whole["timings"]["steps"]
+    for name in ("generated.jsonl", "tree.txt"):
+        texts = [
+            (tmp_path / part / name).read_text() if (tmp_path / part / name).exists() else None
+            for part in ("whole", "cut")
+        ]
+        assert texts[0] == texts[1]
+
+
+def test_epochs_of_each_task(settings, ingredients, tmp_path):
+    results = run(
+        "SeqLoRA",
+        0,
+        settings(epochs=None, epochs_per_task=[1, 3]),
+        tmp_path,
+        ingredients=ingredients,
+    )
+    assert results["epochs"] == [1, 3]
+    assert results["timings"]["steps"] == 2 * (1 + 3)
+    epochs = [line for line in json_lines(tmp_path / "metrics.jsonl") if line["event"] == "epoch"]
+    assert [(line["experience"], line["epoch"]) for line in epochs] == [
+        (0, 1),
+        (1, 1),
+        (1, 2),
+        (1, 3),
+    ]
+    with pytest.raises(ValueError, match="has 3 numbers, but there are 2 tasks: echo, shout"):
+        run(
+            "SeqLoRA",
+            0,
+            settings(epochs=None, epochs_per_task=[1, 3, 1]),
+            tmp_path / "wrong",
+            ingredients=ingredients,
+        )
+
+
+def test_the_papers_epochs():
+    """Appendix A.3: fewer for TreeLoRA, others with LoRA, those that train every weight."""
+    treelora, lora, full = (
+        (2, 1, 3, 2, 1, 2, 2, 3),
+        (5, 3, 7, 5, 3, 5, 5, 7),
+        (1, 1, 5, 5, 1, 5, 5, 5),
+    )
+    for method, own in (("TreeLoRA", treelora), ("OLoRA", lora), ("Naive", full)):
+        assert epochs_per_task(METHODS[method], "paper", list(TRACE_TASKS)) == list(own)
+        assert epochs_per_task(METHODS[method], "equal", list(TRACE_TASKS)) == list(treelora)
+    two = ["Py150", "C-STANCE"]
+    assert epochs_per_task(METHODS["SeqLoRA"], "paper", two) == [5, 5]
+
+
+def test_steps_that_several_batches_share(settings, ingredients, tmp_path):
+    shared = settings(batch_size=2, accumulation_steps=3)
+    results = run("SeqLoRA", 0, shared, tmp_path, ingredients=ingredients)
+    # 7 samples are 4 batches are 2 steps; two tasks, two epochs.
+    assert results["timings"]["steps"] == 2 * 2 * 2
+    with pytest.raises(ValueError, match="Avalanche's Replay makes a step of every batch"):
+        run("Replay", 0, shared, tmp_path / "other", ingredients=ingredients)
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def test_what_a_config_holds(settings):
+    config = method_config("SeqLoRA", 0, settings())
+    assert (config["rank"], config["alpha"], config["layers"]) == (8, 32, "all")
+    assert (config["batch_size"], config["eval_batch_size"], config["epochs"]) == (4, 16, 2)
+    assert not {"epochs_per_task", "head", "variant", "order", "n_experiences"} & set(config)
+    trace = RunSettings(scenario="trace", data="x", model="y")
+    config = method_config("TreeLoRA", 0, trace)
+    assert (config["epochs_per_task"], config["lr"], config["tree_lambda"]) == ("equal", 1e-4, 0.5)
+    assert method_config("Naive", 0, trace)["lr"] == 1e-5
+    assert "epochs" not in config
+
+
+def test_runs_on_images_are_the_runs_they_were():
+    """What a finished cell is recognised by has not changed."""
+    images = RunSettings(scenario="image_folder", data="d", head="task_adaptive", epochs=3)
+    assert method_config("TreeLoRA", 1, images) == {
+        "method": "TreeLoRA",
+        "seed": 1,
+        "scenario": "image_folder",
+        "data": "d",
+        "classes": None,
+        "exclude_classes": None,
+        "n_experiences": 10,
+        "model": "vit_base_patch16_224",
+        "checkpoint": None,
+        "img_size": None,
+        "epochs": 3,
+        "batch_size": 32,
+        "eval_batch_size": 256,
+        "lr": 0.005,
+        "rank": 10,
+        "alpha": 10.0,
+        "layers": "first:5",
+        "target_modules": None,
+        "tree_lambda": 0.5,
+        "selection": "lcb",
+        "head": "task_adaptive",
+        "depth": None,
+        "max_adapters": None,
+        "device": "auto",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "`--scenario text_tasks` needs `--model`"),
+        ({"data": None}, "`--scenario text_tasks` needs `--data FOLDER`"),
+        ({"head": "task_adaptive"}, "`--head` is 'task_adaptive', but `--scenario text_tasks` has"),
+        ({"n_experiences": 3}, "`--n_experiences` is 3, but"),
+        ({"img_size": 112}, "`--img_size` is 112, but"),
+        ({"variant": "1000"}, "`--variant` is '1000', but"),
+        ({"scenario": "trace", "variant": "50", "metric": "rouge_l"}, "unknown `--variant` '50'"),
+        ({"metric": "bleu"}, "unknown `--metric` 'bleu'"),
+        ({"dtype": "float31"}, "unknown `--dtype` 'float31'.*Did you mean 'float32'"),
+        ({"epochs_per_task": [1, 1]}, "`--epochs` and `--epochs_per_task` are both given"),
+        ({"epochs": None, "epochs_per_task": []}, "at least 1 for each task"),
+        ({"epochs": None, "epochs_per_task": [1, 0]}, "at least 1 for each task"),
+        ({"epochs": None, "epochs_per_task": "papr"}, "Did you mean 'paper'"),
+        ({"epochs": None, "epochs_per_task": "paper"}, "the paper gives no epochs for"),
+        ({"limit": 0}, "`--limit` should be at least 1"),
+        ({"accumulation_steps": 0}, "`--accumulation_steps` should be at least 1"),
+        ({"order": 7}, "`--order` should be from 1 to 6, but it is 7"),
+    ],
+)
+def test_wrong_settings_are_named_as_flags(changes, message, settings):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.parametrize("option", ["limit", "tasks", "max_length", "accumulation_steps", "dtype"])
+def test_options_of_texts_mean_nothing_for_images(option):
+    value = {"tasks": ["a"], "dtype": "bfloat16"}.get(option, 3)
+    with pytest.raises(ValueError, match=f"`--{option}` is .* no use for it"):
+        RunSettings(scenario="image_folder", data="d", **{option: value})
+
+
+def test_methods_are_defined_for_kinds_of_models(settings):
+    with pytest.raises(ValueError, match="is for language models, and FrozenNCM is not") as error:
+        check_models(["SeqLoRA", "FrozenNCM"], settings())
+    possible = str(error.value).partition("possible: ")[2].split(", ")
+    assert possible == LANGUAGE
+    assert not {"StreamingLDA", "FrozenGaussian", "TreeLoRA-routed", "L2P"} & set(possible)
+    check_models(METHODS, RunSettings())
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def arguments_of(settings, *, but=()):
+    given = ("scenario", "data", "model", "metric", "max_new_tokens", "max_length", "epochs", "lr")
+    return [f"--{name}={getattr(settings, name)}" for name in given if name not in but]
+
+
+def test_compare(settings, tmp_path, capsys):
+    arguments = ["compare", "--methods", "TreeLoRA", "Replay", "--seeds", "0"]
+    arguments += [*arguments_of(settings()), "--device=cpu", f"--output={tmp_path}"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "TreeLoRA, seed 0: the tree after shout" in printed.err
+    assert "TreeLoRA, seed 0: done, Op" in printed.err
+    for heading in ("Op ↑", "Bwt ↓", "tokens", "samples", "Epochs"):
+        assert heading in printed.out
+    assert "in task" not in printed.out
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == sorted(FIGURES)
+    assert main(arguments) == 0
+    assert capsys.readouterr().err.count("finished before") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--methods", "FrozenNCM"], "FrozenNCM is not defined for them; possible: TreeLoRA,"),
+        (["--methods", "TreeLoRA-routed"], "TreeLoRA-routed is not defined for them"),
+        (["--methods", "SeqLoRA", "--depth", "99"], None),  # of no consequence without a tree
+        (["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"], "`depth` is 99"),
+        (["--methods", "SeqLoRA", "--target_modules", "[q_prj]"], "q_prj"),
+        (["--methods", "SeqLoRA", "--tasks", "[eco]"], "Did you mean 'echo'?"),
+        (["--methods", "SeqLoRA", "--data", "nowhere"], "`--data` nowhere is not a folder"),
+        (["--methods", "SeqLoRA", "--model", "./nowhere"], "'./nowhere', which is not a folder"),
+        (["--methods", "SeqLoRA", "--epochs_per_task", "[1]"], "both given"),
+    ],
+)
+def test_bad_input_is_one_line(changes, message, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [option[2:] for option in changes if option.startswith("--")]
+    arguments = ["compare", *arguments_of(settings(), but=own), "--seeds", "0", *changes]
+    code = main([*arguments, "--device=cpu", f"--output={tmp_path / 'out'}"])
+    printed = capsys.readouterr().err
+    if message is None:
+        assert code == 0
+        return
+    assert code == 2
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_trace_itself(data_root, tmp_path, capsys):
+    arguments = [
+        "compare",
+        "--scenario=trace",
+        f"--data={data_root / 'TRACE-Benchmark'}",
+        f"--model={data_root / 'stories260K'}",
+        "--tasks=[NumGLUE-cm,FOMC]",
+        "--limit=4",
+        "--max_length=64",
+        "--methods=TreeLoRA",
+        "--seeds=0",
+        f"--output={tmp_path}",
+        "--device=cpu",
+    ]
+    assert main(arguments) == 0, capsys.readouterr().err
+    (path,) = tmp_path.glob("*/results.json")
+    results = json.loads(path.read_text())
+    assert results["epochs"] == [2, 1]  # the paper's for these tasks
+    assert results["stream"]["task_names"] == ["NumGLUE-cm", "FOMC"]
+    assert results["stream"]["task_metrics"] == ["accuracy", "accuracy"]
+    assert len(json_lines(path.parent / "generated.jsonl")) == 4 + 8
+
+
+# ---------------------------------------------------------------------------------------- reports
+
+
+def test_table_and_figures(settings, ingredients, tmp_path):
+    results = [
+        run(method, 0, settings(epochs=1), tmp_path / method, ingredients=ingredients)
+        for method in ("SeqLoRA", "JointTraining")
+    ]
+    results[0]["metrics"]["generated"] = {
+        "overall_performance": 0.25,
+        "backward_transfer": -0.125,
+        "forgetting": math.nan,
+    }
+    row = summarise(results)[0]
+    assert row.mean["score"] == 0.25
+    assert row.mean["epochs"] == 2
+    write_table(results, tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0].startswith("| Method | Op ↑ % | Bwt ↓ % | Forget ↓ % | Epochs in all |")
+    assert lines[2].startswith("| SeqLoRA | 25.0 | -12.5 | – | 2 |")
+    assert "text_tasks: 2 tasks, model, cpu" in lines[-2] + lines[-3]
+    paths = write_figures(results, tmp_path / "figures")
+    assert [path.name for path in paths] == [name for name in FIGURES if name != "tree.png"]
