@@ -203,7 +203,7 @@ def test_penalty_is_non_zero_from_the_second_task_on_and_reaches_what_is_trained
                 trained = [dict(strategy.model.named_parameters())[name] for name in names]
                 gradients = torch.autograd.grad(penalty, trained, retain_graph=True)
                 reached = all(gradient.abs().sum() > 0 for gradient in gradients)
-                self.penalties.append((strategy.clock.train_exp_counter, float(penalty), reached))
+                self.penalties.append((strategy.clock.train_exp_counter, penalty.item(), reached))
             super().before_backward(strategy, **kwargs)
 
     strategy = make(name, tiny_vit())

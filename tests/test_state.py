@@ -47,7 +47,16 @@ from treelora_avalanche.state import (
     save_state,
     set_random_state,
 )
-from treelora_avalanche.strategies import EWCLoRA, GEMLoRA, SeqLoRA, TreeLoRAStrategy
+from treelora_avalanche.strategies import (
+    L2P,
+    DualPrompt,
+    EWCLoRA,
+    GEMLoRA,
+    HiDeLoRA,
+    HiDePrompt,
+    SeqLoRA,
+    TreeLoRAStrategy,
+)
 from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 from treelora_avalanche.tree import AdapterTree
 
@@ -68,10 +77,20 @@ VARIANTS = {
     "EWC online": (EWCLoRA, {"ewc_lambda": 5.0}),
     "EWC separate": (EWCLoRA, {"mode": "separate"}),
     "GEM": (GEMLoRA, {"patterns_per_experience": 5}),
+    "L2P": (L2P, {}),
+    "DualPrompt": (
+        DualPrompt,
+        {"general_layers": [0], "expert_layers": [1, 2], "head": "task_adaptive"},
+    ),
+    "HiDePrompt": (HiDePrompt, {"prompt_layers": [0, 1]}),
+    "HiDeLoRA": (HiDeLoRA, {}),
     "SGD": (SeqLoRA, {"optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)}),
 }
 # The methods that are continued in a new process too, which is slow to start.
-IN_NEW_PROCESS = ("SeqLoRA", "lcb", "nearest", "random", "merging")
+IN_NEW_PROCESS = (
+    *("SeqLoRA", "lcb", "nearest", "random", "merging"),
+    *("L2P", "DualPrompt", "HiDePrompt", "HiDeLoRA"),
+)
 
 
 def same(a, b):

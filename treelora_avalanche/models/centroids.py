@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+# Here, and not where it is used: to import it moves the global generator of Python.
+from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,8 +45,6 @@ class ClassCentroids(NamedTuple):
         :param features: all features of the class in this task, ``(n_samples, dim)``.
         :param n_centroids: number of centroids; fewer where there are fewer different samples.
         """
-        from sklearn.cluster import KMeans
-
         points = features.detach().cpu().double().numpy()
         n = min(n_centroids, len(features.unique(dim=0)))
         # Its own seed: the choice of centroids neither depends on the global generators nor moves
