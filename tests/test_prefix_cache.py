@@ -33,6 +33,7 @@ STRATEGIES = {
     "SeqLoRA": SeqLoRA,
     "TreeLoRA": TreeLoRAStrategy,
     "TreeLoRA with a head": partial(TreeLoRAStrategy, head="task_adaptive"),
+    "TreeLoRA routed": partial(TreeLoRAStrategy, head="task_adaptive", inference="routed"),
     "EWC": EWCLoRA,
     "GEM": GEMLoRA,
     "OGD": OGD,

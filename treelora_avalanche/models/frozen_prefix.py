@@ -176,13 +176,28 @@ class PrefixView(TrainableView):
             hidden = class_token_of(last, hidden)
         return vit.norm(hidden)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the live adapter hands to the classifier, ``(batch, dim)``.
+
+        :param x: as for :meth:`live`.
+        """
+        with self.autocasting():
+            features = self.transformer.forward_head(self.suffix(self.hidden(x)), pre_logits=True)
+        return features.float() if self.autocast is not None else features
+
     def live(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Logits ``(batch, n_classes)``, float32 or more.
+        """Logits of the live adapter, ``(batch, n_classes)``.
 
         :param x: images ``(batch, channels, height, width)``, or what :meth:`prefix` has made of
             them, ``(batch, n_tokens, dim)``.
         """
-        hidden = self.prefix(x) if x.ndim == 4 else x
         with self.autocasting():
-            logits = self.transformer.forward_head(self.suffix(hidden))
+            logits = self.transformer.forward_head(self.suffix(self.hidden(x)))
         return logits.float() if self.autocast is not None else logits
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the prefix makes of images, or has made of them already.
+
+        :param x: as for :meth:`live`.
+        """
+        return self.prefix(x) if x.ndim == 4 else x

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView
+from treelora_avalanche.models.frozen_prefix import PrefixView, find_transformer
 
 
 class Router(NamedTuple):
@@ -49,7 +49,7 @@ class RoutedView(TrainableView):
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         if self.training or self.router is None or not len(images):
-            return self.module(images)
+            return self.live(images)
         return self.routed(images, self.router)
 
     def routed(self, images: Tensor, router: Router) -> Tensor:
@@ -68,7 +68,7 @@ class RoutedView(TrainableView):
         raise NotImplementedError
 
 
-class RoutedAdapters(RoutedView):
+class RoutedAdapters(PrefixView, RoutedView):
     """Routes each sample to one of the LoRA adapters of a bank.
 
     One pass through the frozen blocks below the lowest adapted one serves both the choice and the
@@ -81,47 +81,32 @@ class RoutedAdapters(RoutedView):
     """
 
     def __init__(self, module: nn.Module, bank: AdapterBank):
+        if find_transformer(module) is None:
+            raise ValueError(
+                "`inference` is 'routed', which takes a timm VisionTransformer with timm's own "
+                "forward pass; use inference='last'."
+            )
         super().__init__(module)
         self.bank = bank
-        self._transformer()
-
-    def _transformer(self) -> VisionTransformer:
-        for module in self.module.modules():
-            if isinstance(module, VisionTransformer):
-                return module
-        raise ValueError(
-            "`inference` is 'routed', which takes a timm VisionTransformer; use inference='last'."
-        )
 
     def routed(self, images: Tensor, router: Router) -> Tensor:
         factors = LoRAFactors(self.module)
-        first = min(next(int(p) for p in n.split(".") if p.isdigit()) for n in factors.names)
-        vit = self._transformer()
+        hidden = self.hidden(images)
         with _restored(factors):
-            hidden = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-            for block in vit.blocks[:first]:
-                hidden = block(hidden)
             factors.stack.zero_()  # LoRA's output is BA x: without factors the model is frozen
-            chosen = router(self._features(vit, hidden, first))
+            chosen = router(self.features(hidden))
             rows, answers = [], []
             for adapter in chosen.unique().tolist():
                 rows.append((chosen == adapter).nonzero().squeeze(1))
                 factors.stack.copy_(self.bank[adapter])
-                answers.append(vit.head(self._features(vit, hidden[rows[-1]], first)))
+                answers.append(self.live(hidden[rows[-1]]))
         return torch.cat(answers)[torch.cat(rows).argsort()]
 
     def frozen_features(self, images: Tensor) -> Tensor:
         factors = LoRAFactors(self.module)
-        vit = self._transformer()
         with _restored(factors):
             factors.stack.zero_()
-            return vit.forward_head(vit.forward_features(images), pre_logits=True)
-
-    @staticmethod
-    def _features(vit: VisionTransformer, hidden: Tensor, first: int) -> Tensor:
-        for block in vit.blocks[first:]:
-            hidden = block(hidden)
-        return vit.forward_head(vit.norm(hidden), pre_logits=True)
+            return self.features(images)
 
 
 @contextmanager
