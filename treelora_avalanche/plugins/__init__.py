@@ -1,5 +1,6 @@
 """Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
 
+from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
 from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
 from treelora_avalanche.plugins.hide import ContrastivePlugin, TaskAdaptersPlugin
 from treelora_avalanche.plugins.inf_lora import InfLoRAPlugin
@@ -12,8 +13,8 @@ from treelora_avalanche.plugins.lcb_selector import (
 )
 from treelora_avalanche.plugins.o_lora import OLoRAPlugin
 from treelora_avalanche.plugins.ogd import OGDPlugin
-from treelora_avalanche.plugins.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.prefix_cache import PrefixCachePlugin
+from treelora_avalanche.plugins.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
@@ -22,6 +23,7 @@ from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 
 __all__ = [
     "ContrastivePlugin",
+    "CosineSchedulePlugin",
     "FiniteLossPlugin",
     "InfLoRAPlugin",
     "KeyLossPlugin",

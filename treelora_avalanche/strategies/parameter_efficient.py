@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,33 +13,51 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 from torch.optim import Optimizer
 
-from treelora_avalanche.adapters import TrainableView, find_classifier
+from treelora_avalanche.adapters import TrainableView, find_classifier, find_host
 from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import FiniteLossPlugin, TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
+from treelora_avalanche.strategies.accumulation import GradientAccumulation, check_accumulation
+from treelora_avalanche.strategies.defaults import (
+    LANGUAGE_TRAINING,
+    SCHEDULES,
+    VISION_TRAINING,
+    OptimizerFactory,
+)
 from treelora_avalanche.strategies.resumable import Resumable
+from treelora_avalanche.strategies.token_batches import TokenBatches
+
+logger = logging.getLogger(__name__)
 
 HEADS: dict[str, Callable[[], list[SupervisedPlugin]]] = {
     "linear": list,
     "task_adaptive": lambda: [TaskAdaptiveHeadPlugin()],
 }
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
-
-class ParameterEfficientStrategy(Resumable, SupervisedTemplate):
+class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, SupervisedTemplate):
     """Trains what a view of a model shows, on one experience after the other.
 
     The base of the strategies with LoRA (:class:`SeqLoRA` and its heirs) and of those with prompts.
     Task labels are not used.
 
+    What is not given is chosen for the kind of model, as in the TreeLoRA paper: for images, Adam at
+    0.005, batches of 192, 20 epochs; for a :class:`~treelora_avalanche.models.LanguageModel`, AdamW
+    at 1e-4 along a cosine, batches of 4, one epoch (the paper's numbers for TRACE differ from task
+    to task: ``strategy.train_epochs`` may be set before each), the loss over the tokens of the
+    answers, and batches of samples of similar length.
+
     :param model: the view of a model whose small part is to be trained.
     :param optimizer: an optimizer, or a callable that makes one from parameters, such as
-        ``functools.partial(torch.optim.Adam, lr=1e-3)``. The default is Adam at 0.005, as in the
-        paper for ViTs.
+        ``functools.partial(torch.optim.Adam, lr=1e-3)``.
     :param criterion: the loss, of logits ``(batch, n_classes)`` and targets ``(batch,)``.
     :param train_mb_size: mini-batch size for training.
     :param train_epochs: epochs per experience.
     :param eval_mb_size: mini-batch size for evaluation.
+    :param accumulation_steps: mini-batches whose gradients make one step of the optimizer; the step
+        is that of one batch of all their samples.
+    :param schedule: ``"constant"`` or ``"cosine"``, the learning rate within an experience; see
+        :class:`~treelora_avalanche.plugins.CosineSchedulePlugin`.
     :param device: where to train.
     :param head: ``"linear"``, a classifier trained by the loss alone; ``"task_adaptive"``, one that
         is re-trained after every task, for class-incremental streams: see
@@ -57,9 +75,11 @@ class ParameterEfficientStrategy(Resumable, SupervisedTemplate):
         model: TrainableView,
         optimizer: Optimizer | OptimizerFactory | None = None,
         criterion: nn.Module | Callable[..., torch.Tensor] | None = None,
-        train_mb_size: int = 192,
-        train_epochs: int = 20,
-        eval_mb_size: int | None = 192,
+        train_mb_size: int | None = None,
+        train_epochs: int | None = None,
+        eval_mb_size: int | None = None,
+        accumulation_steps: int = 1,
+        schedule: str | None = None,
         device: str | torch.device = "cpu",
         head: str = "linear",
         plugins: Sequence[SupervisedPlugin] | None = None,
@@ -67,25 +87,49 @@ class ParameterEfficientStrategy(Resumable, SupervisedTemplate):
         eval_every: int = -1,
         **base_kwargs: Any,
     ):
-        check_known("`head`", head, HEADS)
+        check_training(
+            model,
+            head=head,
+            schedule=schedule,
+            accumulation_steps=accumulation_steps,
+            plugins=plugins,
+        )
+        defaults = LANGUAGE_TRAINING if find_host(model) else VISION_TRAINING
+        schedule = schedule or defaults.schedule
+        self.accumulation_steps = accumulation_steps
         # On its device now: an optimizer made of parameters that move later would train copies.
         model.to(device)
         if optimizer is None:
-            optimizer = partial(torch.optim.Adam, lr=0.005)
+            optimizer = defaults.optimizer
         if not isinstance(optimizer, Optimizer):
             optimizer = optimizer(model.parameters())
+        if criterion is None:
+            criterion = defaults.criterion()
+        if evaluator is default_evaluator:
+            evaluator = defaults.evaluator
+        own: list[SupervisedPlugin] = [*HEADS[head](), FiniteLossPlugin()]
+        if schedule == "cosine":
+            own.append(CosineSchedulePlugin())
         super().__init__(
             model=model,
             optimizer=optimizer,
-            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
-            train_mb_size=train_mb_size,
-            train_epochs=train_epochs,
-            eval_mb_size=eval_mb_size,
+            criterion=criterion,
+            train_mb_size=train_mb_size or defaults.train_mb_size,
+            train_epochs=defaults.train_epochs if train_epochs is None else train_epochs,
+            eval_mb_size=eval_mb_size or defaults.eval_mb_size,
             device=device,
-            plugins=[*(plugins or ()), *HEADS[head](), FiniteLossPlugin()],
+            plugins=[*(plugins or ()), *own],
             evaluator=evaluator,
             eval_every=eval_every,
             **base_kwargs,
+        )
+        logger.info(
+            "%s, %s schedule; batches of %d, %d per step; %d epochs",
+            type(optimizer).__name__ + f" at {optimizer.param_groups[0]['lr']:g}",
+            schedule,
+            self.train_mb_size,
+            accumulation_steps,
+            self.train_epochs,
         )
 
     def _before_training_exp(self, **kwargs: Any) -> None:
@@ -105,3 +149,29 @@ class ParameterEfficientStrategy(Resumable, SupervisedTemplate):
                 f"num_classes={largest + 1} or more."
             )
         super()._before_training_exp(**kwargs)
+
+
+def check_training(
+    model: nn.Module,
+    *,
+    head: str = "linear",
+    schedule: str | None = None,
+    accumulation_steps: int = 1,
+    plugins: Sequence[SupervisedPlugin] | None = None,
+    **_: Any,
+) -> None:
+    """Raise an error for what :class:`ParameterEfficientStrategy` cannot train with.
+
+    The arguments are those of the strategy; others are not looked at.
+
+    :raises ValueError: if an argument is out of range, or does not go with the model.
+    """
+    check_known("`head`", head, HEADS)
+    if schedule is not None:
+        check_known("`schedule`", schedule, SCHEDULES)
+    check_accumulation(accumulation_steps, plugins or ())
+    if head != "linear" and find_host(model) is not None:
+        raise ValueError(
+            f"`head` is {head!r}, which re-trains a classifier, and a language model has none; use "
+            "head='linear'."
+        )

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from treelora_avalanche.adapters import (
-    DEFAULT_LAYERS,
     LayerChoice,
     TrainableView,
     add_lora,
@@ -18,9 +19,11 @@ from treelora_avalanche.adapters import (
 )
 from treelora_avalanche.models.frozen_prefix import trainable_view
 from treelora_avalanche.models.precision import autocast_dtype
-from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import PrefixCachePlugin
-from treelora_avalanche.strategies.parameter_efficient import HEADS, ParameterEfficientStrategy
+from treelora_avalanche.strategies.parameter_efficient import (
+    ParameterEfficientStrategy,
+    check_training,
+)
 from treelora_avalanche.strategies.positional_model import positional_model
 
 logger = logging.getLogger(__name__)
@@ -31,16 +34,20 @@ class SeqLoRA(ParameterEfficientStrategy):
     """Plain LoRA, trained on one experience after the other with nothing against forgetting.
 
     The base of the other LoRA strategies, and what they are measured against. A plain timm model is
-    enough: LoRA is attached here, and the classifier is trained beside it. ``strategy.model`` is a
+    enough: LoRA is attached here, and the classifier is trained beside it. So is a
+    :class:`~treelora_avalanche.models.LanguageModel`. ``strategy.model`` is a
     :class:`~treelora_avalanche.adapters.TrainableView` around the peft model. Task labels are not
     used.
 
     :param model: a pretrained model; or a model that carries LoRA already, which is taken as it is
         (``rank``, ``alpha``, ``layers`` and ``target_modules`` then have no say).
-    :param rank: rank of the LoRA factors.
-    :param alpha: LoRA's output is scaled by ``alpha / rank``.
-    :param layers: blocks to adapt: ``"first:k"``, ``"last:k"``, ``"all"`` or block numbers.
-    :param target_modules: linear layers to adapt inside a block; by default the fused ``qkv``.
+    :param rank: rank of the LoRA factors; by default 10, for language models 8.
+    :param alpha: LoRA's output is scaled by ``alpha / rank``; by default 10, for language models
+        32.
+    :param layers: blocks to adapt: ``"first:k"``, ``"last:k"``, ``"all"`` or block numbers; by
+        default the first five, for language models all.
+    :param target_modules: linear layers to adapt inside a block; by default the fused ``qkv``, for
+        language models queries and values.
     :param head: see :class:`ParameterEfficientStrategy`.
     :param cache: bytes of memory in which to keep what the blocks below the adapter make of the
         images, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
@@ -58,9 +65,9 @@ class SeqLoRA(ParameterEfficientStrategy):
         self,
         *,
         model: nn.Module,
-        rank: int = 10,
-        alpha: float = 10,
-        layers: LayerChoice = DEFAULT_LAYERS,
+        rank: int | None = None,
+        alpha: float | None = None,
+        layers: LayerChoice | None = None,
         target_modules: Sequence[str] | None = None,
         head: str = "linear",
         cache: int | str | None = "auto",
@@ -69,7 +76,8 @@ class SeqLoRA(ParameterEfficientStrategy):
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
-        check_known("`head`", head, HEADS)
+        check_training(model, head=head, plugins=plugins, **kwargs)
+        _check_answers_with_logits(model)
         autocast = autocast_dtype(precision, kwargs.get("device", "cpu"))
         prefix_cache = PrefixCachePlugin(cache)
         if not lora_layers(model):
@@ -87,3 +95,14 @@ class SeqLoRA(ParameterEfficientStrategy):
     def _view(self, model: nn.Module) -> TrainableView:
         """What :attr:`model` becomes, around a model with LoRA."""
         return trainable_view(model)
+
+
+def _check_answers_with_logits(model: nn.Module) -> None:
+    inner = model.module if isinstance(model, TrainableView) else model
+    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    if isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"`model` is a {type(inner).__name__} of transformers, which does not answer with "
+            "logits alone; wrap it as `treelora_avalanche.models.LanguageModel(model, tokenizer)`, "
+            "or make it with `create_language_model` or `create_text_encoder`."
+        )

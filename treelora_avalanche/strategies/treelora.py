@@ -9,7 +9,6 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from treelora_avalanche.adapters import (
-    DEFAULT_LAYERS,
     AdapterBank,
     TrainableView,
     find_adaptable_layers,
@@ -81,9 +80,7 @@ class TreeLoRAStrategy(SeqLoRA):
         check_known("`inference`", inference, INFERENCE)
         if depth is not None:
             n_layers = len(lora_layers(model)) or len(
-                find_adaptable_layers(
-                    model, kwargs.get("layers", DEFAULT_LAYERS), kwargs.get("target_modules")
-                )
+                find_adaptable_layers(model, kwargs.get("layers"), kwargs.get("target_modules"))
             )
             if depth > n_layers:
                 raise ValueError(
@@ -102,4 +99,6 @@ class TreeLoRAStrategy(SeqLoRA):
         super().__init__(model=model, plugins=[*(plugins or ()), *own], **kwargs)
 
     def _view(self, model: nn.Module) -> TrainableView:
-        return super()._view(model) if self.inference == "last" else RoutedAdapters(model, self.bank)
+        return (
+            super()._view(model) if self.inference == "last" else RoutedAdapters(model, self.bank)
+        )
