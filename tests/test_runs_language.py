@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 LANGUAGE = [name for name, entry in METHODS.items() if "language" in entry.models]
 CONTINUES = ["TreeLoRA", "SeqLoRA", "EWCLoRA", "GEMLoRA", "Naive"]
-TASKS = {"echo": "say {}:", "shout": "shout {}!"}
+TASKS = {"echo": "say {}", "shout": "shout, loudly: {}"}
 WORDS = ("a", "bc", "def", "g", "hi", "j", "kl")
 
 
@@ -40,6 +40,7 @@ def folder(tmp_path_factory, make_tokenizer):
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
+        tie_word_embeddings=True,  # untrained it repeats the last token, which earns a score
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -105,8 +106,9 @@ def test_run_folder(method, settings, ingredients, folder, tmp_path):
             assert [t["prompt"] for t in own] == [
                 TASKS[task].format(word) for word in WORDS[: len(own)]
             ]
-            scores = [fuzz.ratio(t["generated"], t["answer"]) / 100 for t in own]
+            scores = [round(fuzz.ratio(t["generated"], t["answer"])) / 100 for t in own]
             assert row[place] == (pytest.approx(sum(scores) / 3) if known else None)
+    assert matrix[-1][-1] > 0
     final = results["metrics"]["generated"]
     assert final["overall_performance"] == pytest.approx(sum(matrix[1]) / 2)
     drop = None if entry.joint else pytest.approx((matrix[0][0] - matrix[1][0]) / 2)
