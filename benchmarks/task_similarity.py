@@ -53,27 +53,13 @@ from treelora_avalanche.bandit import LCBSearch
 from treelora_avalanche.models import create_vit, image_preprocessing, pretrained_digits_vit
 from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.names import check_known
-from treelora_avalanche.scenarios import DomainImageFolder, SplitImageFolder
+from treelora_avalanche.scenarios import CALTECH101_GROUPS, DomainImageFolder, SplitImageFolder
 from treelora_avalanche.strategies import SeqLoRA
 from treelora_avalanche.tree import AdapterTree
 
 DATA = os.environ.get("TREELORA_DATA", "../shared/data")
 WEIGHTS = "deit_tiny_patch16_224_in1k/model.fp16.safetensors"
 
-CALTECH_GROUPS = {
-    "mammals": (
-        "beaver", "dalmatian", "elephant", "gerenuk", "hedgehog", "kangaroo", "llama", "okapi",
-        "panda", "platypus", "rhino", "wild_cat",
-    ),
-    "vehicles": (
-        "Motorbikes", "airplanes", "car_side", "ferry", "helicopter", "ketch", "schooner",
-        "wheelchair",
-    ),
-    "music": (
-        "accordion", "electric_guitar", "euphonium", "gramophone", "grand_piano", "mandolin",
-        "metronome", "saxophone",
-    ),
-}  # fmt: skip
 CLASSES_PER_TASK = 4
 
 STARTS = ("carried", "common")
@@ -146,7 +132,7 @@ def caltech101_stream(data: Path, seed: int, size: int) -> Stream:
     """Classes of Caltech-101 by what they show; who shares a task is drawn within the group."""
     generator = torch.Generator().manual_seed(seed)
     classes, groups = [], []
-    for group, names in CALTECH_GROUPS.items():
+    for group, names in CALTECH101_GROUPS.items():
         classes += [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
         groups += [group] * (len(names) // CLASSES_PER_TASK)
     model = deit_tiny(data, num_classes=len(classes))

@@ -5,20 +5,25 @@ from .cub200 import SplitCUB200
 from .digits import SplitDigits, digits_images
 from .domains import DomainImageFolder
 from .imagenet_r import SplitImageNetR
+from .relations import CALTECH101_GROUPS, DomainDigits, GroupedImageFolder, ReturningTasks
 from .text_classification import LongSequence, OLoRAOrder
 from .text_tasks import TextTasks
 from .trace import FULL_EPOCHS, LORA_EPOCHS, TRACE, TREELORA_EPOCHS, MathLLM
 from .vision import SplitImageFolder
 
 __all__ = [
+    "CALTECH101_GROUPS",
     "FULL_EPOCHS",
     "LORA_EPOCHS",
     "TRACE",
     "TREELORA_EPOCHS",
+    "DomainDigits",
     "DomainImageFolder",
+    "GroupedImageFolder",
     "LongSequence",
     "MathLLM",
     "OLoRAOrder",
+    "ReturningTasks",
     "SplitCIFAR100",
     "SplitCUB200",
     "SplitDigits",
