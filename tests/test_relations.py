@@ -167,7 +167,7 @@ def test_a_task_holds_classes_of_its_group_alone(folder, seed):
 
 def test_groups_that_do_not_divide_are_refused(folder):
     root, groups = folder
-    with pytest.raises(ValueError, match="`classes_per_task` is 4, .* the 2 classes of 'tools'"):
+    with pytest.raises(ValueError, match=r"`classes_per_task` is 4, .* the 2 classes of 'tools'"):
         GroupedImageFolder(root, groups, 4, preprocessing=TINY)
 
 
