@@ -135,7 +135,7 @@ def test_key_loss_is_added_with_its_coefficient(tiny_vit, tiny_benchmark):
         def before_backward(self, strategy, **kwargs):
             without, distance = strategy.loss.item(), self._keyed.key_distance.item()
             super().before_backward(strategy, **kwargs)
-            self.seen = (*self.seen, (without, distance, float(strategy.loss)))
+            self.seen = (*self.seen, (without, distance, strategy.loss.item()))
 
     strategy = make(tiny_vit(), sim_coefficient=0.7)
     index = next(i for i, p in enumerate(strategy.plugins) if type(p) is KeyLossPlugin)

@@ -300,8 +300,10 @@ class RoutedPrompts(RoutedView):
     module: TaskPromptedViT
 
     def routed(self, images: Tensor, router: Router) -> Tensor:
-        chosen = router(self.module.query(images))
-        return self.module(images, self.module.prompts.stacked()[chosen])
+        with self.autocasting():
+            chosen = router(self.module.query(images))
+            return self.module(images, self.module.prompts.stacked()[chosen])
 
     def frozen_features(self, images: Tensor) -> Tensor:
-        return self.module.query(images)
+        with self.autocasting():
+            return self.module.query(images)

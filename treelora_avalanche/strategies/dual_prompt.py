@@ -10,9 +10,11 @@ from torch import nn
 
 from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.models.prompted_vit import DualPromptedViT, check_vision_transformer
-from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import KeyLossPlugin, TaskPromptsPlugin, WithinTaskLossPlugin
-from treelora_avalanche.strategies.parameter_efficient import HEADS, ParameterEfficientStrategy
+from treelora_avalanche.strategies.parameter_efficient import (
+    ParameterEfficientStrategy,
+    check_training,
+)
 from treelora_avalanche.strategies.positional_model import positional_model
 
 
@@ -54,7 +56,7 @@ class DualPrompt(ParameterEfficientStrategy):
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
-        check_known("`head`", head, HEADS)
+        check_training(model, head=head, plugins=plugins, **kwargs)
         key_loss = KeyLossPlugin(sim_coefficient)
         prompted = DualPromptedViT(
             check_vision_transformer(model, "DualPrompt"),

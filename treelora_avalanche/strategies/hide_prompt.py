@@ -15,7 +15,10 @@ from treelora_avalanche.models.prompted_vit import (
 )
 from treelora_avalanche.plugins import TaskPromptsPlugin
 from treelora_avalanche.plugins.hide import hide_plugins
-from treelora_avalanche.strategies.parameter_efficient import ParameterEfficientStrategy
+from treelora_avalanche.strategies.parameter_efficient import (
+    ParameterEfficientStrategy,
+    check_training,
+)
 from treelora_avalanche.strategies.positional_model import positional_model
 
 
@@ -66,6 +69,7 @@ class HiDePrompt(ParameterEfficientStrategy):
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
+        check_training(model, plugins=plugins, **kwargs)
         head, contrastive, router = hide_plugins(contrast, n_centroids, seed)
         prompted = TaskPromptedViT(
             check_vision_transformer(model, "HiDePrompt"),

@@ -13,9 +13,11 @@ from torch.optim import Adam
 from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.models.prompted_vit import PromptTunedViT, check_vision_transformer
 from treelora_avalanche.models.prompts import PromptPool
-from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import KeyLossPlugin, WithinTaskLossPlugin
-from treelora_avalanche.strategies.parameter_efficient import HEADS, ParameterEfficientStrategy
+from treelora_avalanche.strategies.parameter_efficient import (
+    ParameterEfficientStrategy,
+    check_training,
+)
 from treelora_avalanche.strategies.positional_model import positional_model
 
 
@@ -63,7 +65,7 @@ class L2P(ParameterEfficientStrategy):
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
-        check_known("`head`", head, HEADS)
+        check_training(model, head=head, plugins=plugins, **kwargs)
         own = [WithinTaskLossPlugin(), KeyLossPlugin(sim_coefficient)]
         vit = check_vision_transformer(model, "L2P")
         pool = PromptPool(
