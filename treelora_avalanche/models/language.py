@@ -13,7 +13,6 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedModel,
 )
 
 from ..adapters import AdapterHost
 from .features import evaluating
+from .hub import from_folder_or_hub
 from .text_prompts import encode_prompt, end_token
 
 logger = logging.getLogger(__name__)
@@ -227,51 +226,15 @@ def create_language_model(
     :raises OSError: if the hub cannot be reached, or does not have the model.
     :raises ValueError: if the model is no causal language model, or its tokenizer does not do.
     """
-    name = os.fspath(name_or_folder)
-    folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if local:
-        _check_folder(folder)
-        name = str(folder)
-    elif folder.is_absolute() or name.startswith((".", "~")):
-        raise FileNotFoundError(f"`name_or_folder` is {name!r}, which is not a folder.")
-    safe: dict[str, Any] = {"trust_remote_code": False}
-    try:
+    with from_folder_or_hub(name_or_folder) as (name, safe):
         _check_causal(name, AutoConfig.from_pretrained(name, **safe))  # before gigabytes come
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        network = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", use_safetensors=True, **safe
         )
-    except OSError as error:
-        if local:
-            raise
-        raise OSError(
-            f"{name!r} could not be fetched from the Hugging Face hub ({type(error).__name__}); "
-            "check the name, your connection, and whether its licence must be accepted there, or "
-            "pass a folder on this machine that holds config.json, the tokenizer and "
-            "*.safetensors."
-        ) from error
     return LanguageModel(
         network, tokenizer, max_length=max_length, gradient_checkpointing=gradient_checkpointing
     )
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"`name_or_folder` is {str(folder)!r}, a folder without config.json; pass one that "
-            "`save_pretrained` has written."
-        )
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(f.name for f in folder.glob("*.bin")) + sorted(
-            f.name for f in folder.glob("*.pt*")
-        )
-        found = f" (found {', '.join(others)}, which may hold code)" if others else ""
-        raise FileNotFoundError(
-            f"`name_or_folder` is {str(folder)!r}, a folder without weights in safetensors{found}; "
-            "load it with transformers where you trust it, and save it with "
-            "`model.save_pretrained(folder)`."
-        )
 
 
 def _check_causal(name: str, config: Any) -> None:

@@ -6,6 +6,7 @@ from .digits import SplitDigits, digits_images
 from .domains import DomainImageFolder
 from .imagenet_r import SplitImageNetR
 from .relations import CALTECH101_GROUPS, DomainDigits, GroupedImageFolder, ReturningTasks
+from .text_classes import TextClasses
 from .text_classification import LongSequence, OLoRAOrder
 from .text_tasks import TextTasks
 from .trace import FULL_EPOCHS, LORA_EPOCHS, TRACE, TREELORA_EPOCHS, MathLLM
@@ -29,6 +30,7 @@ __all__ = [
     "SplitDigits",
     "SplitImageFolder",
     "SplitImageNetR",
+    "TextClasses",
     "TextTasks",
     "digits_images",
 ]

@@ -229,6 +229,31 @@ def TextTasks(
     :raises FileNotFoundError: if a file is missing.
     :raises ValueError: if a file does not hold such records; file and record are named.
     """
+    built = []
+    for name, train, test in read_tasks(folder, tasks, order, test_fraction, seed):
+        one_metric = metric if isinstance(metric, str) else metric.get(name, "rouge_l")
+        check_known("`metric`", one_metric, METRICS)
+        length = (
+            max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens.get(name, 128)
+        )
+        built.append(TextTask(name, train, test, one_metric, length))
+    return text_benchmark(built, model, limit=limit, max_length=max_length)
+
+
+def read_tasks(
+    folder: str | Path,
+    tasks: Sequence[str] | None,
+    order: Sequence[int] | None,
+    test_fraction: float,
+    seed: int,
+) -> list[tuple[str, Records, Records]]:
+    """Names of a folder's tasks, with their records for training and testing.
+
+    The arguments are those of :func:`TextTasks`.
+
+    :raises FileNotFoundError: if a file is missing.
+    :raises ValueError: if there are no such tasks, or files do not hold such records.
+    """
     root = Path(folder).expanduser()
     found = dict(_task_files(root))
     if not found:
@@ -239,23 +264,7 @@ def TextTasks(
     names = sorted(found) if tasks is None else list(tasks)
     for name in names:
         check_known("task in `tasks`", name, found)
-    built = []
-    for name in arranged(names, order):
-        one_metric = metric if isinstance(metric, str) else metric.get(name, "rouge_l")
-        check_known("`metric`", one_metric, METRICS)
-        built.append(
-            TextTask(
-                name,
-                *_parts(found[name], test_fraction, seed),
-                metric=one_metric,
-                max_new_tokens=(
-                    max_new_tokens
-                    if isinstance(max_new_tokens, int)
-                    else max_new_tokens.get(name, 128)
-                ),
-            )
-        )
-    return text_benchmark(built, model, limit=limit, max_length=max_length)
+    return [(name, *_parts(found[name], test_fraction, seed)) for name in arranged(names, order)]
 
 
 def _task_files(root: Path) -> Iterator[tuple[str, list[Path]]]:
