@@ -265,6 +265,7 @@ def test_truncation_keeps_template_answer_and_the_end_of_the_prompt(
     assert kept_prompt.endswith(after)
     kept_prompt = kept_prompt.removesuffix(after)
     assert prompt.endswith(kept_prompt)
+    assert len(kept_prompt) == len(prompt) - sample.n_dropped
     assert len(kept_prompt) >= min(len(prompt), 32)
     if sample.n_cut:
         assert answer.startswith(kept_answer)

@@ -79,7 +79,7 @@ def test_rows_hold_the_sample_and_its_answer_one_token_later(release, make_token
         release, tokenizer, tasks=["NumGLUE-cm"], limit=5, max_length=200
     ).train_stream[0]
     for n, (x, y, task) in enumerate(experience.dataset):
-        tokens, n_prompt, _ = encode_sample(
+        tokens, n_prompt, *_ = encode_sample(
             tokenizer, experience.prompts[n], experience.answers[n], 200
         )
         assert task == 0
@@ -133,10 +133,11 @@ def test_answers_that_do_not_fit_are_reported_and_the_rest_is_kept(tiny, make_to
         {"prompt": "p" * 50, "answer": "b" * 90},
     ]
     root = tiny(["FOMC"], train=records)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         benchmark = TRACE(root, make_tokenizer(), tasks=["FOMC"], max_length=80)
-    (message,) = (r.getMessage() for r in caplog.records if r.name.startswith("treelora"))
+    shortened, message = (r.getMessage() for r in caplog.records if r.name.startswith("treelora"))
     assert "FOMC/train.json" in message.replace("\\", "/")
+    assert "prompts of 2 of 3 records lose their beginnings" in shortened
     assert "2 of 3 records" in message
     assert "first is record 1" in message
     assert "record 2, loses 43 tokens" in message  # 91 with the end, 48 beside 32 of the prompt

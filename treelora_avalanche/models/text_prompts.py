@@ -17,11 +17,13 @@ class EncodedSample(NamedTuple):
     :param tokens: prompt, answer, end token.
     :param n_prompt: how many of them are the prompt's.
     :param n_cut: tokens of the answer that did not fit; its end token is then missing too.
+    :param n_dropped: tokens of the prompt that did not fit.
     """
 
     tokens: list[int]
     n_prompt: int
     n_cut: int
+    n_dropped: int = 0
 
 
 class _EncodedPrompt(NamedTuple):
@@ -102,7 +104,8 @@ def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
         )
     kept = full[: max_length - least]
     tokens = encoded.shortened(max_length - len(kept))
-    return EncodedSample([*tokens, *kept], len(tokens), len(full) - len(kept))
+    n_dropped = encoded.n_fixed + len(encoded.body) - len(tokens)
+    return EncodedSample([*tokens, *kept], len(tokens), len(full) - len(kept), n_dropped)
 
 
 def _encode(tokenizer: Any, prompt: str) -> _EncodedPrompt:

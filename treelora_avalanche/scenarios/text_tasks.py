@@ -149,6 +149,15 @@ def _dataset(
     records: Records, tokenizer: Any, max_length: int
 ) -> TaskAwareSupervisedClassificationDataset:
     samples = [encode_sample(tokenizer, r.prompt, r.answer, max_length) for r in records.records]
+    n_shortened = sum(sample.n_dropped > 0 for sample in samples)
+    if n_shortened:
+        logger.info(
+            "%s: the prompts of %d of %d records lose their beginnings, to fit into %d tokens",
+            records.file,
+            n_shortened,
+            len(samples),
+            max_length,
+        )
     cut = [number for number, sample in enumerate(samples) if sample.n_cut]
     if cut:
         worst = max(cut, key=lambda number: samples[number].n_cut)
