@@ -47,6 +47,7 @@ def main(
     limit: int | None = None,
     seeds: int = 1,
     batch_size: int = 4,
+    eval_batch_size: int = 32,
     lr: float = 1e-4,
     max_length: int = 1024,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
@@ -60,6 +61,7 @@ def main(
     :param limit: use the first samples only of each task's training and test texts.
     :param seeds: number of seeds.
     :param batch_size: samples per step.
+    :param eval_batch_size: prompts that are answered together.
     :param lr: AdamW's learning rate, at the start of its cosine; a tiny model wants a larger one.
     :param max_length: tokens of a prompt and its answer.
     :param device: where to train.
@@ -83,6 +85,7 @@ def main(
                 language_model,
                 optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
                 train_mb_size=batch_size,
+                eval_mb_size=eval_batch_size,
                 device=device,
                 evaluator=EvaluationPlugin(scores, *others, losses, loggers=[]),
             )

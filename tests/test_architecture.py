@@ -21,6 +21,7 @@ LAYERS = {
     "methods": 4,
     "recipes": 4,
     "settings": 4,
+    "streams": 4,
     "runs": 4,
     "compare": 5,
     "reports": 5,

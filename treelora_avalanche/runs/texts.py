@@ -11,8 +11,10 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from .. import models, scenarios
+from ..adapters import lora_layers
 from ..methods import Method
 from ..settings import EQUAL_EPOCHS, RunSettings
+from ..tree import MAX_DEPTH
 
 
 def language_model(settings: RunSettings, dtype: str) -> nn.Module:
@@ -108,4 +110,26 @@ def epochs_per_task(entry: Method, wanted: list[int] | str, names: list[str]) ->
     return wanted
 
 
-__all__ = ["TEXT_STREAMS", "epochs_per_task", "language_model"]
+def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) -> str:
+    """How a language model is trained, defaults filled in.
+
+    :param strategy: the strategy, before its first task.
+    :param config: of the run.
+    :param epochs: of each task.
+    """
+    layers = lora_layers(strategy.model)
+    words = [
+        f"LoRA of rank {config['rank']} (α {config['alpha']:g}) on {len(layers)} matrices"
+        if layers
+        else "every weight",
+        f"learning rate {config['lr']:g}",
+        f"batches of {config['batch_size']}",
+        f"epochs {', '.join(map(str, epochs))}",
+    ]
+    if "tree_lambda" in config:
+        depth = config["depth"] or min(len(layers), MAX_DEPTH)
+        words.append(f"λ {config['tree_lambda']:g}, a tree of depth {depth}")
+    return "trains " + "; ".join(words)
+
+
+__all__ = ["TEXT_STREAMS", "epochs_per_task", "language_model", "training_in_words"]

@@ -31,7 +31,7 @@ from .folder import (
 from .ingredients import Ingredients, find_device, prepare, resolve_config
 from .record import Record, Stage, append_drawing, describe, plain_tree, scores_of, task_names
 from .resume import Interrupted, Progressed, find_interrupted, save_progress
-from .texts import epochs_per_task
+from .texts import epochs_per_task, training_in_words
 from .watch import PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
 
 
@@ -62,8 +62,9 @@ def run(
     :param ingredients: from :func:`prepare` with the same seed and settings, to share it among
         methods; built here by default.
     :param progress: called after every training step.
-    :param note: called with one line where an interrupted run continues, or cannot; and of a
-        language model with TreeLoRA's tree after every task, as in the paper's Figures 5 and 8.
+    :param note: called with one line where an interrupted run continues, or cannot. Of a language
+        model also with how it is trained, and with TreeLoRA's tree after every task, as in the
+        paper's Figures 5 and 8.
     :param verbose: attach Avalanche's `InteractiveLogger`.
     :return: what `results.json` holds.
     """
@@ -148,6 +149,8 @@ def _run(
                 plugins=[counter],
                 evaluator=record.evaluator,
             )
+            if names is not None:
+                note(training_in_words(strategy, config, epochs))
             unsaved = _why_unsaved(entry, strategy)
             if unsaved and begun:
                 note(f"starts again from the first task: {unsaved}")
