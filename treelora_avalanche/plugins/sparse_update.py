@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
-from torch.nn import functional as F
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.plugins.lcb_selector import SelectorPlugin
@@ -25,7 +25,21 @@ def proximal_step(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
     :param threshold: learning rate times lambda, at least 0.
     :return: the new factors, of the same shape.
     """
-    return anchor + F.softshrink(factors - anchor, threshold)
+    return proximal_step_(factors.clone(), anchor, threshold, torch.empty_like(factors))
+
+
+def proximal_step_(factors: Tensor, anchor: Tensor, threshold: float, room: Tensor) -> Tensor:
+    """:func:`proximal_step` in place, and without memory of its own.
+
+    The result is the point between ``factors - threshold`` and ``factors + threshold`` that is
+    nearest to the anchor.
+
+    :param room: any values, of the same shape; they are lost.
+    :return: ``factors``.
+    """
+    torch.add(factors, threshold, out=room)
+    torch.minimum(room, anchor, out=room)
+    return torch.maximum(factors.sub_(threshold), room, out=factors)
 
 
 class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -57,6 +71,7 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         """Finds the live adapter and the part of the optimizer that moves it."""
         self._factors = LoRAFactors(strategy.model)
         self._anchor = None
+        self._room = torch.empty_like(self._factors.stack)
         a, _ = self._factors.parameters[0]
         self._group = next(
             group
@@ -74,8 +89,9 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         if self.tree_lambda > 0 and self.selector.picks is not None:
             self._anchor = self.bank.receive()
             threshold = float(self._group["lr"]) * self.tree_lambda
-            stack = self._factors.stack
-            stack.copy_(proximal_step(stack, self._anchor, threshold))
+            # Fresh memory of the adapter's size, asked for at every step, would cost the CPU more
+            # than the arithmetic.
+            proximal_step_(self._factors.stack, self._anchor, threshold, self._room)
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Publishes the penalty and the sparsity that it has reached."""
