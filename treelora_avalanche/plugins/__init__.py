@@ -18,6 +18,7 @@ from treelora_avalanche.plugins.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins.task_start import TaskSignaturePlugin, TaskStartPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 
@@ -41,6 +42,8 @@ __all__ = [
     "TaskAdaptersPlugin",
     "TaskAdaptiveHeadPlugin",
     "TaskPromptsPlugin",
+    "TaskSignaturePlugin",
+    "TaskStartPlugin",
     "TreeBuilderPlugin",
     "WithinTaskLossPlugin",
     "proximal_step",
