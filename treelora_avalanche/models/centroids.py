@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
 # Here, and not where it is used: to import it moves the global generator of Python.
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
+
+from treelora_avalanche.models.pseudo_features import load_statistics
 
 
 class ClassCentroids(NamedTuple):
@@ -143,4 +146,4 @@ class Centroids:
 
         :param state: the classes as dictionaries of tensors and plain values.
         """
-        return [ClassCentroids(**plain) for plain in state]
+        return load_statistics(ClassCentroids, state)

@@ -28,6 +28,27 @@ def classifier_of(model: nn.Module) -> nn.Linear:
     return classifier
 
 
+def check_classes(model: nn.Module, experience: Any) -> None:
+    """Raise an error if an experience has classes for which the classifier has no output.
+
+    Said before the loss does: on a GPU, that ends the process and names neither.
+
+    :param model: any model; one without a linear classifier, as a language model, is not looked at.
+    :param experience: an experience to train or evaluate.
+    :raises ValueError: if the classifier is too small.
+    """
+    classifier = find_classifier(model)
+    if classifier is None:
+        return
+    largest = max(experience.classes_in_this_experience, default=-1)
+    if largest >= classifier.out_features:
+        raise ValueError(
+            f"experience {experience.current_experience} has class {largest}, and the model's "
+            f"classifier {classifier.out_features} outputs; make the model with "
+            f"num_classes={largest + 1} or more."
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards the model is in the mode it was in."""

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from treelora_avalanche.state import check_keys
+
+Statistics = TypeVar("Statistics", bound="Any")
 
 
 class Draws(Protocol):
@@ -91,6 +95,19 @@ def statistics_state(statistics: Sequence[Any]) -> list[dict[str, Any]]:
     :param statistics: the classes.
     """
     return [s._asdict() for s in statistics]
+
+
+def load_statistics(kind: type[Statistics], state: list[dict[str, Any]]) -> list[Statistics]:
+    """The statistics that :func:`statistics_state` was given.
+
+    :param kind: their class.
+    :param state: what it returned.
+    :raises ValueError: if they are of another kind.
+    """
+    for plain in state:
+        where = f"the statistics of a class, as {kind.__name__},"
+        check_keys(plain, kind._fields, where, "Load them with the `kind` that they are of.")
+    return [kind(**plain) for plain in state]
 
 
 def move_statistics(statistics: Sequence[Any], device: torch.device | str) -> list[Any]:
@@ -191,7 +208,7 @@ class Gaussians:
 
         :param state: what it returned.
         """
-        return [ClassStatistics(**plain) for plain in state]
+        return load_statistics(ClassStatistics, state)
 
 
 def train_head(
@@ -205,7 +222,8 @@ def train_head(
 ) -> None:
     """Trains a classifier, in place, on pseudo-features of the classes seen so far.
 
-    Outputs of classes never seen are left out of the loss, and their weights as they are.
+    Outputs of classes never seen are left out of the loss, and their weights as they are. All
+    classes weigh the same, also one with statistics of several tasks.
 
     :param head: the classifier.
     :param pseudo_features: where the features come from.
@@ -220,10 +238,11 @@ def train_head(
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     targets = rows.repeat_interleave(n_per_class)
+    weights = rows.bincount().to(weight.dtype).reciprocal()  # (n_classes_seen,)
     with torch.enable_grad():
         for _ in range(epochs):
             features, _ = pseudo_features.draw(n_per_class, generator)
-            loss = nn.functional.cross_entropy(features @ weight.T + bias, targets)
+            loss = nn.functional.cross_entropy(features @ weight.T + bias, targets, weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -247,6 +266,9 @@ def feature_drift(before: Tensor, after: Tensor, ridge: float = 0.01) -> tuple[T
     center, moved = before.mean(0), (after - before).mean(0)
     x, y = before - center, after - before - moved
     gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.diagonal().sum() + torch.finfo(gram.dtype).tiny)
+    # Images that are all alike differ by rounding errors alone, which a map must not follow either.
+    limits = torch.finfo(gram.dtype)
+    rounding = limits.eps * len(x) * center.square().sum() + limits.tiny
+    gram.diagonal().add_(ridge * gram.diagonal().sum() + rounding)
     weight = torch.linalg.solve(gram, x.T @ y)
     return weight, moved - center @ weight

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treelora_avalanche.models.features import classifier_of, extract_features
 from treelora_avalanche.models.pseudo_features import (
@@ -24,6 +24,7 @@ from treelora_avalanche.models.pseudo_features import (
 )
 from treelora_avalanche.models.routed import RoutedView
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
+from treelora_avalanche.state import check_keys
 
 
 class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin):
@@ -67,6 +68,7 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin):
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Narrows the loss to the classes of the experience."""
         super().before_training_exp(strategy, *args, **kwargs)
+        self._check_backbone(strategy.model)
         if self._must_follow(strategy):
             self._before, _ = self._features(strategy)
 
@@ -92,6 +94,19 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin):
     def _must_follow(self, strategy: Any) -> bool:
         return len(self.statistics) > 0 and not isinstance(strategy.model, RoutedView)
 
+    def _check_backbone(self, model: nn.Module) -> None:
+        """Loaded into a plugin alone, statistics have no fingerprint that tells their backbone."""
+        if not self.statistics:
+            return
+        means = next(value for value in self.statistics[0] if isinstance(value, Tensor))
+        dim = classifier_of(model).in_features
+        if means.shape[-1] != dim:
+            raise ValueError(
+                f"the class statistics are of features of {means.shape[-1]} values, and this "
+                f"model's have {dim}: they are of another backbone. Load them beside the model "
+                "that they are of."
+            )
+
     def _features(self, strategy: Any) -> tuple[Tensor, Tensor]:
         return extract_features(
             strategy.model,
@@ -108,6 +123,9 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin):
         """Takes up where another plugin of this class has ended.
 
         :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it lacks keys or has unknown ones, or its statistics are of another
+            kind; the plugin is then as it was.
         """
-        self.n_tasks = state["n_tasks"]
+        check_keys(state, {"n_tasks", "statistics"}, "the state of TaskAdaptiveHeadPlugin")
         self.statistics = self.kind.load(state["statistics"])
+        self.n_tasks = state["n_tasks"]

@@ -8,6 +8,8 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from treelora_avalanche.models.features import check_classes
+
 
 class WithinTaskLoss(nn.Module):
     """A criterion that compares only the classes of the current experience.
@@ -39,10 +41,15 @@ class WithinTaskLossPlugin(SupervisedPlugin, supports_distributed=True):  # type
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Narrows the loss to the classes of the experience."""
+        check_classes(strategy.model, strategy.experience)
         if not isinstance(strategy._criterion, WithinTaskLoss):
             strategy._criterion = WithinTaskLoss(strategy._criterion)
         classes = sorted(strategy.experience.classes_in_this_experience)
         strategy._criterion.current = torch.tensor(classes, device=strategy.device)
+
+    def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Checks that the classifier knows the classes, also of a strategy that does not."""
+        check_classes(strategy.model, strategy.experience)
 
     def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Gives the strategy its own criterion back."""

@@ -13,7 +13,8 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 from torch.optim import Optimizer
 
-from treelora_avalanche.adapters import TrainableView, find_classifier, find_host
+from treelora_avalanche.adapters import TrainableView, find_host
+from treelora_avalanche.models.features import check_classes
 from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import FiniteLossPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
@@ -139,16 +140,12 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
                 f"experience {experience.current_experience} has no samples; "
                 "leave it out of the stream."
             )
-        classifier = find_classifier(self.model)
-        # Without a classifier, as in language models, an experience need not have classes.
-        largest = max(experience.classes_in_this_experience) if classifier is not None else -1
-        if classifier is not None and largest >= classifier.out_features:
-            raise ValueError(
-                f"experience {experience.current_experience} has class {largest}, and the model's "
-                f"classifier {classifier.out_features} outputs; make the model with "
-                f"num_classes={largest + 1} or more."
-            )
+        check_classes(self.model, experience)
         super()._before_training_exp(**kwargs)
+
+    def _before_eval_exp(self, **kwargs: Any) -> None:
+        check_classes(self.model, self.experience)
+        super()._before_eval_exp(**kwargs)
 
 
 def check_training(
