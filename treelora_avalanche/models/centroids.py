@@ -60,6 +60,11 @@ class ClassCentroids(NamedTuple):
         variances = belongs.T @ (features - means[owner]).square() / count[:, None]
         return cls(label, task, means, variances, count / len(features))
 
+    @property
+    def dim(self) -> int:
+        """Size of a feature."""
+        return self.means.shape[1]
+
     def moved(self, weight: Tensor, bias: Tensor) -> ClassCentroids:
         """The centroids after the features have moved by ``x -> x + x @ weight + bias``."""
         map_ = weight + torch.eye(len(weight), dtype=weight.dtype, device=weight.device)

@@ -37,7 +37,8 @@ class Draws(Protocol):
 class StatisticsKind(Protocol):
     """What is remembered of a class: :class:`Gaussians`, or centroids (``models/centroids.py``).
 
-    The statistics of a class are a named tuple with ``label``, ``task``, tensors, and ``moved``.
+    The statistics of a class are a named tuple with ``label``, ``task``, tensors, ``dim`` (the size
+    of a feature), and ``moved``.
     """
 
     def of(self, features: Tensor, targets: Tensor, task: int) -> list[Any]:
@@ -81,6 +82,11 @@ class ClassStatistics(NamedTuple):
             _, s, vh = torch.linalg.svd(factor, full_matrices=False)
             factor = s[:max_rank, None] * vh[:max_rank]
         return cls(label, task, mean, factor if n > 1 else factor[:0])
+
+    @property
+    def dim(self) -> int:
+        """Size of a feature."""
+        return self.mean.shape[0]
 
     def moved(self, weight: Tensor, bias: Tensor) -> ClassStatistics:
         """The statistics after the features have moved by ``x -> x + x @ weight + bias``."""
