@@ -63,7 +63,7 @@ def ReturningTasks(
     generator = _generator(seed)
     tasks: list[tuple[str, Any, Any]] = []
     for i, pair in enumerate(zip(benchmark.train_stream, benchmark.test_stream, strict=True)):
-        train, test = (_parts(experience, times, generator) for experience in pair)
+        train, test = (_divided(experience.dataset, times, generator) for experience in pair)
         tasks += [(_name(benchmark, i), *parts) for parts in zip(train, test, strict=True)]
     if order == "rounds":
         tasks = [task for part in range(times) for task in tasks[part::times]]
@@ -130,11 +130,12 @@ def DomainDigits(*, seed: int = 0) -> GenericCLScenario:
     """Scikit-learn's digits in four renditions: a domain-incremental stream without a download.
 
     As they are; as a negative; turned by 90 degrees; and with their pixels in another, fixed order.
-    Every experience holds all ten classes. A model that was pretrained on digits as they are
-    (:func:`~treelora_avalanche.models.pretrained_digits_vit`) has everything to learn of the
-    others, and what it learns of one is of little use for the next.
+    Every experience holds all ten classes, and its own quarter of the images. A model that was
+    pretrained on digits as they are (:func:`~treelora_avalanche.models.pretrained_digits_vit`) has
+    everything to learn of the others, and what it learns of one is of little use for the next.
 
-    :param seed: seed of the order of the pixels, and of that of the renditions.
+    :param seed: seed of the order of the pixels, of the quarters, and of the order of the
+        renditions.
     :return: the benchmark; it carries ``domain_names``, ``class_names`` and ``n_classes``.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -145,13 +146,18 @@ def DomainDigits(*, seed: int = 0) -> GenericCLScenario:
         "turned": lambda images: images.rot90(1, (2, 3)),
         "shuffled": lambda images: images.flatten(1)[:, pixels].view_as(images),
     }
-    names = list(renditions)
-    names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
     digits = load_digits()
-    benchmark = dataset_benchmark(
-        [_LabelledImages(renditions[n](digits.train_images), digits.train_labels) for n in names],
-        [_LabelledImages(renditions[n](digits.test_images), digits.test_labels) for n in names],
-    )
+    parts = [
+        [
+            _LabelledImages(render(images[rows]), labels[rows])
+            for render, rows in zip(renditions.values(), quarters, strict=True)
+        ]
+        for images, labels in (digits[:2], digits[2:])
+        for quarters in [_parts(labels, len(renditions), generator)]
+    ]
+    order = torch.randperm(len(renditions), generator=generator).tolist()
+    benchmark = dataset_benchmark(*([part[i] for i in order] for part in parts))
+    names = [list(renditions)[i] for i in order]
     benchmark.domain_names = names
     benchmark.class_names = [str(digit) for digit in range(10)]
     benchmark.n_classes = 10
@@ -169,20 +175,23 @@ def _name(benchmark: Any, i: int) -> str:
     return ", ".join(map(str, sorted(benchmark.train_stream[i].classes_in_this_experience)))
 
 
-def _parts(experience: Any, times: int, generator: torch.Generator) -> list[Any]:
-    """The images of an experience in disjoint parts, each with the same share of every class."""
-    targets = torch.tensor([int(target) for target in experience.dataset.targets])
+def _divided(dataset: Any, times: int, generator: torch.Generator) -> list[Any]:
+    targets = torch.tensor([int(target) for target in dataset.targets])
+    return [dataset.subset(rows) for rows in _parts(targets, times, generator)]
+
+
+def _parts(targets: Tensor, times: int, generator: torch.Generator) -> list[list[int]]:
+    """Rows in disjoint parts, each with the same number of every class."""
     rows: list[list[int]] = [[] for _ in range(times)]
-    for label in targets.unique():
+    for label in targets.unique().tolist():
         of_class = (targets == label).nonzero().squeeze(1)
         if len(of_class) < times:
             raise ValueError(
-                f"`times` is {times}, and class {int(label)} of experience "
-                f"{experience.current_experience} has only {len(of_class)} images in the "
-                f"{experience.origin_stream.name} stream; lower it."
+                f"`times` is {times}, and class {label} has only {len(of_class)} images in an "
+                "experience; lower it."
             )
         drawn = of_class[torch.randperm(len(of_class), generator=generator)]
         n = len(of_class) // times
         for part in range(times):
             rows[part] += drawn[part * n : (part + 1) * n].tolist()
-    return [experience.dataset.subset(sorted(part)) for part in rows]
+    return [sorted(part) for part in rows]
