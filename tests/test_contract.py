@@ -145,8 +145,7 @@ def trained(data_root, tmp_path_factory):
             ]
             n = min(len(test) for test in tests)
             folder = tmp_path_factory.mktemp(method)
-            if not unsaved(method):
-                save_strategy(strategy, folder / "state")
+            save_strategy(strategy, folder / "state")
             done[method] = Trained(
                 strategy,
                 benchmark,
@@ -160,11 +159,6 @@ def trained(data_root, tmp_path_factory):
         return done[method]
 
     return of
-
-
-def unsaved(method):
-    """Whether a method cannot be saved, and says so."""
-    return METHODS[method].keeps_to_itself or method in ("LwF", "Replay")
 
 
 @pytest.mark.parametrize("method", VISION)
@@ -245,7 +239,7 @@ from treelora_avalanche.strategies.resumable import load_strategy
 images = torch.load(sys.argv[3], weights_only=True)
 for method, folder in json.loads(sys.argv[4]).items():
     strategy, benchmark = build(method, settings_of(Path(sys.argv[2])), [Watch()])
-    load_strategy(strategy, folder)
+    load_strategy(strategy, folder, past=benchmark.train_stream)
     # What is fitted anew from loaded statistics is so when an evaluation begins.
     strategy.eval(benchmark.test_stream[:1])
     torch.save(logits_of(strategy, images, 64), f"{folder}.logits")
@@ -254,9 +248,9 @@ for method, folder in json.loads(sys.argv[4]).items():
 
 @pytest.fixture(scope="module")
 def reloaded(trained, data_root, tmp_path_factory):
-    """Logits of every method that can be saved, loaded in a new process."""
+    """Logits of every method, loaded in a new process."""
     folder = tmp_path_factory.mktemp("reloaded")
-    runs = {method: trained(method) for method in VISION if not unsaved(method)}
+    runs = {method: trained(method) for method in VISION}
     states = {method: str(run.folder / "state") for method, run in runs.items()}
     torch.save(next(iter(runs.values())).images, folder / "images")
     here = str(Path(__file__).parent)
@@ -269,8 +263,6 @@ def reloaded(trained, data_root, tmp_path_factory):
 
 @pytest.mark.parametrize("method", VISION)
 def test_loads_in_a_new_process(trained, reloaded, method):
-    if unsaved(method):
-        pytest.skip("keeps state that cannot be saved, and says so when it is interrupted")
     run = trained(method)
     expected = logits_of(run.strategy, run.images, 64)
     assert torch.equal(reloaded[method], expected)
@@ -279,6 +271,6 @@ def test_loads_in_a_new_process(trained, reloaded, method):
 def test_another_methods_state_is_refused(trained, data_root):
     strategy, _ = build("SeqLoRA", settings_of(data_root), [Watch()])
     for method in OURS:
-        if method != "SeqLoRA" and not unsaved(method):
+        if method != "SeqLoRA":
             with pytest.raises(ValueError, match=type(trained(method).strategy).__name__):
                 load_strategy(strategy, trained(method).folder / "state")

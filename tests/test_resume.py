@@ -5,22 +5,30 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
+from avalanche.benchmarks import dataset_benchmark
+from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset
+from avalanche.training.plugins import LwFPlugin, ReplayPlugin
+from avalanche.training.supervised import Cumulative, LwF, Replay
 
 from treelora_avalanche import models
 from treelora_avalanche.cli import main
-from treelora_avalanche.methods import METHODS
-from treelora_avalanche.runs import Ingredients, run
+from treelora_avalanche.methods import METHODS, _avalanches
+from treelora_avalanche.plugins import MemoryDrawsPlugin
+from treelora_avalanche.runs import Ingredients, run, training
+from treelora_avalanche.runs.resume import save_progress
 from treelora_avalanche.settings import RunSettings
+from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 
 SETTINGS = RunSettings(
     epochs=1, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu", head="task_adaptive"
 )
-CONTINUES = [
-    *("TreeLoRA", "TreeLoRA-routed", "SeqLoRA", "EWCLoRA", "GEMLoRA", "Naive"),
-    *("OGD", "OLoRA", "InfLoRA", "L2Anchor"),
-]
+CONTINUES = [name for name, method in METHODS.items() if not method.joint]
+# The images of the stream's three tasks, by eights: steps of the last task, counted from 1.
+LAST_STEPS = {"Cumulative": range(13, 25), "FrozenNCM": (), "FrozenGaussian": ()}
 
 
 class PowerCutError(Exception):
@@ -29,7 +37,8 @@ class PowerCutError(Exception):
 
 @pytest.fixture
 def ingredients(tiny_benchmark, tiny_vit):
-    return Ingredients(0, tiny_benchmark, tiny_vit())
+    # Five blocks, as deep as the prompts of DualPrompt and HiDe-Prompt.
+    return Ingredients(0, tiny_benchmark, tiny_vit(depth=5))
 
 
 def outcome(results):
@@ -57,8 +66,16 @@ def losses(folder):
 
 
 def interrupt(method, ingredients, folder, task=3):
-    with pytest.raises(PowerCutError):
-        run(method, 0, SETTINGS, folder, ingredients=ingredients, progress=cut_in_task(task))
+    def cut_after_saving(*arguments):
+        save_progress(*arguments)
+        if arguments[-1].stages == task - 1:
+            raise PowerCutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not LAST_STEPS.get(method, True):  # there is no step to cut in
+            patch.setattr(training, "save_progress", cut_after_saving)
+        with pytest.raises(PowerCutError):
+            run(method, 0, SETTINGS, folder, ingredients=ingredients, progress=cut_in_task(task))
 
 
 @pytest.mark.parametrize("method", CONTINUES)
@@ -82,7 +99,8 @@ def test_continued_is_uninterrupted_bit_for_bit(method, ingredients, tmp_path):
     assert notes == ["continues after task 2 of 3"]
     assert outcome(continued) == outcome(whole)
     assert losses(folder) == losses(tmp_path / "whole")
-    assert set(steps) == {9, 10, 11, 12}, "4 steps a task: only the third was trained again"
+    last = set(LAST_STEPS.get(method, range(9, 13))) or {0}
+    assert set(steps) == last, "only the third task was trained again"
     for name in ("training_results.csv", "eval_results.csv"):
         assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
     if method.startswith("TreeLoRA"):
@@ -90,18 +108,92 @@ def test_continued_is_uninterrupted_bit_for_bit(method, ingredients, tmp_path):
     assert not list(folder.glob("state*"))
 
 
-@pytest.mark.parametrize(
-    "method", [name for name, entry in METHODS.items() if name not in CONTINUES and not entry.joint]
-)
-def test_what_cannot_be_saved_starts_again_and_says_so(method, ingredients, tmp_path):
-    notes = []
+def test_what_cannot_be_saved_starts_again_and_says_so(ingredients, tmp_path, monkeypatch):
+    method, notes = "MAS", []
+    build = _avalanches("MAS", lambda_reg=1.0, alpha=0.5)
+    monkeypatch.setitem(METHODS, method, replace(METHODS["LwF"], build=build))
     whole = run(method, 0, SETTINGS, tmp_path / "whole", ingredients=ingredients)
     (tmp_path / "whole" / "results.json").unlink()
     again = run(method, 0, SETTINGS, tmp_path / "whole", ingredients=ingredients, note=notes.append)
     assert len(notes) == 1
     assert "starts again from the first task" in notes[0]
-    assert "cannot be saved" in notes[0]
+    assert "MASPlugin keeps state that cannot be saved" in notes[0]
     assert outcome(again) == outcome(whole)
+
+
+def wide_benchmark():
+    """Four tasks of eight classes each, whose labels lie far apart."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randperm(400, generator=generator)[:32].reshape(4, 8)
+
+    def dataset(classes):
+        targets = classes.repeat_interleave(4)
+        images = torch.randn(len(targets), 8, generator=generator)
+        return _make_taskaware_tensor_classification_dataset(images, targets, task_labels=0)
+
+    datasets = [dataset(classes) for classes in labels]
+    return dataset_benchmark(datasets, datasets)
+
+
+@pytest.mark.parametrize(
+    ("strategy_class", "options"),
+    [
+        (Replay, {"mem_size": 10, "plugins": [MemoryDrawsPlugin]}),
+        (LwF, {"alpha": 1.0, "temperature": 2.0}),
+        (Cumulative, {}),
+    ],
+)
+def test_what_is_kept_of_the_past_is_taken_again_from_the_stream(strategy_class, options, tmp_path):
+    def build(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(8, 400)
+        return strategy_class(
+            model=model,
+            optimizer=torch.optim.Adam(model.parameters(), lr=0.05),
+            criterion=torch.nn.CrossEntropyLoss(),
+            train_mb_size=8,
+            evaluator=None,
+            **{**options, "plugins": [plugin() for plugin in options.get("plugins", ())]},
+        )
+
+    stream = wide_benchmark().train_stream
+    whole, resumed = build(0), build(1)
+    for experience in stream[:3]:
+        whole.train(experience)
+    save_strategy(whole, tmp_path / "state")
+    before = resumed.model.weight.clone()
+    with pytest.raises(ValueError, match="pass the 3 that it was trained on as `past`"):
+        load_strategy(resumed, tmp_path / "state", stream[:2])
+    assert torch.equal(resumed.model.weight, before)
+    weights = []
+    for strategy in (whole, resumed):  # also back into the one it came from
+        load_strategy(strategy, tmp_path / "state", stream[:3])
+        strategy.train(stream[3])
+        weights.append(strategy.model.weight)
+    assert torch.equal(*weights)
+    without = build(1)
+    load_strategy(without, tmp_path / "state", stream[:3])
+    forget(without)
+    without.train(stream[3])
+    assert not torch.equal(without.model.weight, weights[0]), "what is taken again matters"
+
+
+def forget(strategy):
+    """Undo what is taken again, whatever it is."""
+    strategy.dataset = None
+    for plugin in strategy.plugins:
+        if isinstance(plugin, LwFPlugin):
+            plugin.lwf.prev_model = None
+        if isinstance(plugin, ReplayPlugin):
+            plugin.storage_policy.buffer_groups.clear()
+
+
+def test_a_replay_memory_whose_draws_are_not_known_is_named(tmp_path):
+    model = torch.nn.Linear(8, 400)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategy = Replay(model=model, optimizer=optimizer, criterion=None, evaluator=None)
+    with pytest.raises(TypeError, match="the plugins ReplayPlugin have no `state_dict`"):
+        save_strategy(strategy, tmp_path / "state")
 
 
 def test_a_damaged_state_starts_again_and_says_so(ingredients, tmp_path):
@@ -121,7 +213,7 @@ def test_a_damaged_state_starts_again_and_says_so(ingredients, tmp_path):
 def test_a_state_of_another_backbone_starts_again_and_says_so(ingredients, tmp_path, tiny_vit):
     folder, notes = tmp_path / "cut", []
     interrupt("SeqLoRA", ingredients, folder)
-    other = Ingredients(0, ingredients.benchmark, tiny_vit())
+    other = Ingredients(0, ingredients.benchmark, tiny_vit(depth=5))
     other.backbone.blocks[0].mlp.fc1.weight.data.mul_(2)
     run("SeqLoRA", 0, SETTINGS, folder, ingredients=other, note=notes.append)
     assert notes[0] == "continues after task 2 of 3"

@@ -68,9 +68,6 @@ class Method:
     """ Whether an adapter is trained, to be stored after every task. """
     joint: bool = False
     """ Whether it trains once, on all tasks together. """
-    keeps_to_itself: bool = False
-    """ Whether the strategy keeps something from task to task outside of its plugins and of what it
-    trains, which cannot be saved. """
 
     @property
     def on_all_seen(self) -> bool:
@@ -247,6 +244,16 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
     return build
 
 
+def _replay(
+    model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
+) -> SupervisedTemplate:
+    from .plugins import MemoryDrawsPlugin
+
+    builder = _avalanches("Replay", mem_size=REPLAY_SAMPLES)
+    plugins = [*shared["plugins"], MemoryDrawsPlugin()]
+    return builder(model, settings, lr, seed, {**shared, "plugins": plugins})
+
+
 def _our_frozen(name: str) -> Build:
     """Builder of a strategy of ours that trains nothing.
 
@@ -418,7 +425,7 @@ METHODS: dict[str, Method] = {
     ),
     "Replay": Method(
         f"LoRA with {REPLAY_SAMPLES} stored samples, mixed into every batch",
-        _avalanches("Replay", mem_size=REPLAY_SAMPLES),
+        _replay,
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -433,7 +440,6 @@ METHODS: dict[str, Method] = {
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
         uses_lora=False,
-        keeps_to_itself=True,
     ),
     "FrozenGaussian": Method(
         "the task-adaptive head on the features of the untrained backbone",
@@ -442,7 +448,6 @@ METHODS: dict[str, Method] = {
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
         uses_lora=False,
-        keeps_to_itself=True,
     ),
     "StreamingLDA": Method(
         "Avalanche's streaming discriminant analysis on the untrained backbone",
@@ -451,7 +456,6 @@ METHODS: dict[str, Method] = {
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
         uses_lora=False,
-        keeps_to_itself=True,
     ),
     "Cumulative": Method(
         "LoRA trained on all data seen so far, again after every task",
@@ -462,7 +466,6 @@ METHODS: dict[str, Method] = {
         models=BOTH,
         kind="upper bound",
         ignores=TREE_OPTIONS | {"head"},
-        keeps_to_itself=True,
     ),
     "JointTraining": Method(
         "LoRA trained once, on the data of all tasks together",

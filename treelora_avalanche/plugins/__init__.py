@@ -11,6 +11,7 @@ from treelora_avalanche.plugins.lcb_selector import (
     RandomSelectorPlugin,
     SelectorPlugin,
 )
+from treelora_avalanche.plugins.memory_draws import MemoryDrawsPlugin
 from treelora_avalanche.plugins.o_lora import OLoRAPlugin
 from treelora_avalanche.plugins.ogd import OGDPlugin
 from treelora_avalanche.plugins.prefix_cache import PrefixCachePlugin
@@ -30,6 +31,7 @@ __all__ = [
     "KeyLossPlugin",
     "L2AnchorPlugin",
     "LCBSelectorPlugin",
+    "MemoryDrawsPlugin",
     "NearestSelectorPlugin",
     "NonFiniteLossError",
     "OGDPlugin",

@@ -15,6 +15,7 @@ from avalanche.training.plugins import EvaluationPlugin
 
 from ..adapters import save_adapter
 from ..methods import Method, find_method
+from ..models.features import check_classes
 from ..settings import RunSettings
 from ..strategies.resumable import load_strategy_state, plugins_without_state
 from .account import count_parameters, git_hash, hardware, stored_bytes, versions
@@ -75,6 +76,10 @@ def run(
         ingredients = prepare(seed, settings)
     elif ingredients.seed != seed:
         raise ValueError(f"`ingredients` were prepared for seed {ingredients.seed}, not {seed}")
+    if not settings.on_language:
+        for stream in (ingredients.benchmark.train_stream, ingredients.benchmark.test_stream):
+            for experience in stream:
+                check_classes(ingredients.backbone, experience)
     folder = Path(folder)
 
     def attempt(interrupted: Interrupted | None) -> dict[str, Any]:
@@ -151,12 +156,13 @@ def _run(
             )
             if names is not None:
                 note(training_in_words(strategy, config, epochs))
-            unsaved = _why_unsaved(entry, strategy)
+            unsaved = _why_unsaved(strategy)
             if unsaved and begun:
                 note(f"starts again from the first task: {unsaved}")
             if interrupted is not None:
                 try:
-                    load_strategy_state(strategy, interrupted.strategy)
+                    past = [stage.train for stage in stages[: before.stages]]
+                    load_strategy_state(strategy, interrupted.strategy, past)
                 except ValueError as error:
                     raise CannotContinueError(str(error)) from error
             for done, stage in enumerate(stages[before.stages :], start=before.stages + 1):
@@ -306,10 +312,8 @@ def _finished_tasks(folder: Path, config: dict[str, Any]) -> bool:
     )
 
 
-def _why_unsaved(entry: Method, strategy: Any) -> str | None:
+def _why_unsaved(strategy: Any) -> str | None:
     """Why a method's state cannot be saved; None if it can."""
-    if entry.keeps_to_itself:
-        return f"{type(strategy).__name__} keeps state that cannot be saved"
     stateless = plugins_without_state(strategy)
     if stateless:
         return f"{', '.join(stateless)} keeps state that cannot be saved"

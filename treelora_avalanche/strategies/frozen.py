@@ -11,9 +11,15 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
-from treelora_avalanche.models.features import classifier_of, extract_features
+from treelora_avalanche.models.features import (
+    check_classes,
+    classifier_of,
+    extract_features,
+)
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
+from treelora_avalanche.state import check_keys
 from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.resumable import Resumable
 
 
 class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -42,6 +48,8 @@ class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # typ
         if self._sums is None or self._counts is None:
             self._sums = torch.zeros_like(head.weight)
             self._counts = torch.zeros_like(head.bias)
+        # Loaded ones come on the CPU.
+        self._sums, self._counts = self._sums.to(features), self._counts.to(features)
         self._sums.index_add_(0, targets, features)
         self._counts.index_add_(0, targets, torch.ones_like(features[:, 0]))
         means = self._sums / self._counts.clamp(min=1)[:, None]
@@ -49,9 +57,25 @@ class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # typ
         bias = -0.5 * means.square().sum(1)
         head.bias.copy_(torch.where(self._counts > 0, bias, float("-inf")))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of the features and the counts of the samples, per class; None at first."""
+        return {"sums": self._sums, "counts": self._counts}
 
-class _FrozenBackbone(SupervisedTemplate):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where another plugin of this class has ended.
+
+        :param state: what :meth:`state_dict` returned.
+        :raises ValueError: if it lacks keys or has unknown ones; the plugin is then as it was.
+        """
+        check_keys(state, self.state_dict(), "the state of NearestMeanHeadPlugin")
+        self._sums, self._counts = state["sums"], state["counts"]
+
+
+class _FrozenBackbone(Resumable, SupervisedTemplate):
     """A backbone that is never trained, and a head that a plugin sets after every experience.
+
+    The head alone requires a gradient, though none is computed: so it is what a saved state holds,
+    and the rest the backbone that the state goes with.
 
     :param model: a pretrained model with a linear classifier.
     :param eval_mb_size: samples per forward pass.
@@ -74,9 +98,11 @@ class _FrozenBackbone(SupervisedTemplate):
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         **base_kwargs: Any,
     ):
-        classifier_of(model)  # raises where there is none
+        head = classifier_of(model)  # raises where there is none
+        model.requires_grad_(False)
+        head.requires_grad_(True)
         super().__init__(
-            model=model.requires_grad_(False),
+            model=model,
             # The template wants an optimizer, and takes no step with it: there are no epochs.
             optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
             criterion=nn.CrossEntropyLoss(),
@@ -88,6 +114,14 @@ class _FrozenBackbone(SupervisedTemplate):
             evaluator=evaluator,
             **base_kwargs,
         )
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        check_classes(self.model, self.experience)
+        super()._before_training_exp(**kwargs)
+
+    def _before_eval_exp(self, **kwargs: Any) -> None:
+        check_classes(self.model, self.experience)
+        super()._before_eval_exp(**kwargs)
 
 
 @positional_model

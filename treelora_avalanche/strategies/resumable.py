@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +34,14 @@ from treelora_avalanche.state import (
     random_state,
     save_state,
     set_random_state,
+)
+from treelora_avalanche.strategies.built_in import (
+    check_own_state,
+    keeps_past,
+    load_own_state,
+    own_state,
+    take_again,
+    takes_again,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,7 +87,8 @@ def plugins_without_state(strategy: Any) -> list[str]:
     """Class names of the plugins that keep something and cannot say what.
 
     A plugin needs ``state_dict()`` and ``load_state_dict(state)``, of tensors and plain values,
-    unless it has no attributes at all. Of Avalanche's own, EWC and GEM are known.
+    unless it has no attributes at all. Of Avalanche's own, EWC and GEM are known; and those of its
+    ``LwF``, and of its ``Replay`` with a :class:`~treelora_avalanche.plugins.MemoryDrawsPlugin`.
 
     :param strategy: an Avalanche strategy.
     """
@@ -87,20 +96,24 @@ def plugins_without_state(strategy: Any) -> list[str]:
         type(plugin).__name__
         for plugin in strategy.plugins
         if not has_state(plugin)
+        and not takes_again(strategy, plugin)
         and not isinstance(plugin, (EvaluationPlugin, PeriodicEval, Clock))
         and vars(plugin)
     ]
 
 
-def load_strategy_state(strategy: Any, state: State) -> None:
+def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -> None:
     """Put a strategy into a state; experience after experience it then does what that one did.
 
     :param strategy: a strategy built like the one that was saved, from the same pretrained
         backbone. An experience in which its training was interrupted is given up.
     :param state: what :func:`strategy_state` returned.
+    :param past: the experiences that it was trained on, in this order. Avalanche's ``Replay``,
+        ``LwF`` and ``Cumulative`` need them, whose memory is data of the stream and is not saved;
+        others do not look at them.
     :raises ValueError: if the state does not fit; the strategy is then as it was.
     """
-    _check(strategy, state)
+    _check(strategy, state, past)
     with ExitStack() as undo:
         # What a plugin refuses is known only when it is asked, and others were loaded before it.
         for step in _undo_steps(strategy):
@@ -108,6 +121,7 @@ def load_strategy_state(strategy: Any, state: State) -> None:
         _apply(strategy, state)
         undo.pop_all()
     strategy.experience = None
+    take_again(strategy, past)
     changed = [
         f"{name} {saved} (now {_versions().get(name)})"
         for name, saved in state["versions"].items()
@@ -128,15 +142,16 @@ def save_strategy(strategy: Any, folder: str | os.PathLike[str]) -> None:
     save_state(folder, strategy_state(strategy))
 
 
-def load_strategy(strategy: Any, folder: str | os.PathLike[str]) -> None:
+def load_strategy(strategy: Any, folder: str | os.PathLike[str], past: Sequence[Any] = ()) -> None:
     """Load what :func:`save_strategy` has written; see :meth:`Resumable.load`.
 
     :param strategy: a strategy built like the one that was saved.
     :param folder: the folder of the state.
+    :param past: see :func:`load_strategy_state`.
     """
     state = load_state(folder)
     try:
-        load_strategy_state(strategy, state)
+        load_strategy_state(strategy, state, past)
     except ValueError as error:
         raise ValueError(f"the state in {folder} cannot be loaded: {error}") from error
 
@@ -214,12 +229,13 @@ def _collect(strategy: Any) -> State:
         },
         "plugins": {key: item_state(plugin) for key, plugin in _plugins(strategy).items()},
         "metrics": {key: item_state(metric) for key, metric in _metrics(strategy).items()},
+        "own": own_state(strategy),
         "clock": _counters(strategy),
         "random": random_state(),
     }
 
 
-def _check(strategy: Any, state: State) -> None:
+def _check(strategy: Any, state: State, past: Sequence[Any]) -> None:
     """Raises for a state that does not fit, as far as can be told without asking the plugins."""
     name = type(strategy).__name__
     parts = {"strategy", "versions", "backbone", *_PARTS}
@@ -258,11 +274,18 @@ def _check(strategy: Any, state: State) -> None:
         )
     check_keys(state["plugins"], _plugins(strategy), "its list of plugins", _SAME)
     check_keys(state["metrics"], _metrics(strategy), "its list of metrics", _SAME)
+    check_own_state(strategy, state["own"])
     check_keys(state["clock"], _counters(strategy), "its list of counters")
+    n_trained = state["clock"]["train_exp_counter"]
+    if keeps_past(strategy) and len(past) != n_trained:
+        raise ValueError(
+            f"{name} keeps data of its past experiences, which is not saved; pass the {n_trained} "
+            f"that it was trained on as `past` (it has {len(past)})."
+        )
     check_random_state(state["random"])
 
 
-_PARTS = ("model", "optimizer", "plugins", "metrics", "clock", "random")
+_PARTS = ("model", "optimizer", "plugins", "metrics", "own", "clock", "random")
 
 
 def _apply(strategy: Any, state: State) -> None:
@@ -288,6 +311,7 @@ def _apply(strategy: Any, state: State) -> None:
     strategy.optimized_param_id = (
         dict(strategy.model.named_parameters()) if state["optimizer"]["prepared"] else None
     )
+    load_own_state(strategy, state["own"])
     vars(strategy.clock).update(state["clock"])
     set_random_state(state["random"])
 
