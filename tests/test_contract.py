@@ -71,7 +71,8 @@ def logits_of(strategy, images, batch_size):
         answers = []
         for batch in images.split(batch_size):
             # As strategies with a forward of their own are asked: by the batch and nothing else.
-            strategy.mbatch = [batch, None, torch.zeros(len(batch), dtype=torch.long)]
+            nothing = torch.zeros(len(batch), dtype=torch.long)
+            strategy.mbatch = [batch, nothing, nothing]
             answers.append(strategy.forward())
         return torch.cat(answers)
 
