@@ -91,7 +91,6 @@ def model(story_teller):
 @pytest.fixture(scope="module")
 def make_stream(data, story_teller, tmp_path_factory):
     """Makes a stream of the first tasks of TRACE; without the data, of made-up ones."""
-    logging.getLogger("treelora_avalanche.scenarios").setLevel(logging.ERROR)
     tokenizer = AutoTokenizer.from_pretrained(story_teller)
     folder = tmp_path_factory.mktemp("texts")
     for place, name in enumerate(TASKS):
