@@ -16,8 +16,11 @@ from torch.optim import Optimizer
 from treelora_avalanche.adapters import TrainableView, find_host
 from treelora_avalanche.models.features import check_classes
 from treelora_avalanche.names import check_known
-from treelora_avalanche.plugins import FiniteLossPlugin, TaskAdaptiveHeadPlugin
-from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
+from treelora_avalanche.plugins import (
+    CosineSchedulePlugin,
+    FiniteLossPlugin,
+    TaskAdaptiveHeadPlugin,
+)
 from treelora_avalanche.strategies.accumulation import GradientAccumulation, check_accumulation
 from treelora_avalanche.strategies.defaults import (
     LANGUAGE_TRAINING,
