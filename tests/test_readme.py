@@ -1,5 +1,6 @@
 """The README's commands and examples do what they say."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -11,8 +12,11 @@ import timm
 import torch
 from avalanche.training.templates import SupervisedTemplate
 from timm.models.vision_transformer import VisionTransformer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from treelora_avalanche.cli import build_parser
+from treelora_avalanche.models import LanguageModel
+from treelora_avalanche.scenarios import TextTasks
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -64,10 +68,38 @@ def test_no_command_is_left_untested():
     assert [c for c in COMMANDS if not c.startswith(known)] == []
 
 
+@pytest.fixture
+def tiny_texts(tmp_path):
+    """Makes three tasks of text in place of TRACE."""
+    for name in ("up", "down", "left"):
+        (tmp_path / name).mkdir()
+        records = [{"prompt": f"{name} {n}:", "answer": str(n)} for n in range(4)]
+        for part in ("train", "test"):
+            (tmp_path / name / f"{part}.json").write_text(json.dumps(records))
+
+    def make(data_root, model, variant):
+        assert variant in ("500", "1000", "5000")
+        return TextTasks(tmp_path, model, max_new_tokens=2)
+
+    return make
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("example", EXAMPLES, ids=["strategy", "plugins"])
-def test_python_examples_run(example, monkeypatch, tiny_benchmark):
+@pytest.mark.parametrize("example", EXAMPLES, ids=["strategy", "plugins", "language"])
+def test_python_examples_run(example, monkeypatch, tiny_benchmark, tiny_texts, make_tokenizer):
     # The names of the example, on a stream and a model that need no download.
+    def tiny_language_model(name, *, dtype):
+        assert hasattr(torch, dtype)
+        config = LlamaConfig(
+            vocab_size=98,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+        return LanguageModel(LlamaForCausalLM(config), make_tokenizer())
+
     def tiny_model(name, *, pretrained, num_classes):
         assert timm.is_model(name)
         return VisionTransformer(
@@ -79,6 +111,8 @@ def test_python_examples_run(example, monkeypatch, tiny_benchmark):
         "treelora_avalanche.scenarios.SplitCIFAR100",
         lambda n_experiences, dataset_root: tiny_benchmark,
     )
+    monkeypatch.setattr("treelora_avalanche.models.create_language_model", tiny_language_model)
+    monkeypatch.setattr("treelora_avalanche.scenarios.TRACE", tiny_texts)
     torch.manual_seed(0)
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)

@@ -28,6 +28,16 @@ DEFAULT_SEEDS = [0, 1, 2]
 class _Parser(jsonargparse.ArgumentParser):
     """Errors are one line: what is wrong and where, without the list of all options."""
 
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """What the arguments say; the names of recipes stand for their files.
+
+        :param args: by default those of the process.
+        :param others: handed on.
+        :param kwargs: handed on.
+        """
+        given = _with_recipes(sys.argv[1:] if args is None else args)
+        return super().parse_args(given, *others, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         _complain(message)
         raise SystemExit(2)
@@ -231,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: arguments; by default those of the process.
     :return: 0; 1 if a run of a comparison failed; 2 for wrong input; 130 if interrupted.
     """
-    options = build_parser().parse_args(_with_recipes(sys.argv[1:] if argv is None else argv))
+    options = build_parser().parse_args(argv)
     try:
         if options.command == "list":
             return _list(options["list"])
