@@ -1,0 +1,58 @@
+"""Fingerprint of a frozen backbone, which tells whether a state goes with it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+_SAMPLES = 64
+
+
+def backbone_fingerprint(model: nn.Module) -> dict[str, str]:
+    """Fingerprint of the frozen parameters of a model: the same on every device.
+
+    The sum of all bits, and a sample of values in order; one pass over memory, without copies. What
+    is trained has no part in it, nor has the choice of layers that carry LoRA.
+
+    :param model: a model, with or without LoRA.
+    :return: ``structure``, of names, shapes and dtypes, and ``values``, as hexadecimal digits.
+    """
+    frozen = {
+        # peft renames the layers that it adapts.
+        name.replace(".base_layer.", "."): parameter.detach()
+        for name, parameter in nn.Module.named_parameters(model)
+        # The classifier that peft set aside for a trained copy is random, and computes nothing.
+        if not parameter.requires_grad and ".original_module." not in name
+    }
+    names = sorted(frozen)
+    structure = [(name, tuple(frozen[name].shape), str(frozen[name].dtype)) for name in names]
+    digest = hashlib.sha256()
+    parts = [_sum_and_sample(frozen[name]) for name in names if frozen[name].numel()]
+    if parts:
+        # One transfer for each device.
+        for device in sorted({part.device for part in parts}, key=str):
+            on_device = torch.cat([part for part in parts if part.device == device]).cpu()
+            digest.update(on_device.numpy().tobytes())
+    return {
+        "structure": hashlib.sha256(repr(structure).encode()).hexdigest(),
+        "values": digest.hexdigest(),
+    }
+
+
+def _sum_and_sample(tensor: Tensor) -> Tensor:
+    """Sum of the bits as integers, which no order of summation changes; then some of them."""
+    flat = tensor.contiguous().flatten()
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten()
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    size = 8 if flat.nbytes % 8 == 0 else flat.element_size()
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    bits = flat.view(integer)
+    step = max(1, len(bits) // _SAMPLES)
+    return torch.cat((bits.sum(dtype=torch.int64)[None], bits[::step].to(torch.int64)))
+
+
+__all__ = ["backbone_fingerprint"]

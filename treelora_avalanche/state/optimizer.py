@@ -1,0 +1,120 @@
+"""An optimizer's state, by the names of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+from treelora_avalanche.state.values import State, check_keys, clone_state, some_of
+
+
+def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> State:
+    """The state of an optimizer, by names of parameters in place of their positions.
+
+    :param optimizer: any optimizer of ``torch.optim``'s kind.
+    :param parameters: the model's parameters by name.
+    """
+    named = _named_parameters(optimizer, parameters)
+    name_of = {id(parameter): name for name, parameter in named.items()}
+    return {
+        "class": type(optimizer).__name__,
+        "groups": [
+            {
+                "parameters": [name_of[id(parameter)] for parameter in group["params"]],
+                "options": {
+                    key: list(value) if isinstance(value, tuple) else value
+                    for key, value in group.items()
+                    if key != "params"
+                },
+            }
+            for group in optimizer.param_groups
+        ],
+        "state": {
+            name_of[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()
+        },
+    }
+
+
+def check_optimizer_state(
+    optimizer: Optimizer, state: State, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Raise an error if a state does not fit an optimizer; changes nothing.
+
+    :param optimizer: the optimizer.
+    :param state: what :func:`optimizer_state` returned.
+    :param parameters: the model's parameters by name.
+    :raises ValueError: if the class, the groups or the parameters differ.
+    """
+    check_keys(state, {"class", "groups", "state"}, "the optimizer's state")
+    if state["class"] != type(optimizer).__name__:
+        raise ValueError(
+            f"the state is of the optimizer {state['class']}, and this strategy has "
+            f"{type(optimizer).__name__}; build it with the same optimizer."
+        )
+    groups = state["groups"]
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the optimizer has {len(groups)} parameter groups in the state, and "
+            f"{len(optimizer.param_groups)} here; build it with the same groups."
+        )
+    named = _named_parameters(optimizer, parameters)
+    name_of = {id(parameter): name for name, parameter in named.items()}
+    for index, (saved, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        check_keys(saved, {"parameters", "options"}, f"the optimizer's group {index}")
+        # Avalanche adds parameters to a fresh optimizer, so the state may well name more.
+        unknown = [name for name in saved["parameters"] if name not in named]
+        lost = {name_of[id(p)] for p in own["params"]} - set(saved["parameters"])
+        if unknown or lost:
+            raise ValueError(
+                f"the optimizer's group {index} has other parameters in the state than here: "
+                f"{some_of(sorted({*unknown, *lost}))}; build it with the same groups."
+            )
+    listed = {name for group in groups for name in group["parameters"]}
+    stray = sorted(set(state["state"]) - listed)
+    if stray:
+        raise ValueError(f"the optimizer's state is of parameters in no group: {some_of(stray)}.")
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, state: State, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Put a state into an optimizer; it holds copies of the state's tensors then.
+
+    :param optimizer: the optimizer; its groups get exactly the state's parameters.
+    :param state: what :func:`optimizer_state` returned.
+    :param parameters: the model's parameters by name.
+    :raises ValueError: if the state does not fit; the optimizer is then as it was.
+    """
+    check_optimizer_state(optimizer, state, parameters)
+    named = _named_parameters(optimizer, parameters)
+    position: dict[str, int] = {}
+    groups = []
+    for own, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        for name in saved["parameters"]:
+            position[name] = len(position)
+        options = {
+            key: tuple(value) if isinstance(own.get(key), tuple) else value
+            for key, value in saved["options"].items()
+        }
+        groups.append({**options, "params": [position[name] for name in saved["parameters"]]})
+        own["params"] = [named[name] for name in saved["parameters"]]
+    values = {position[name]: clone_state(value) for name, value in state["state"].items()}
+    optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def _named_parameters(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """The model's parameters, and under their position those that the optimizer has beside them."""
+    named = dict(parameters)
+    known = {id(parameter) for parameter in named.values()}
+    for g, group in enumerate(optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            if id(parameter) not in known:
+                named[f"group {g}, parameter {p}"] = parameter
+    return named
+
+
+__all__ = ["check_optimizer_state", "load_optimizer_state", "optimizer_state"]
