@@ -54,6 +54,9 @@ class LanguageModel(AdapterHost):
     :raises ValueError: if the tokenizer has no end token, or an argument is out of range.
     """
 
+    tells_padding = False
+    """Whether the network is given a mask of the padding: one that takes prompts needs it."""
+
     def __init__(
         self,
         network: nn.Module,
@@ -108,10 +111,19 @@ class LanguageModel(AdapterHost):
         """
         if tokens.device.type == "cpu" or tokens.shape[1] >= self.max_length:
             tokens = crop(tokens)
+        return self.logits(tokens, last)
+
+    def logits(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        """Logits of rows of whatever width they have, see :meth:`forward`.
+
+        :param tokens: see :meth:`forward`; nothing is cropped.
+        :param last: see :meth:`forward`.
+        """
         self._real = tokens != PADDING
+        mask = {"attention_mask": self._real.long()} if self.tells_padding else {}
         try:
             output = self.network(
-                input_ids=tokens.clamp(min=0), use_cache=False, logits_to_keep=last or 0
+                input_ids=tokens.clamp(min=0), use_cache=False, logits_to_keep=last or 0, **mask
             )
         finally:
             self._real = None
@@ -143,18 +155,12 @@ class LanguageModel(AdapterHost):
         :return: the continuations alone, without the end token, in the order of the prompts.
         :raises ValueError: if ``max_new_tokens`` or ``batch_size`` leave nothing to do.
         """
-        room = min(self.max_length, self.context - max_new_tokens)
-        if max_new_tokens < 1 or batch_size < 1 or room < 1:
+        if batch_size < 1:
             raise ValueError(
                 f"`max_new_tokens` is {max_new_tokens} and `batch_size` {batch_size}; both must be "
-                f"at least 1, and the new tokens fewer than the model's context of {self.context}."
+                "at least 1."
             )
-        rows = [
-            encode_prompt(self.tokenizer, prompt, room)
-            if isinstance(prompt, str)
-            else list(prompt)[-room:]
-            for prompt in prompts
-        ]
+        rows = self.encode_prompts(prompts, max_new_tokens)
         answers = [""] * len(rows)
         # The longest first: what does not fit into memory is known at once.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -167,6 +173,28 @@ class LanguageModel(AdapterHost):
                 if progress is not None:
                     progress(len(batch))
         return answers
+
+    def encode_prompts(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int
+    ) -> list[list[int]]:
+        """Prompts as token ids, with room for what is to be generated.
+
+        :param prompts: see :meth:`generate`.
+        :param max_new_tokens: see :meth:`generate`.
+        :raises ValueError: if ``max_new_tokens`` is below 1, or leaves no room for a prompt.
+        """
+        room = min(self.max_length, self.context - max_new_tokens)
+        if max_new_tokens < 1 or room < 1:
+            raise ValueError(
+                f"`max_new_tokens` is {max_new_tokens}; it must be at least 1, and below the "
+                f"model's context of {self.context}."
+            )
+        return [
+            encode_prompt(self.tokenizer, prompt, room)
+            if isinstance(prompt, str)
+            else list(prompt)[-room:]
+            for prompt in prompts
+        ]
 
     def _generate_batch(self, rows: list[list[int]], max_new_tokens: int) -> list[str]:
         device = next(self.network.parameters()).device

@@ -21,17 +21,21 @@ from treelora_avalanche.models.prompts import PromptPool, TaskPrompts, check_mom
 from treelora_avalanche.models.routed import RoutedView, Router
 
 
-def check_vision_transformer(model: nn.Module, method: str) -> VisionTransformer:
+def check_vision_transformer(
+    model: nn.Module, method: str, *, or_language: bool = False
+) -> VisionTransformer:
     """The model, if it is a vision transformer of timm that a prompt method can be put on.
 
     :param model: the pretrained model.
     :param method: name of the method, for the error.
+    :param or_language: whether the method takes language models too, for the error.
     :raises ValueError: if it is another kind of model, or has no classifier.
     """
     if not isinstance(model, VisionTransformer) or isinstance(model, VisionTransformerDistilled):
+        other = ", or a LanguageModel, such as create_language_model gives" if or_language else ""
         raise ValueError(
             f"`model` is a {type(model).__name__}, and {method} takes a VisionTransformer of timm, "
-            "such as timm.create_model('vit_base_patch16_224')."
+            f"such as timm.create_model('vit_base_patch16_224'){other}."
         )
     if find_classifier(model) is None:
         raise ValueError("`model` has no linear classifier; make it with num_classes above 0.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -92,26 +92,45 @@ class RoutedAdapters(PrefixView, RoutedView):
     def routed(self, images: Tensor, router: Router) -> Tensor:
         factors = LoRAFactors(self.module)
         hidden = self.hidden(images)
-        with _restored(factors):
+        with restored(factors):
             factors.stack.zero_()  # LoRA's output is BA x: without factors the model is frozen
             chosen = router(self.features(hidden))
-            rows, answers = [], []
-            for adapter in chosen.unique().tolist():
-                rows.append((chosen == adapter).nonzero().squeeze(1))
-                factors.stack.copy_(self.bank[adapter])
-                answers.append(self.live(hidden[rows[-1]]))
-        return torch.cat(answers)[torch.cat(rows).argsort()]
+            return answer_by_adapter(
+                factors, self.bank, chosen, lambda rows: self.live(hidden[rows])
+            )
 
     def frozen_features(self, images: Tensor) -> Tensor:
         factors = LoRAFactors(self.module)
-        with _restored(factors):
+        with restored(factors):
             factors.stack.zero_()
             return self.features(images)
 
 
+def answer_by_adapter(
+    factors: LoRAFactors, bank: AdapterBank, chosen: Tensor, answer: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Answers of samples, those of each adapter together, with that adapter as the live one.
+
+    :param factors: the live factors, which are overwritten; see :func:`restored`.
+    :param bank: the adapters.
+    :param chosen: index in the bank of each sample's adapter, ``(batch,)``.
+    :param answer: from the numbers of some samples to what the live adapter answers to them.
+    :return: the answers in the order of the samples, ``(batch, ...)``.
+    """
+    rows, answers = [], []
+    for adapter in chosen.unique().tolist():
+        rows.append((chosen == adapter).nonzero().squeeze(1))
+        factors.stack.copy_(bank[adapter])
+        answers.append(answer(rows[-1]))
+    return torch.cat(answers)[torch.cat(rows).argsort()]
+
+
 @contextmanager
-def _restored(factors: LoRAFactors) -> Iterator[None]:
-    """Puts the live factors back, whatever happens."""
+def restored(factors: LoRAFactors) -> Iterator[None]:
+    """Puts the live factors back, whatever happens.
+
+    :param factors: the live factors.
+    """
     live = factors.stack.clone()
     try:
         yield

@@ -24,9 +24,9 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     """Fits the router of a :class:`~treelora_avalanche.models.routed.RoutedView`.
 
     The router tells the classes of each task apart by the features of the frozen backbone, which
-    never drift (task-identity inference, HiDe). It is trained like the head, on pseudo-features; no
-    image is stored. Costs one frozen pass over the data per experience, and stores per class what
-    ``kind`` says. Task labels are not used.
+    never drift (task-identity inference, HiDe); of texts, all of a task count as one class. It is
+    trained like the head, on pseudo-features; no image is stored. Costs one frozen pass over the
+    data per experience, and stores per class what ``kind`` says. Task labels are not used.
 
     :param tree: the tree that knows which adapter stands for a task; its
         :class:`~treelora_avalanche.plugins.TreeBuilderPlugin` must come before this plugin. None:
@@ -54,7 +54,10 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         with evaluating(view):
             batches = [(view.frozen_features(x.to(strategy.device)), y) for x, y, *_ in loader]
         features = torch.cat([frozen for frozen, _ in batches])
-        targets = torch.cat([target for _, target in batches]).to(features.device)
+        targets = torch.cat(
+            # Texts have no classes but their tasks: all of a task are one.
+            [y if y.ndim == 1 else y.new_zeros(len(y)) for _, y in batches]
+        ).to(features.device)
         self.statistics = move_statistics(self.statistics, features.device)
         task = self.statistics[-1].task + 1 if self.statistics else 0
         self.statistics += self.kind.of(features, targets, task)

@@ -10,11 +10,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from treelora_avalanche.adapters import AdapterBank, TrainableView
+from treelora_avalanche.models.centroids import Centroids
+from treelora_avalanche.models.language import LanguageModel
+from treelora_avalanche.models.prompted_language import check_query_length
 from treelora_avalanche.models.prompted_vit import check_vision_transformer
 from treelora_avalanche.models.routed import RoutedAdapters
+from treelora_avalanche.models.routed_language import RoutedLanguageModel
+from treelora_avalanche.plugins import RouterPlugin
 from treelora_avalanche.plugins.hide import TaskAdaptersPlugin, hide_plugins
 from treelora_avalanche.strategies.positional_model import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
+
+LANGUAGE_TARGETS = ("k_proj", "v_proj")
+"""Keys and values of Llama, Mistral, Gemma, Qwen and others that keep them apart."""
 
 
 @positional_model
@@ -27,16 +35,28 @@ class HiDeLoRA(SeqLoRA):
     keys and values: timm fuses them with the queries, whose part of the factors is held at zero
     (:class:`~treelora_avalanche.plugins.TaskAdaptersPlugin`); keys and values share the factor A.
 
-    Stores per task one adapter, ``rank * 4 * width`` values per layer, on the host, and per class
-    twice (frozen, and under the adapter) ``n_centroids * (2 * width + 1)`` values.
+    On language models, whose classes are tokens, there is no head to align and no push from past
+    classes. What remains is the inference of the task: all texts of a task are one class to the
+    router, which reads the beginning of a text through the frozen network
+    (:class:`~treelora_avalanche.models.routed_language.RoutedLanguageModel`). Then the adapter of
+    that task gives the logits, or generates the whole answer.
 
-    :param model: a pretrained VisionTransformer of timm, plain or with LoRA, see :class:`SeqLoRA`.
-    :param contrast: weight of the push from past classes.
+    Stores per task one adapter, ``rank * 4 * width`` values per layer, on the host, and per class
+    twice (frozen, and under the adapter) ``n_centroids * (2 * width + 1)`` values; on language
+    models one adapter, ``rank * (n_in + n_out)`` values per matrix, and ``n_centroids * (2 * width
+    + 1)`` values per task.
+
+    :param model: a pretrained VisionTransformer of timm, plain or with LoRA, see :class:`SeqLoRA`;
+        or a :class:`~treelora_avalanche.models.LanguageModel`.
+    :param contrast: weight of the push from past classes; without a say on language models.
     :param n_centroids: centroids per class, by k-means.
+    :param query_length: tokens at the beginning of a text by which its task is inferred. Chat
+        templates begin all prompts alike, by some tens of tokens; it must reach beyond.
     :param seed: of the pseudo-features.
     :param plugins: further plugins; the list is copied.
-    :param kwargs: the arguments of :class:`SeqLoRA`, without ``target_modules`` and ``head``, which
-        are the method's own.
+    :param kwargs: the arguments of :class:`SeqLoRA`, without ``head``, which is the method's own,
+        and, for images, without ``target_modules``; for language models these are ``("k_proj",
+        "v_proj")`` by default.
     :raises ValueError: if an argument is out of range, or the model of another kind; it is then as
         it was.
     """
@@ -47,6 +67,7 @@ class HiDeLoRA(SeqLoRA):
         model: nn.Module,
         contrast: float = 0.1,
         n_centroids: int = 10,
+        query_length: int = 64,
         seed: int = 0,
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
@@ -54,11 +75,22 @@ class HiDeLoRA(SeqLoRA):
         head, contrastive, router = hide_plugins(contrast, n_centroids, seed)
         if isinstance(model, TrainableView):
             model = model.module  # the view must be one that routes
-        vit = next((m for m in model.modules() if isinstance(m, VisionTransformer)), model)
-        check_vision_transformer(vit, "HiDeLoRA")
+        check_query_length(query_length)
+        self.query_length = query_length
         self.bank = AdapterBank()
-        own = [head, TaskAdaptersPlugin(self.bank), contrastive, router]
+        adapters = TaskAdaptersPlugin(self.bank)
+        own: list[SupervisedPlugin]
+        if isinstance(model, LanguageModel):
+            own = [adapters, RouterPlugin(seed=seed, kind=Centroids(n_centroids))]
+            if kwargs.get("target_modules") is None:
+                kwargs["target_modules"] = LANGUAGE_TARGETS
+        else:
+            vit = next((m for m in model.modules() if isinstance(m, VisionTransformer)), model)
+            check_vision_transformer(vit, "HiDeLoRA", or_language=True)
+            own = [head, adapters, contrastive, router]
         super().__init__(model=model, plugins=[*(plugins or ()), *own], **kwargs)
 
     def _view(self, model: nn.Module) -> TrainableView:
+        if isinstance(model, LanguageModel):
+            return RoutedLanguageModel(model, self.bank, self.query_length)
         return RoutedAdapters(model, self.bank)

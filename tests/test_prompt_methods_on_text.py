@@ -1,0 +1,373 @@
+"""L2P and HiDeLoRA on a language model: the same text gets the same treatment everywhere."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from treelora_avalanche.adapters import LoRAFactors, lora_layers
+from treelora_avalanche.metrics.generation import find_text_generator
+from treelora_avalanche.models import LanguageModel
+from treelora_avalanche.models.prompted_language import first_tokens
+from treelora_avalanche.runs import stored_bytes
+from treelora_avalanche.scenarios import TextTasks
+from treelora_avalanche.strategies import L2P, HiDeLoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
+
+TASKS = ["zoo", "maths"]
+STRATEGIES = {
+    "L2P": (L2P, {"pool_size": 6, "prompt_length": 2, "top_k": 2, "query_length": 8}),
+    "HiDeLoRA": (HiDeLoRA, {"rank": 4, "n_centroids": 3, "query_length": 8}),
+}
+PROMPTS = ["zoo animal 3:", "maths 7 + 1 =", "zoo animal 12, old:", "whatever"]
+"""Not shorter than the queries: of shorter ones the query would change with every new token."""
+
+
+@pytest.fixture
+def make_model(make_tokenizer):
+    """Makes a language model of random weights, the same at every call."""
+
+    def make(kind="llama", max_length=48):
+        sizes = {"vocab_size": 98, "bos_token_id": 96, "eos_token_id": 97}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network: nn.Module
+            if kind == "llama":
+                network = LlamaForCausalLM(
+                    LlamaConfig(
+                        hidden_size=16,
+                        intermediate_size=24,
+                        num_hidden_layers=2,
+                        num_attention_heads=4,
+                        num_key_value_heads=2,
+                        max_position_embeddings=64,
+                        initializer_range=0.3,
+                        **sizes,
+                    )
+                )
+            else:
+                network = GPT2LMHeadModel(
+                    GPT2Config(
+                        n_embd=16,
+                        n_layer=2,
+                        n_head=2,
+                        n_positions=64,
+                        initializer_range=0.3,
+                        **sizes,
+                    )
+                )
+        return LanguageModel(network, make_tokenizer(bos_token="<s>"), max_length=max_length)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def texts(make_tokenizer, tmp_path_factory):
+    """Two tasks, told apart by how their prompts begin."""
+    folder = tmp_path_factory.mktemp("texts")
+    records = {
+        "zoo": [{"prompt": f"zoo {n} animal:", "answer": "ape" * (1 + n % 2)} for n in range(8)],
+        "maths": [{"prompt": f"maths {n} + 1 =", "answer": str(n + 1)} for n in range(8)],
+    }
+    for name in TASKS:
+        (folder / name).mkdir()
+        for part in ("train", "test"):
+            (folder / name / f"{part}.json").write_text(json.dumps(records[name]))
+    tokenizer = make_tokenizer(bos_token="<s>")
+    return TextTasks(folder, tokenizer, tasks=TASKS, max_length=48)
+
+
+def make(name, model, seed=1, **options):
+    torch.manual_seed(seed)
+    strategy_class, own = STRATEGIES[name]
+    defaults = {"train_mb_size": 4, "train_epochs": 3, "evaluator": None}
+    defaults["optimizer"] = lambda parameters: torch.optim.AdamW(parameters, lr=0.03)
+    return strategy_class(model, **{**defaults, **own, **options})
+
+
+def rows_of(texts):
+    rows = [x for e in texts.test_stream for x, *_ in e.dataset]
+    return torch.stack(rows)
+
+
+def logits_of(strategy, rows, batch_size):
+    strategy.model.eval()
+    with torch.no_grad():
+        answers = [strategy.model(batch) for batch in rows.split(batch_size)]
+    return [row for answer in answers for row in answer]
+
+
+def real(rows, logits):
+    """The logits where there is text, one tensor per row."""
+    return [x[:, : int((row >= 0).sum())] for row, x in zip(rows, logits, strict=True)]
+
+
+@pytest.fixture(params=STRATEGIES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def trained(name, make_model, texts):
+    strategy = make(name, make_model())
+    strategy.train(texts.train_stream)
+    return strategy
+
+
+# ------------------------------------------------------------------------------------ the contract
+
+
+def test_learns_and_leaves_the_backbone_as_it_was(name, make_model, texts):
+    strategy = make(name, make_model(), train_epochs=20)
+    before = {n: p.clone() for n, p in nn.Module.named_parameters(strategy.model)}
+    x, y, *_ = next(iter(torch.utils.data.DataLoader(texts.train_stream[0].dataset, 8)))
+    width = int((x >= 0).sum(1).max())
+
+    def loss():
+        strategy.model.eval()
+        with torch.no_grad():
+            return F.cross_entropy(strategy.model(x), y[:, :width], ignore_index=-100).item()
+
+    untrained = loss()
+    strategy.train(texts.train_stream[0])
+    assert loss() < 0.9 * untrained
+    strategy.train(texts.train_stream[1])
+    for key, parameter in nn.Module.named_parameters(strategy.model):
+        if parameter.requires_grad:
+            assert not torch.equal(parameter, before[key]), key
+        else:
+            assert torch.equal(parameter, before[key]), key
+
+
+def test_a_prediction_does_not_depend_on_the_batch(trained, texts):
+    rows = rows_of(texts)
+    together = real(rows, logits_of(trained, rows, 64))
+    alone = real(rows, logits_of(trained, rows, 1))
+    backwards = real(rows.flip(0), logits_of(trained, rows.flip(0), 5))[::-1]
+    for a, b, c in zip(together, alone, backwards, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+        torch.testing.assert_close(c, a, rtol=0, atol=1e-5)
+
+
+def test_the_last_columns_are_those_of_all(trained, texts):
+    rows = rows_of(texts)
+    whole = torch.stack(logits_of(trained, rows, len(rows)))
+    with torch.no_grad():
+        torch.testing.assert_close(trained.model(rows, last=5), whole[:, :, -5:])
+
+
+def test_generates_what_greedy_search_without_a_cache_does(trained):
+    model = trained.model.eval()
+    generator = find_text_generator(model)
+    end = generator.tokenizer.eos_token_id
+
+    def continued(prompt):
+        tokens = generator.tokenizer(prompt)["input_ids"]
+        if tokens[-1:] == [end]:
+            tokens = tokens[:-1]
+        start = len(tokens)
+        while len(tokens) < start + 8:
+            with torch.no_grad():
+                token = int(model(torch.tensor([tokens]))[0, :, -1].argmax())
+            if token == end:
+                break
+            tokens.append(token)
+        return tokens[:start], generator.tokenizer.decode(tokens[start:], skip_special_tokens=True)
+
+    prompts, expected = zip(*map(continued, PROMPTS), strict=True)
+    assert len(set(expected)) > 1
+    for batch_size in (1, 3, 8):
+        done = []
+        found = generator.generate(prompts, 8, batch_size, done.append)
+        assert found == list(expected)
+        assert sum(done) == len(PROMPTS)
+
+
+def test_saved_and_loaded_it_answers_the_same(name, trained, make_model, texts, tmp_path):
+    trained.save(tmp_path / "state")
+    other = make(name, make_model(), seed=7)
+    other.load(tmp_path / "state")
+    for strategy in (trained, other):
+        strategy.eval(texts.test_stream)
+    rows = rows_of(texts)
+    for a, b in zip(logits_of(trained, rows, 4), logits_of(other, rows, 4), strict=True):
+        assert torch.equal(a, b)
+    assert trained.model.module is not other.model.module
+    generated = [find_text_generator(s.model).generate(PROMPTS, 6) for s in (trained, other)]
+    assert generated[0] == generated[1]
+
+
+# --------------------------------------------------------------------------------------------- L2P
+
+
+def prompted(strategy):
+    return strategy.model.module.network
+
+
+def test_l2p_picks_what_brute_force_cosine_picks(make_model, texts):
+    strategy = make("L2P", make_model())
+    network = prompted(strategy)
+    rows = rows_of(texts)
+    seen = []
+    original = network.pool.pick
+    network.pool.pick = lambda queries: seen.append(original(queries)) or seen[-1]
+    logits = logits_of(strategy, rows, len(rows))
+    bare = make_model()
+    embeddings = bare.network.get_input_embeddings().weight
+    embeddings = embeddings.detach()
+    keys, prompts = network.pool.keys.detach(), network.pool.prompts.detach()
+    for row, picks, found in zip(rows, seen[0], logits, strict=True):
+        text = row[row >= 0]
+        query = embeddings[text[:8]].mean(0)
+        cosines = [float(query @ key / query.norm() / key.norm()) for key in keys]
+        best = sorted(range(6), key=lambda k: -cosines[k])[:2]
+        assert picks.tolist() == best
+        # What the bare network says behind these prompts.
+        embedded = torch.cat((prompts[best[0]], prompts[best[1]], embeddings[text]))
+        with torch.no_grad():
+            expected = bare.network(inputs_embeds=embedded[None]).logits[0, 4:]
+        torch.testing.assert_close(found[:, : len(text)].T, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_query_is_that_of_the_first_tokens_on_either_side_of_the_padding():
+    right = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    expected = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    assert torch.equal(first_tokens(right, 2), expected)
+    left = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]])
+    expected = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).bool()
+    assert torch.equal(first_tokens(left, 2), expected)
+
+
+def test_keys_are_pulled_to_the_queries(make_model, texts):
+    strategy = make("L2P", make_model(), sim_coefficient=1.0, train_epochs=15)
+    network = prompted(strategy)
+    rows = rows_of(texts)[:8]
+    queries = torch.stack(
+        [network.network.get_input_embeddings().weight[row[row >= 0][:8]].mean(0) for row in rows]
+    )
+    before = network.pool.distance(queries, network.pool.pick(queries)).item()
+    strategy.train(texts.train_stream[0])
+    after = network.pool.distance(queries, network.pool.pick(queries)).item()
+    assert after < 0.8 * before
+
+
+def test_l2p_on_a_network_with_learned_positions(make_model):
+    """GPT-2 counts positions by a table: prompts, padding and text must be numbered rightly."""
+    strategy = make("L2P", make_model("gpt2"))
+    model = strategy.model.eval()
+    generator = find_text_generator(model)
+    rows = [list(range(3, 18)), list(range(20, 28)), list(range(50, 70, 2))]
+    expected = []
+    for row in rows:
+        tokens = list(row)
+        while len(tokens) < len(row) + 6:
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens]))[0, :, -1].argmax()))
+            if tokens[-1] == 97:
+                break
+        new = [token for token in tokens[len(row) :] if token != 97]
+        expected.append(generator.tokenizer.decode(new, skip_special_tokens=True))
+    assert generator.generate(rows, 6, 3) == expected
+
+
+def test_l2p_stores_nothing_per_task(make_model, texts):
+    strategy = make("L2P", make_model())
+    sizes = []
+    for experience in texts.train_stream:
+        strategy.train(experience)
+        sizes.append(sum(p.numel() for p in strategy.model.parameters()))
+    assert sizes == [6 * (2 + 1) * 16] * 2
+    assert stored_bytes(strategy) == 0
+
+
+# ---------------------------------------------------------------------------------------- HiDeLoRA
+
+
+def test_every_text_is_answered_by_the_adapter_of_its_task(make_model, texts):
+    strategy = make("HiDeLoRA", make_model())
+    strategy.train(texts.train_stream)
+    rows = rows_of(texts)  # eight of each task
+    found = logits_of(strategy, rows, 16)
+    live = LoRAFactors(strategy.model)
+    assert not torch.equal(strategy.bank[0], strategy.bank[1])
+    assert torch.equal(live.stack, strategy.bank[1])
+    for row, logits, task in zip(rows, found, [0] * 8 + [1] * 8, strict=True):
+        live.stack.copy_(strategy.bank[task])
+        with torch.no_grad():
+            expected = strategy.model.module(row[None])[0]
+        width = expected.shape[1]
+        torch.testing.assert_close(logits[:, :width], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_those_of_the_bare_network(make_model, texts):
+    strategy = make("HiDeLoRA", make_model())
+    strategy.train(texts.train_stream)
+    rows = rows_of(texts)
+    with torch.no_grad():
+        found = strategy.model.eval().frozen_features(rows)
+        bare = make_model().network.model
+        for row, features in zip(rows, found, strict=True):
+            hidden = bare(input_ids=row[row >= 0][None]).last_hidden_state[0, :8]
+            torch.testing.assert_close(features, hidden.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_hide_lora_adapts_keys_and_values_and_stores_what_it_says(make_model, texts):
+    strategy = make("HiDeLoRA", make_model())
+    assert {layer.rpartition(".")[2] for layer in lora_layers(strategy.model)} == {
+        "k_proj",
+        "v_proj",
+    }
+    sizes = []
+    for experience in texts.train_stream:
+        strategy.train(experience)
+        sizes.append(stored_bytes(strategy))
+    adapter = 4 * 4 * (16 + 8) * 4  # four bytes, rank, inputs and outputs, matrices
+    centroids = 4 * 3 * (2 * 16 + 1)
+    assert sizes == [adapter + centroids, 2 * (adapter + centroids)]
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("strategy", [L2P, HiDeLoRA])
+def test_another_model_is_refused_by_name(strategy):
+    with pytest.raises(ValueError, match=r"is a Linear.*VisionTransformer.*or a LanguageModel"):
+        strategy(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_length": 0}, "`query_length` must be at least 1, and is 0"),
+        ({"top_k": 9}, "`top_k` is 9, and the pool has 6"),
+        ({"prompt_length": 20}, "take 40 of the model's context of 64.*max_length=24 or less"),
+        ({"head": "task_adaptive"}, "a language model has none"),
+    ],
+)
+def test_l2p_refuses_before_it_touches_the_model(make_model, options, message):
+    model = make_model()
+    network = model.network
+    with pytest.raises(ValueError, match=message):
+        make("L2P", model, **options)
+    assert model.network is network
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_prompts_are_put_on_a_model_once(make_model):
+    model = make_model()
+    make("L2P", model)
+    with pytest.raises(ValueError, match="carries prompts or LoRA already"):
+        make("L2P", model)
+
+
+def test_hide_lora_refuses_what_it_cannot_do(make_model):
+    with pytest.raises(ValueError, match="`query_length` must be at least 1, and is 0"):
+        make("HiDeLoRA", make_model(), query_length=0)
+    with pytest.raises(ValueError, match="`n_centroids` must be at least 1"):
+        make("HiDeLoRA", make_model(), n_centroids=0)
+    with pytest.raises(ValueError, match=r"`target_modules` names 'k_proj'.*Known:"):
+        make("HiDeLoRA", make_model("gpt2"))

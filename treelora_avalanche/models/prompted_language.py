@@ -1,0 +1,156 @@
+"""Language models that carry prompts: L2P's, put before the embeddings of a text.
+
+The network is frozen; only prompts and keys are trained. Prompts are picked by a query that the
+network takes from the beginning of the text, and that is the same when a text is trained (prompt
+and answer, padded on the right) and when it is generated (the prompt alone, padded on the left).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treelora_avalanche.adapters import lora_layers
+from treelora_avalanche.models.language import LanguageModel
+from treelora_avalanche.models.prompts import PromptPool
+
+
+def first_tokens(mask: Tensor, n: int) -> Tensor:
+    """Where the first tokens of every row are, whichever side is padded.
+
+    :param mask: 1 at tokens, 0 at padding, ``(batch, length)``.
+    :param n: how many tokens of a row are wanted.
+    :return: true at the first ``n`` tokens of each row, ``(batch, length)``.
+    """
+    return (mask.cumsum(1) <= n) & (mask > 0)
+
+
+def mean_over(hidden: Tensor, chosen: Tensor) -> Tensor:
+    """Mean over the chosen positions of every row, in float32; 0 where a row has none.
+
+    :param hidden: ``(batch, length, dim)``.
+    :param chosen: boolean, ``(batch, length)``.
+    :return: ``(batch, dim)``.
+    """
+    # Left out by choosing, not by a factor of 0, which would keep what is not a number.
+    total = hidden.float().masked_fill(~chosen[:, :, None], 0).sum(1)
+    return total / chosen.sum(1, keepdim=True).clamp(min=1)
+
+
+def check_query_length(query_length: int) -> None:
+    """Raises an error for a query of no tokens.
+
+    :param query_length: tokens at the beginning of a text that the query is taken from.
+    :raises ValueError: if it is below 1.
+    """
+    if query_length < 1:
+        raise ValueError(f"`query_length` must be at least 1, and is {query_length}.")
+
+
+class PromptTunedNetwork(nn.Module):
+    """A frozen causal model of transformers, before whose tokens stand the prompts they pick.
+
+    Takes the place of the network of a :class:`~treelora_avalanche.models.LanguageModel`, as peft's
+    models do. The query of a text is the mean of the frozen embeddings of its first
+    ``query_length`` tokens; it needs no second pass. Prompts take the first positions, and no
+    logits are computed there.
+
+    :param network: the pretrained model, which is frozen in place.
+    :param pool: the prompts, as wide as the model's embeddings.
+    :param query_length: tokens that the query is taken from.
+    """
+
+    key_distance: Tensor | None = None
+    """Of the last batch, in training mode: see :meth:`PromptPool.distance`."""
+
+    def __init__(self, network: nn.Module, pool: PromptPool, query_length: int):
+        super().__init__()
+        self.network: Any = network.requires_grad_(False)
+        self.pool = pool
+        self.query_length = query_length
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int = 0, **options: Any
+    ) -> Any:
+        """What the network answers at the tokens.
+
+        :param input_ids: token ids, padded on the right, ``(batch, length)``.
+        :param attention_mask: 1 at tokens, 0 at padding, ``(batch, length)``.
+        :param logits_to_keep: how many columns of logits, counted from the end; 0: all of the text.
+        :param options: further arguments of the network.
+        :return: the network's output, its logits ``(batch, length, vocabulary)``.
+        """
+        # No mask: a causal model does not look to the right, where the padding is.
+        return self.network(
+            inputs_embeds=self._prompted(input_ids, attention_mask),
+            logits_to_keep=logits_to_keep or input_ids.shape[1],
+            **options,
+        )
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Continues texts; the prompts are put before them once, and then are in the cache.
+
+        :param input_ids: token ids, padded on the left, ``(batch, length)``.
+        :param attention_mask: 1 at tokens, 0 at padding, ``(batch, length)``.
+        :param options: further arguments of the network's ``generate``.
+        :return: the texts and what continues them, ``(batch, length + n_new)``.
+        """
+        embeddings = self._prompted(input_ids, attention_mask)
+        n_prompts = embeddings.shape[1] - input_ids.shape[1]
+        # Positions are counted by the mask: the padding between prompts and text takes none.
+        mask = torch.cat((attention_mask.new_ones(len(input_ids), n_prompts), attention_mask), 1)
+        new = self.network.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
+        return torch.cat((input_ids, new), 1)
+
+    def _prompted(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings of the picked prompts and the text, ``(batch, n_prompts + length, dim)``."""
+        with torch.no_grad():
+            embeddings = self.network.get_input_embeddings()(tokens)
+            queries = mean_over(embeddings, first_tokens(mask, self.query_length))
+        picks = self.pool.pick(queries)
+        if self.training:
+            self.key_distance = self.pool.distance(queries, picks)
+        return torch.cat((self.pool.take(picks).to(embeddings.dtype), embeddings), 1)
+
+
+def add_prompt_pool(
+    model: LanguageModel, *, pool_size: int, length: int, top_k: int, query_length: int
+) -> LanguageModel:
+    """Freeze a language model and put prompts of a pool before its texts.
+
+    Prompts begin as embeddings of tokens drawn from the vocabulary (Lester et al. 2021, Section
+    3.2): drawn from anything else they would be of another length than all that the model knows.
+
+    :param model: the model; it is changed in place, after all arguments were checked.
+    :param pool_size: see :class:`PromptPool`.
+    :param length: see :class:`PromptPool`.
+    :param top_k: see :class:`PromptPool`.
+    :param query_length: tokens at the beginning of a text that the query is taken from.
+    :return: the model; its context is shorter by the prompts.
+    :raises ValueError: if an argument is out of range, the model carries prompts or LoRA already,
+        or its context is too short; it is then as it was.
+    """
+    check_query_length(query_length)
+    network: Any = model.network
+    if isinstance(network, PromptTunedNetwork) or lora_layers(network):
+        raise ValueError(
+            "`model` carries prompts or LoRA already; make it anew with create_language_model."
+        )
+    vocabulary: Tensor = network.get_input_embeddings().weight.detach()
+    pool = PromptPool(pool_size=pool_size, length=length, top_k=top_k, dim=vocabulary.shape[1])
+    room = model.context - top_k * length
+    if model.max_length > room:
+        raise ValueError(
+            f"`top_k` prompts of `prompt_length` take {top_k * length} of the model's context of "
+            f"{model.context}, and its texts up to {model.max_length}; make the model with "
+            f"max_length={max(room, 0)} or less, or lower `top_k` or `prompt_length`."
+        )
+    tokens = torch.randint(len(vocabulary), pool.prompts.shape[:2])
+    with torch.no_grad():
+        pool.prompts.copy_(vocabulary[tokens.to(vocabulary.device)])
+    model.network = PromptTunedNetwork(network, pool, query_length)
+    model.context = room
+    model.tells_padding = True
+    return model
