@@ -1,4 +1,4 @@
-"""L2P and HiDeLoRA on a language model: the same text gets the same treatment everywhere."""
+"""L2P, DualPrompt and HiDeLoRA on a language model: a text gets the same treatment everywhere."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from treelora_avalanche.adapters import LoRAFactors, lora_layers
 from treelora_avalanche.metrics.generation import find_text_generator
@@ -14,13 +15,23 @@ from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.prompted_language import first_tokens
 from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.scenarios import TextTasks
-from treelora_avalanche.strategies import L2P, HiDeLoRA
+from treelora_avalanche.strategies import L2P, DualPrompt, HiDeLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 TASKS = ["zoo", "maths"]
 STRATEGIES = {
     "L2P": (L2P, {"pool_size": 6, "prompt_length": 2, "top_k": 2, "query_length": 8}),
+    "DualPrompt": (
+        DualPrompt,
+        {
+            "general_layers": (0,),
+            "general_length": 2,
+            "expert_layers": (1, 2),
+            "expert_length": 3,
+            "query_length": 8,
+        },
+    ),
     "HiDeLoRA": (HiDeLoRA, {"rank": 4, "n_centroids": 3, "query_length": 8}),
 }
 PROMPTS = ["zoo animal 3:", "maths 7 + 1 =", "zoo animal 12, old:", "whatever"]
@@ -41,7 +52,7 @@ def make_model(make_tokenizer):
                     LlamaConfig(
                         hidden_size=16,
                         intermediate_size=24,
-                        num_hidden_layers=2,
+                        num_hidden_layers=3,
                         num_attention_heads=4,
                         num_key_value_heads=2,
                         max_position_embeddings=64,
@@ -53,7 +64,7 @@ def make_model(make_tokenizer):
                 network = GPT2LMHeadModel(
                     GPT2Config(
                         n_embd=16,
-                        n_layer=2,
+                        n_layer=3,
                         n_head=2,
                         n_positions=64,
                         initializer_range=0.3,
@@ -255,9 +266,10 @@ def test_keys_are_pulled_to_the_queries(make_model, texts):
     assert after < 0.8 * before
 
 
-def test_l2p_on_a_network_with_learned_positions(make_model):
+@pytest.mark.parametrize("prompts", ["L2P", "DualPrompt"])
+def test_a_network_with_learned_positions(make_model, prompts):
     """GPT-2 counts positions by a table: prompts, padding and text must be numbered rightly."""
-    strategy = make("L2P", make_model("gpt2"))
+    strategy = make(prompts, make_model("gpt2"))
     model = strategy.model.eval()
     generator = find_text_generator(model)
     rows = [list(range(3, 18)), list(range(20, 28)), list(range(50, 70, 2))]
@@ -282,6 +294,72 @@ def test_l2p_stores_nothing_per_task(make_model, texts):
         sizes.append(sum(p.numel() for p in strategy.model.parameters()))
     assert sizes == [6 * (2 + 1) * 16] * 2
     assert stored_bytes(strategy) == 0
+
+
+# -------------------------------------------------------------------------------------- DualPrompt
+
+
+def by_hand(model, tokens, prefixes):
+    """Logits of a text by a bare Llama, whose attention to prefixes is written out."""
+    llama = model.network.model
+    hidden = llama.embed_tokens(tokens)[None]
+    n = len(tokens)
+    cos, sin = llama.rotary_emb(hidden, torch.arange(n)[None])
+    causal = torch.full((n, n), -torch.inf).triu(1)
+    for number, layer in enumerate(llama.layers):
+        at, x = layer.self_attn, layer.input_layernorm(hidden)
+        q, k, v = (
+            p(x)[0].unflatten(1, (-1, 4)).transpose(0, 1) for p in (at.q_proj, at.k_proj, at.v_proj)
+        )  # (heads, n, 4)
+        q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin)
+        q, k, bias = q[0], k[0], causal
+        if number in prefixes:
+            before_k, before_v = prefixes[number].transpose(1, 2)  # (heads, length, 4) each
+            k, v = torch.cat((before_k, k), 1), torch.cat((before_v, v), 1)
+            bias = torch.cat((torch.zeros(n, before_k.shape[1]), causal), 1)
+        k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+        mixed = (q @ k.transpose(1, 2) / 2 + bias).softmax(2) @ v
+        hidden = hidden + at.o_proj(mixed.transpose(0, 1).flatten(1))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.network.lm_head(llama.norm(hidden))[0]
+
+
+def test_dual_prompt_attends_to_the_prefixes_of_the_nearest_key(make_model, texts):
+    strategy = make("DualPrompt", make_model(), train_epochs=25)
+    strategy.train(texts.train_stream)
+    network, bare = prompted(strategy), make_model()
+    keys = [*network.experts.past_keys, network.experts.key]
+    experts = [*network.experts.past, network.experts.live]
+    embeddings = bare.network.get_input_embeddings().weight
+    rows = rows_of(texts)
+    chosen = []
+    with torch.no_grad():
+        for row, found in zip(rows, logits_of(strategy, rows, 16), strict=True):
+            text = row[row >= 0]
+            query = embeddings[text[:8]].mean(0)
+            cosines = [float(query @ key / query.norm() / key.norm()) for key in keys]
+            chosen.append(cosines.index(max(cosines)))
+            expert = experts[chosen[-1]]
+            expected = by_hand(bare, text, {0: network.general[0], 1: expert[0], 2: expert[1]})
+            torch.testing.assert_close(found[:, : len(text)].T, expected, rtol=1e-3, atol=1e-4)
+    assert chosen == [0] * 8 + [1] * 8
+
+
+def test_every_task_has_an_expert_that_later_tasks_leave_alone(make_model, texts):
+    strategy = make("DualPrompt", make_model())
+    strategy.train(texts.train_stream[0])
+    experts = prompted(strategy).experts
+    first, key = experts.live.detach().clone(), experts.key.detach().clone()
+    strategy.train(texts.train_stream[1])
+    assert torch.equal(experts.past[0], first)
+    assert torch.equal(experts.past_keys[0], key)
+    assert not torch.equal(experts.live, first)
+    assert stored_bytes(strategy) == 4 * (2 * 2 * 3 * 2 * 4 + 16)
+
+
+def test_prefixes_are_gone_when_the_answer_is_there(trained):
+    modules = list(trained.model.modules())
+    assert not any("prefix" in vars(module) for module in modules)
 
 
 # ---------------------------------------------------------------------------------------- HiDeLoRA
@@ -325,7 +403,7 @@ def test_hide_lora_adapts_keys_and_values_and_stores_what_it_says(make_model, te
     for experience in texts.train_stream:
         strategy.train(experience)
         sizes.append(stored_bytes(strategy))
-    adapter = 4 * 4 * (16 + 8) * 4  # four bytes, rank, inputs and outputs, matrices
+    adapter = 4 * 4 * (16 + 8) * 6  # four bytes, rank, inputs and outputs, matrices
     centroids = 4 * 3 * (2 * 16 + 1)
     assert sizes == [adapter + centroids, 2 * (adapter + centroids)]
 
@@ -333,7 +411,7 @@ def test_hide_lora_adapts_keys_and_values_and_stores_what_it_says(make_model, te
 # --------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("strategy", [L2P, HiDeLoRA])
+@pytest.mark.parametrize("strategy", [L2P, DualPrompt, HiDeLoRA])
 def test_another_model_is_refused_by_name(strategy):
     with pytest.raises(ValueError, match=r"is a Linear.*VisionTransformer.*or a LanguageModel"):
         strategy(nn.Linear(2, 2))
@@ -357,11 +435,37 @@ def test_l2p_refuses_before_it_touches_the_model(make_model, options, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_prompts_are_put_on_a_model_once(make_model):
+@pytest.mark.parametrize("prompts", ["L2P", "DualPrompt"])
+def test_prompts_are_put_on_a_model_once(make_model, prompts):
     model = make_model()
-    make("L2P", model)
+    make(prompts, model)
     with pytest.raises(ValueError, match="carries prompts or LoRA already"):
-        make("L2P", model)
+        make(prompts, model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_length": 0}, "`query_length` must be at least 1, and is 0"),
+        ({"expert_layers": (2, 3)}, r"`expert_layers` is \[2, 3\].*which are 0 to 2"),
+        ({"expert_layers": (0, 1)}, "share blocks"),
+        ({"general_length": 0}, "`general_length` must be at least 1"),
+    ],
+)
+def test_dual_prompt_refuses_before_it_touches_the_model(make_model, options, message):
+    model = make_model()
+    network = model.network
+    with pytest.raises(ValueError, match=message):
+        make("DualPrompt", model, **options)
+    assert model.network is network
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_dual_prompt_refuses_gradient_checkpointing(make_model):
+    model = make_model()
+    model.network.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing=False"):
+        make("DualPrompt", model)
 
 
 def test_hide_lora_refuses_what_it_cannot_do(make_model):

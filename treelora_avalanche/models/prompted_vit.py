@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters import find_classifier
-from treelora_avalanche.models.prompts import PromptPool, TaskPrompts, check_momentum
+from treelora_avalanche.models.prompts import (
+    PromptPool,
+    TaskPrompts,
+    check_dual_prompts,
+    check_layers,
+    check_length,
+    check_momentum,
+)
 from treelora_avalanche.models.routed import RoutedView, Router
 
 
@@ -185,33 +192,6 @@ class PrefixTunedViT(PromptedViT):
         return self.vit.head(features)
 
 
-def check_length(name: str, length: int) -> None:
-    """Raises an error for a prompt without positions.
-
-    :param name: of the argument.
-    :param length: positions of a prompt.
-    :raises ValueError: if it is below 1.
-    """
-    if length < 1:
-        raise ValueError(f"`{name}` must be at least 1, and is {length}.")
-
-
-def check_layers(name: str, layers: tuple[int, ...], vit: VisionTransformer) -> None:
-    """Raises an error if block numbers are not those of a transformer.
-
-    :param name: of the argument.
-    :param layers: the block numbers.
-    :param vit: the transformer.
-    :raises ValueError: if there are none, one is out of range, or one comes twice.
-    """
-    known = range(len(vit.blocks))
-    if not layers or len(set(layers)) < len(layers) or any(layer not in known for layer in layers):
-        raise ValueError(
-            f"`{name}` is {list(layers)}; it must name different blocks of the model, which are 0 "
-            f"to {len(known) - 1}."
-        )
-
-
 class DualPromptedViT(PrefixTunedViT):
     """DualPrompt's: general prompts that all tasks share, and expert prompts, one of each task.
 
@@ -238,15 +218,13 @@ class DualPromptedViT(PrefixTunedViT):
         expert_layers: tuple[int, ...],
         expert_length: int,
     ):
-        check_length("general_length", general_length)
-        check_length("expert_length", expert_length)
-        check_layers("general_layers", general_layers, vit)
-        check_layers("expert_layers", expert_layers, vit)
-        if set(general_layers) & set(expert_layers):
-            raise ValueError(
-                f"`general_layers` {list(general_layers)} and `expert_layers` "
-                f"{list(expert_layers)} share blocks; a block takes one kind of prompt."
-            )
+        check_dual_prompts(
+            general_layers=general_layers,
+            general_length=general_length,
+            expert_layers=expert_layers,
+            expert_length=expert_length,
+            n_layers=len(vit.blocks),
+        )
         super().__init__(vit)
         self.general_layers, self.expert_layers = general_layers, expert_layers
         general = torch.empty(*self.prefix_shape(len(general_layers), general_length))
@@ -282,7 +260,7 @@ class TaskPromptedViT(PrefixTunedViT):
     ):
         check_length("prompt_length", length)
         check_momentum(momentum)
-        check_layers("prompt_layers", layers, vit)
+        check_layers("prompt_layers", layers, len(vit.blocks))
         super().__init__(vit)
         self.layers = layers
         self.prompts = TaskPrompts(self.prefix_shape(len(layers), length), momentum=momentum)

@@ -2,7 +2,8 @@
 
 L2P (Wang et al., CVPR 2022) has one pool that all tasks share; DualPrompt (Wang et al., ECCV 2022)
 and HiDe-Prompt (Wang et al., NeurIPS 2023) have one prompt per task. The vision transformers that
-carry them are in ``models/prompted_vit.py``.
+carry them are in ``models/prompted_vit.py``, the language models in ``models/prompted_language.py``
+and ``models/prefixed_language.py``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,61 @@ def check_momentum(momentum: float) -> None:
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be at least 0 and below 1, and is {momentum}.")
+
+
+def check_length(name: str, length: int) -> None:
+    """Raises an error for a prompt without positions.
+
+    :param name: of the argument.
+    :param length: positions of a prompt.
+    :raises ValueError: if it is below 1.
+    """
+    if length < 1:
+        raise ValueError(f"`{name}` must be at least 1, and is {length}.")
+
+
+def check_layers(name: str, layers: Sequence[int], n_layers: int) -> None:
+    """Raises an error if block numbers are not those of a transformer.
+
+    :param name: of the argument.
+    :param layers: the block numbers.
+    :param n_layers: how many blocks the transformer has.
+    :raises ValueError: if there are none, one is out of range, or one comes twice.
+    """
+    known = range(n_layers)
+    if not layers or len(set(layers)) < len(layers) or any(layer not in known for layer in layers):
+        raise ValueError(
+            f"`{name}` is {list(layers)}; it must name different blocks of the model, which are 0 "
+            f"to {n_layers - 1}."
+        )
+
+
+def check_dual_prompts(
+    *,
+    general_layers: Sequence[int],
+    general_length: int,
+    expert_layers: Sequence[int],
+    expert_length: int,
+    n_layers: int,
+) -> None:
+    """Raises an error for general and expert prompts that a transformer cannot take.
+
+    :param general_layers: block numbers of the general prompts.
+    :param general_length: their length.
+    :param expert_layers: block numbers of the expert prompts.
+    :param expert_length: their length.
+    :param n_layers: how many blocks the transformer has.
+    :raises ValueError: if one is out of range, or a block is to take both kinds.
+    """
+    check_length("general_length", general_length)
+    check_length("expert_length", expert_length)
+    check_layers("general_layers", general_layers, n_layers)
+    check_layers("expert_layers", expert_layers, n_layers)
+    if set(general_layers) & set(expert_layers):
+        raise ValueError(
+            f"`general_layers` {list(general_layers)} and `expert_layers` {list(expert_layers)} "
+            "share blocks; a block takes one kind of prompt."
+        )
 
 
 class PromptPool(nn.Module):

@@ -80,28 +80,17 @@ class L2P(ParameterEfficientStrategy):
     ):
         check_training(model, head=head, plugins=plugins, **kwargs)
         own: list[SupervisedPlugin] = [KeyLossPlugin(sim_coefficient)]
-        prompted: nn.Module
+        sizes = {"pool_size": pool_size, "length": prompt_length, "top_k": top_k}
         if isinstance(model, LanguageModel):
-            prompted = add_prompt_pool(
-                model,
-                pool_size=pool_size,
-                length=prompt_length,
-                top_k=top_k,
-                query_length=query_length,
-            )
+            add_prompt_pool(model, **sizes, query_length=query_length)
         else:
             own.insert(0, WithinTaskLossPlugin())
             vit = check_vision_transformer(model, "L2P", or_language=True)
-            prompted = PromptTunedViT(
-                vit,
-                PromptPool(
-                    pool_size=pool_size, length=prompt_length, top_k=top_k, dim=vit.num_features
-                ),
-            )
+            model = PromptTunedViT(vit, PromptPool(**sizes, dim=vit.num_features))
         if kwargs.get("optimizer") is None:
             kwargs["optimizer"] = partial(Adam, lr=lr)
         super().__init__(
-            model=TrainableView(prompted),
+            model=TrainableView(model),
             head=head,
             plugins=[*(plugins or ()), *own],
             **kwargs,
