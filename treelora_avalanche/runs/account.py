@@ -156,14 +156,15 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
+def count_parameters(model: nn.Module, *, trained: bool = True) -> dict[str, int]:
     """Numbers of parameters, also where the model shows the trainable ones alone.
 
     :param model: a strategy's model.
+    :param trained: False if no gradient moves any of them, as where a head is set from statistics.
     """
     parameters = list(getattr(model, "module", model).parameters())
     return {
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad and trained),
         "total": sum(p.numel() for p in parameters),
     }
 

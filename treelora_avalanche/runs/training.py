@@ -241,7 +241,7 @@ def _run(
             "peak_kind": memory.kind,
             "stored_bytes": stored_bytes(strategy),
         },
-        "parameters": count_parameters(strategy.model),
+        "parameters": count_parameters(strategy.model, trained=not entry.frozen),
         "versions": versions(),
         "git_hash": git_hash(),
         "hardware": hardware(device),
