@@ -14,6 +14,7 @@ from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.prompted_language import first_tokens
 from treelora_avalanche.runs import stored_bytes
+from treelora_avalanche.runs.texts import training_in_words
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche.strategies import L2P, DualPrompt, HiDeLoRA
 
@@ -294,6 +295,13 @@ def test_l2p_stores_nothing_per_task(make_model, texts):
         sizes.append(sum(p.numel() for p in strategy.model.parameters()))
     assert sizes == [6 * (2 + 1) * 16] * 2
     assert stored_bytes(strategy) == 0
+
+
+def test_a_run_says_what_is_trained(make_model):
+    words = training_in_words(make("L2P", make_model()), {"lr": 0.03, "batch_size": 4}, [1, 2])
+    assert words == (
+        "trains 288 values of prompts and keys; learning rate 0.03; batches of 4; epochs 1, 2"
+    )
 
 
 # -------------------------------------------------------------------------------------- DualPrompt

@@ -100,7 +100,8 @@ def epochs_per_task(entry: Method, wanted: list[int] | str, names: list[str]) ->
         if wanted == EQUAL_EPOCHS or entry.has_tree:
             numbers = scenarios.TREELORA_EPOCHS
         else:
-            numbers = scenarios.LORA_EPOCHS if entry.uses_lora else scenarios.FULL_EPOCHS
+            whole = entry.kind == "Avalanche's" and not entry.uses_lora
+            numbers = scenarios.FULL_EPOCHS if whole else scenarios.LORA_EPOCHS
         return [numbers[name] for name in names]
     if len(wanted) != len(names):
         raise ValueError(
@@ -121,7 +122,7 @@ def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) 
     words = [
         f"LoRA of rank {config['rank']} (α {config['alpha']:g}) on {len(layers)} matrices"
         if layers
-        else "every weight",
+        else _trained_without_lora(strategy.model),
         f"learning rate {config['lr']:g}",
         f"batches of {config['batch_size']}",
         f"epochs {', '.join(map(str, epochs))}",
@@ -130,6 +131,15 @@ def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) 
         depth = config["depth"] or min(len(layers), MAX_DEPTH)
         words.append(f"λ {config['tree_lambda']:g}, a tree of depth {depth}")
     return "trains " + "; ".join(words)
+
+
+def _trained_without_lora(model: nn.Module) -> str:
+    # All of them, where a view shows the trained ones alone.
+    parameters = [parameter for _, parameter in nn.Module.named_parameters(model)]
+    if all(parameter.requires_grad for parameter in parameters):
+        return "every weight"
+    n_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return f"{n_trained:,} values of prompts and keys" if n_trained else "nothing"
 
 
 __all__ = ["TEXT_STREAMS", "epochs_per_task", "language_model", "training_in_words"]
