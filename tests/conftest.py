@@ -88,3 +88,52 @@ def make_tokenizer() -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_language_model(make_tokenizer) -> Callable[..., Any]:
+    """Makes a Llama of two blocks that reads characters, the same random weights at every call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from treelora_avalanche.models import LanguageModel
+
+    def make(max_length: int = 48, context: int = 64, **options: Any) -> LanguageModel:
+        config = LlamaConfig(
+            vocab_size=98,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=context,
+            initializer_range=0.3,
+            bos_token_id=96,
+            eos_token_id=97,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = LlamaForCausalLM(config)
+        tokenizer = make_tokenizer(bos_token="<s>")
+        return LanguageModel(network, tokenizer, max_length=max_length, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(make_language_model, tmp_path_factory) -> Any:
+    """A stream of three tasks of texts, eight samples each, told apart by how they begin."""
+    import json
+
+    from treelora_avalanche.scenarios import TextTasks
+
+    folder = tmp_path_factory.mktemp("tiny_texts")
+    tasks = {
+        "zoo": [{"prompt": f"zoo {n} animal:", "answer": "ape" * (1 + n % 2)} for n in range(8)],
+        "maths": [{"prompt": f"maths {n} + 1 =", "answer": str(n + 1)} for n in range(8)],
+        "WORDS": [{"prompt": "WORDS" + "!" * n, "answer": "ABC"[n % 3]} for n in range(8)],
+    }
+    for name, records in tasks.items():
+        (folder / name).mkdir()
+        for part in ("train", "test"):
+            (folder / name / f"{part}.json").write_text(json.dumps(records))
+    return TextTasks(folder, make_language_model(), tasks=list(tasks), max_new_tokens=4)
