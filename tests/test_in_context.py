@@ -1,0 +1,209 @@
+"""In-context learning: demonstrations of the nearest task before every prompt, and no training."""
+
+import json
+
+import pytest
+import torch
+
+from treelora_avalanche.cli import main
+from treelora_avalanche.metrics.generation import find_text_generator, generation_metrics
+from treelora_avalanche.strategies import InContext
+
+pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
+
+
+@pytest.fixture
+def make(make_language_model):
+    """Makes a strategy whose model has room for the demonstrations."""
+
+    def make(max_length=256, **options):
+        model = make_language_model(max_length=max_length, context=320)
+        return InContext(model, **{"evaluator": None, **options})
+
+    return make
+
+
+def train(strategy, texts, *tasks):
+    for task in tasks:
+        strategy.train(texts.train_stream[task])
+
+
+def given_to(strategy, monkeypatch):
+    """What the language model inside is asked to continue."""
+    given = []
+    generate = strategy.model.module.generate
+
+    def recorded(prompts, *args, **kwargs):
+        given.extend(prompts)
+        return generate(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(strategy.model.module, "generate", recorded)
+    return given
+
+
+def test_shows_six_demonstrations_of_the_prompts_task(make, tiny_texts, monkeypatch):
+    strategy = make()
+    train(strategy, tiny_texts, 0, 1, 2)
+    given = given_to(strategy, monkeypatch)
+    prompts = [prompt for task in tiny_texts.test_stream for prompt in task.prompts]
+    strategy.model.generate(prompts, 4)
+    assert len(given) == len(prompts) == 24
+    for place, (prompt, text) in enumerate(zip(prompts, given, strict=True)):
+        task = tiny_texts.train_stream[place // 8]
+        *shown, last = text.split("\n\n")
+        assert last == prompt
+        known = {f"{p} {a}" for p, a in zip(task.prompts, task.answers, strict=True)}
+        assert len(shown) == len(set(shown)) == 6
+        assert set(shown) <= known
+
+
+def test_the_nearest_task_is_that_of_the_greatest_cosine(make, tiny_texts):
+    """Against a loop over prompts, tokens and tasks."""
+    strategy = make()
+    train(strategy, tiny_texts, 0, 1, 2)
+    model = strategy.model
+    table = model.module.network.get_input_embeddings().weight
+
+    def mean(prompt):
+        return sum(table[token] for token in model.tokenizer(prompt)["input_ids"]) / len(prompt)
+
+    prompts = ["zoo? animal", "3 + 4 = 7", "WO", "zoo maths WORDS", "~~~"]
+    tasks = [
+        sum(mean(prompt) for prompt in task.prompts) / len(task.prompts)
+        for task in tiny_texts.train_stream
+    ]
+    expected = []
+    for prompt in prompts:
+        query = mean(prompt)
+        cosines = [float(query @ task / (query.norm() * task.norm())) for task in tasks]
+        expected.append(cosines.index(max(cosines)))
+    assert model.nearest_tasks(prompts) == expected
+    assert len(set(expected)) > 1
+
+
+def test_the_seed_chooses(make, tiny_texts):
+    chosen = []
+    for seed in (0, 0, 1):
+        strategy = make(seed=seed)
+        torch.manual_seed(len(chosen))  # which has no part in it
+        train(strategy, tiny_texts, 0)
+        chosen.append(strategy.model.tasks[0].prompts)
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_where_there_is_no_room_the_first_demonstrations_go(make, tiny_texts, monkeypatch):
+    strategy = make(max_length=40)
+    train(strategy, tiny_texts, 0)
+    taken = []
+    inner = strategy.model.module._generate_batch
+    monkeypatch.setattr(
+        strategy.model.module,
+        "_generate_batch",
+        lambda rows, n: taken.extend(rows) or inner(rows, n),
+    )
+    strategy.model.generate(["zoo 3 animal:"], 4)
+    text = strategy.model.tasks[0].before("zoo 3 animal:")
+    assert len(text) > 40
+    assert taken == [strategy.model.tokenizer(text)["input_ids"][-40:]]
+
+
+def test_the_model_stays_as_it_was(make, make_language_model, tiny_texts):
+    """No weight moves, nothing is trainable, and logits are the model's own."""
+    strategy = make()
+    train(strategy, tiny_texts, 0, 1)
+    fresh = make_language_model(max_length=256, context=320)
+    for (name, one), (_, other) in zip(
+        strategy.model.module.named_parameters(), fresh.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+        assert not one.requires_grad
+    tokens = torch.tensor([[5, 6, 7, 8], [9, 10, -1, -1]])
+    strategy.model.eval()
+    with torch.no_grad():
+        assert torch.equal(strategy.model(tokens), fresh.eval()(tokens))
+
+
+def test_answers_do_not_depend_on_their_batch(make, tiny_texts):
+    strategy = make()
+    train(strategy, tiny_texts, 0, 1)
+    prompts = ["zoo 3 animal:", "maths 7 + 1 =", "WORDS!!!", "maths"]
+    without = strategy.model.module.generate(prompts, 6)
+    one, many = (strategy.model.generate(prompts, 6, batch_size=size) for size in (1, 4))
+    assert one == many != without
+
+
+def test_is_scored_by_what_it_generates(make, tiny_texts):
+    from avalanche.training.plugins import EvaluationPlugin
+
+    metrics = generation_metrics()
+    strategy = make(evaluator=EvaluationPlugin(*metrics, loggers=[]))
+    assert find_text_generator(strategy.model) is strategy.model
+    train(strategy, tiny_texts, 0)
+    strategy.eval(tiny_texts.test_stream[:1])
+    task = tiny_texts.test_stream[0]
+    predictions = [prediction for _, _, prediction in metrics[0].generated["zoo"]]
+    assert predictions == strategy.model.generate(task.prompts, task.max_new_tokens)
+
+
+def test_continues_in_a_new_strategy(make, tiny_texts, tmp_path):
+    whole, resumed = make(), make()
+    train(whole, tiny_texts, 0, 1)
+    whole.save(tmp_path / "state")
+    resumed.load(tmp_path / "state")
+    prompts = ["zoo 3 animal:", "maths 7 + 1 ="]
+    for task in (None, 2):
+        for strategy in (whole, resumed):
+            if task is not None:
+                train(strategy, tiny_texts, task)
+        for one, other in zip(whole.model.tasks, resumed.model.tasks, strict=True):
+            assert one[:2] == other[:2]
+            assert torch.equal(one.embedding, other.embedding)
+        assert whole.model.generate(prompts, 6) == resumed.model.generate(prompts, 6)
+    with pytest.raises(ValueError, match="seed=0 to continue"):
+        make(seed=1).load(tmp_path / "state")
+
+
+def test_stores_six_pairs_and_a_vector_per_task(make, tiny_texts):
+    strategy = make()
+    for n_tasks in (1, 2, 3):
+        train(strategy, tiny_texts, n_tasks - 1)
+        assert len(strategy.model.tasks) == n_tasks
+        last = strategy.model.tasks[-1]
+        assert len(last.prompts) == len(last.answers) == 6
+        assert last.embedding.shape == (16,)
+
+
+def test_a_run_of_the_command_line(make_language_model, tmp_path):
+    model = make_language_model()
+    model.network.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    for name in ("zoo", "maths"):
+        records = [{"prompt": f"{name} {n}:", "answer": str(n)} for n in range(8)]
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{name}.json").write_text(json.dumps(records))
+    folder = tmp_path / "run"
+    arguments = {
+        "--method": "InContext",
+        "--scenario": "text_tasks",
+        "--data": tmp_path / "texts",
+        "--model": tmp_path / "model",
+        "--max_length": 48,
+        "--device": "cpu",
+        "--output": folder,
+    }
+    assert main(["train", *(str(part) for pair in arguments.items() for part in pair)]) == 0
+    (results,) = [json.loads(path.read_text()) for path in folder.rglob("results.json")]
+    assert results["method"] == "InContext"
+    assert results["parameters"]["trainable"] == 0
+    assert results["timings"]["steps"] == 0
+
+
+def test_a_bad_argument_is_refused(tiny_vit, make_language_model, tiny_benchmark, make):
+    with pytest.raises(ValueError, match="InContext takes language models alone"):
+        InContext(tiny_vit())
+    model = make_language_model()
+    with pytest.raises(ValueError, match="`n_demonstrations` must be at least 1, and is 0"):
+        InContext(model, n_demonstrations=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="experience 0 has no texts in `prompts` and `answers`"):
+        make().train(tiny_benchmark.train_stream[0])

@@ -1,0 +1,117 @@
+"""A language model that is shown demonstrations before it answers, and is never trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.models.language import LanguageModel
+
+
+class Demonstrations(NamedTuple):
+    """What is kept of a task.
+
+    :param prompts: of the demonstrations.
+    :param answers: to them.
+    :param embedding: mean embedding of the task's training prompts, ``(dim,)``.
+    """
+
+    prompts: list[str]
+    answers: list[str]
+    embedding: Tensor
+
+    def before(self, prompt: str) -> str:
+        """A prompt with the demonstrations before it, divided by empty lines.
+
+        :param prompt: what is to be answered.
+        """
+        shown = [
+            p + ("" if p[-1:].isspace() else " ") + a
+            for p, a in zip(self.prompts, self.answers, strict=True)
+        ]
+        return "\n\n".join([*shown, prompt])
+
+
+class InContextLanguageModel(nn.Module):
+    """Generates after demonstrations of the task that a prompt seems to belong to.
+
+    No task is named at test time. The task of a prompt is the one whose training prompts' mean
+    embedding has the greatest cosine with the mean embedding of the prompt's tokens, both from the
+    frozen input layer. Logits are those of the model, without demonstrations.
+
+    :param module: a language model.
+    """
+
+    def __init__(self, module: LanguageModel):
+        super().__init__()
+        self.module = module
+        self.tasks: list[Demonstrations] = []
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model."""
+        return self.module.tokenizer
+
+    def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        """Logits, see :meth:`LanguageModel.forward`.
+
+        :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
+        :param last: how many columns of logits, counted from the end, are needed; by default all.
+        """
+        logits: Tensor = self.module(tokens, last)
+        return logits
+
+    def embeddings(self, prompts: Sequence[str]) -> Tensor:
+        """Mean embedding of each prompt's tokens, ``(n_prompts, dim)``, on the host.
+
+        :param prompts: the texts, as they stand: a chat template would say the same of all.
+        """
+        network: Any = self.module.network
+        table = network.get_input_embeddings()
+        rows = self.tokenizer(list(prompts), verbose=False)["input_ids"]
+        with torch.no_grad():
+            # A layer, not its weight: some models scale what they look up.
+            tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+            means = [table(t.to(table.weight.device)).float().mean(0) for t in tokens]
+        return torch.stack(means).nan_to_num().cpu()  # of no tokens there is no mean
+
+    def nearest_tasks(self, prompts: Sequence[str]) -> list[int]:
+        """The task that each prompt seems to belong to, as a place in :attr:`tasks`.
+
+        :param prompts: the texts, at least one; there must be a task.
+        """
+        tasks = F.normalize(torch.stack([task.embedding for task in self.tasks]), dim=1)
+        cosines = F.normalize(self.embeddings(prompts), dim=1) @ tasks.T  # (n_prompts, n_tasks)
+        nearest: list[int] = cosines.argmax(1).tolist()
+        return nearest
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        batch_size: int = 8,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[str]:
+        """Continue prompts greedily, each after its task's demonstrations.
+
+        What is longer than the model takes (``max_length`` of the
+        :class:`~treelora_avalanche.models.LanguageModel`) loses its beginning: the first
+        demonstrations.
+
+        :param prompts: texts.
+        :param max_new_tokens: where to stop a text that does not end by itself.
+        :param batch_size: how many are generated together.
+        :param progress: called with the number of prompts that have just been finished.
+        :return: the continuations alone, in the order of the prompts.
+        """
+        texts = list(prompts)
+        if self.tasks and texts:
+            nearest = self.nearest_tasks(texts)
+            texts = [self.tasks[i].before(text) for i, text in zip(nearest, texts, strict=True)]
+        with evaluating(self):
+            return self.module.generate(texts, max_new_tokens, batch_size, progress)
