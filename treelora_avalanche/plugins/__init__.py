@@ -1,6 +1,7 @@
 """Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
 
 from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
+from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
 from treelora_avalanche.plugins.hide import ContrastivePlugin, TaskAdaptersPlugin
 from treelora_avalanche.plugins.inf_lora import InfLoRAPlugin
@@ -17,15 +18,18 @@ from treelora_avalanche.plugins.ogd import OGDPlugin
 from treelora_avalanche.plugins.prefix_cache import PrefixCachePlugin
 from treelora_avalanche.plugins.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.router import RouterPlugin
+from treelora_avalanche.plugins.sapt import SAPTPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.task_start import TaskSignaturePlugin, TaskStartPlugin
+from treelora_avalanche.plugins.tasl import TaSLPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 
 __all__ = [
     "ContrastivePlugin",
     "CosineSchedulePlugin",
+    "DemonstrationsPlugin",
     "FiniteLossPlugin",
     "InfLoRAPlugin",
     "KeyLossPlugin",
@@ -39,8 +43,10 @@ __all__ = [
     "PrefixCachePlugin",
     "RandomSelectorPlugin",
     "RouterPlugin",
+    "SAPTPlugin",
     "SelectorPlugin",
     "SparseUpdatePlugin",
+    "TaSLPlugin",
     "TaskAdaptersPlugin",
     "TaskAdaptiveHeadPlugin",
     "TaskPromptsPlugin",

@@ -6,17 +6,21 @@ from treelora_avalanche.strategies.frozen import FrozenGaussian, FrozenNCM
 from treelora_avalanche.strategies.gem_lora import GEMLoRA
 from treelora_avalanche.strategies.hide_lora import HiDeLoRA
 from treelora_avalanche.strategies.hide_prompt import HiDePrompt
+from treelora_avalanche.strategies.in_context import InContext
 from treelora_avalanche.strategies.inf_lora import InfLoRA
 from treelora_avalanche.strategies.l2_anchor import L2Anchor
 from treelora_avalanche.strategies.l2p import L2P
 from treelora_avalanche.strategies.o_lora import OLoRA
 from treelora_avalanche.strategies.ogd import OGD
+from treelora_avalanche.strategies.sapt import SAPT
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
+from treelora_avalanche.strategies.tasl import TaSL
 from treelora_avalanche.strategies.treelora import TreeLoRAStrategy
 
 __all__ = [
     "L2P",
     "OGD",
+    "SAPT",
     "DualPrompt",
     "EWCLoRA",
     "FrozenGaussian",
@@ -24,9 +28,11 @@ __all__ = [
     "GEMLoRA",
     "HiDeLoRA",
     "HiDePrompt",
+    "InContext",
     "InfLoRA",
     "L2Anchor",
     "OLoRA",
     "SeqLoRA",
+    "TaSL",
     "TreeLoRAStrategy",
 ]
