@@ -78,7 +78,11 @@ def stream(n_tasks: int, per_task: int, img_size: int) -> Any:
 
 def vision_methods() -> list[str]:
     """Methods that are trained task by task on images, SeqLoRA first."""
-    trained = [n for n, entry in METHODS.items() if not entry.frozen and not entry.on_all_seen]
+    trained = [
+        name
+        for name, entry in METHODS.items()
+        if "vision" in entry.models and not entry.frozen and not entry.on_all_seen
+    ]
     return ["SeqLoRA", *(name for name in trained if name != "SeqLoRA")]
 
 

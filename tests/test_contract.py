@@ -20,7 +20,7 @@ from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 CLASSES = ["airplanes", "Leopards", "Motorbikes", "accordion"]
-VISION = [name for name, entry in METHODS.items() if not entry.joint]
+VISION = [n for n, entry in METHODS.items() if "vision" in entry.models and not entry.joint]
 OURS = [name for name in VISION if METHODS[name].kind in ("ours", "frozen")]
 TRAINED = [name for name in VISION if not METHODS[name].frozen]
 KEEPS_IMAGES = {"Replay", "Cumulative"}

@@ -26,7 +26,9 @@ from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 SETTINGS = RunSettings(
     epochs=1, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu", head="task_adaptive"
 )
-CONTINUES = [name for name, method in METHODS.items() if not method.joint]
+CONTINUES = [
+    name for name, entry in METHODS.items() if "vision" in entry.models and not entry.joint
+]
 # The images of the stream's three tasks, by eights: steps of the last task, counted from 1.
 LAST_STEPS = {"Cumulative": range(13, 25), "FrozenNCM": (), "FrozenGaussian": ()}
 

@@ -43,6 +43,7 @@ from treelora_avalanche.settings import SCENARIOS, RunSettings
 from treelora_avalanche.tree import AdapterTree
 
 SETTINGS = RunSettings(epochs=2, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu")
+VISION = [name for name, entry in METHODS.items() if "vision" in entry.models]
 
 
 def changed(**changes):
@@ -67,7 +68,7 @@ def as_tensor(matrix):
     return torch.tensor([[math.nan if a is None else a for a in row] for row in matrix])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", VISION)
 def test_run_folder(method, ingredients, tiny_vit, tmp_path):
     folder = tmp_path / "run"
     results = run(method, 0, SETTINGS, folder, ingredients=ingredients)
@@ -193,7 +194,7 @@ def test_what_was_learned_before_a_crash_is_kept(ingredients, tmp_path):
     assert len(json_lines(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if not entry.frozen])
+@pytest.mark.parametrize("method", [name for name in VISION if not METHODS[name].frozen])
 def test_a_loss_that_is_no_number_stops_the_run(method, ingredients, tmp_path):
     with pytest.raises(NonFiniteLossError, match="step"):
         run(method, 0, changed(lr=1e30), tmp_path, ingredients=ingredients)

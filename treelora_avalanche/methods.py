@@ -282,6 +282,12 @@ def _our_frozen(name: str) -> Build:
     return build
 
 
+def _in_context(
+    model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
+) -> SupervisedTemplate:
+    return _our_frozen("InContext")(model, settings, lr, seed, {**shared, "seed": seed})
+
+
 def _streaming_lda(
     model: Any, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
 ) -> SupervisedTemplate:
@@ -409,6 +415,22 @@ METHODS: dict[str, Method] = {
         models=BOTH,
         ignores=TREE_OPTIONS | {"head", "target_modules"},
     ),
+    "SAPT": Method(
+        "one LoRA per task, all in use, weighed by an attention of the prompt over the tasks",
+        _our_lora("SAPT"),
+        lr=None,
+        language_lr=LORA_LANGUAGE_LR,
+        models=frozenset({LANGUAGE}),
+        ignores=TREE_OPTIONS,
+    ),
+    "TaSL": Method(
+        "LoRA whose matrices are mixed after a task with those before, by their importance",
+        _our_lora("TaSL"),
+        lr=None,
+        language_lr=LORA_LANGUAGE_LR,
+        models=frozenset({LANGUAGE}),
+        ignores=TREE_OPTIONS,
+    ),
     "L2Anchor": Method(
         "LoRA pulled, in squared L2, towards the adapter of the task before: a control",
         _our_lora("L2Anchor"),
@@ -461,6 +483,15 @@ METHODS: dict[str, Method] = {
         "the task-adaptive head on the features of the untrained backbone",
         _our_frozen("FrozenGaussian"),
         lr=None,
+        kind="frozen",
+        ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
+        uses_lora=False,
+    ),
+    "InContext": Method(
+        "six demonstrations of the nearest task in the prompt of the untrained model (FIX)",
+        _in_context,
+        lr=None,
+        models=frozenset({LANGUAGE}),
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
         uses_lora=False,

@@ -154,7 +154,7 @@ def _run(
                 plugins=[counter],
                 evaluator=record.evaluator,
             )
-            if names is not None:
+            if names is not None and not entry.frozen:
                 note(training_in_words(strategy, config, epochs))
             unsaved = _why_unsaved(strategy)
             if unsaved and begun:
