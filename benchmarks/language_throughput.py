@@ -12,12 +12,13 @@ against that of SeqLoRA for a Llama-3.2-1B with random weights. Needs `TRACE-Ben
 from __future__ import annotations
 
 import copy
+import math
 import os
 import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,18 +183,14 @@ def padding(data: Path, samples: int, device: str) -> list[str]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     criterion = TokenCrossEntropy()
 
-    def seconds(make_loader: Callable[[Any], Iterable[Any]]) -> float:
-        total = 0.0
-        for experience in stream:
-            loader = make_loader(experience.dataset)
-            start = now(device)
-            for x, y, *_ in loader:
-                optimizer.zero_grad()
-                logits = network(input_ids=x.clamp(min=0).to(device), use_cache=False).logits
-                criterion(logits.transpose(1, 2), y.to(device)).backward()
-                optimizer.step()
-            total += now(device) - start
-        return total
+    def step(batches: Iterator[Any]) -> float:
+        start = now(device)
+        x, y, *_ = next(batches)
+        optimizer.zero_grad()
+        logits = network(input_ids=x.clamp(min=0).to(device), use_cache=False).logits
+        criterion(logits.transpose(1, 2), y.to(device)).backward()
+        optimizer.step()
+        return now(device) - start
 
     def plain(collate: Callable[[Any], Any]) -> Callable[[Any], Iterable[Any]]:
         return lambda dataset: DataLoader(dataset, BATCH_SIZE, shuffle=True, collate_fn=collate)
@@ -206,8 +203,15 @@ def padding(data: Path, samples: int, device: str) -> list[str]:
         ),
     }
     lengths = [length for e in stream for length in e.dataset.lengths]
-    seconds(ways["padded to the longest of the batch"])  # a warm-up
-    speed = {name: sum(lengths) / seconds(way) for name, way in ways.items()}
+    step(iter(ways["padded to the longest of the batch"](stream[0].dataset)))  # a warm-up
+    seconds = dict.fromkeys(ways, 0.0)
+    for experience in stream:
+        loaders = {name: make(experience.dataset) for name, make in ways.items()}
+        batches = {name: iter(loader) for name, loader in loaders.items()}
+        for _ in range(math.ceil(len(experience.dataset) / BATCH_SIZE)):
+            for name in ways:  # in turn, so that a slow spell of the machine hits all
+                seconds[name] += step(batches[name])
+    speed = {name: sum(lengths) / total for name, total in seconds.items()}
     slowest = speed["padded to the maximum"]
     show(
         f"TRACE's eight tasks, {samples} samples each, median {statistics.median(lengths):.0f} "
