@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from treelora_avalanche.adapters import LoRAFactors, lora_layers
@@ -48,20 +55,7 @@ def make_model(make_tokenizer):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network: nn.Module
-            if kind == "llama":
-                network = LlamaForCausalLM(
-                    LlamaConfig(
-                        hidden_size=16,
-                        intermediate_size=24,
-                        num_hidden_layers=3,
-                        num_attention_heads=4,
-                        num_key_value_heads=2,
-                        max_position_embeddings=64,
-                        initializer_range=0.3,
-                        **sizes,
-                    )
-                )
-            else:
+            if kind == "gpt2":
                 network = GPT2LMHeadModel(
                     GPT2Config(
                         n_embd=16,
@@ -72,6 +66,20 @@ def make_model(make_tokenizer):
                         **sizes,
                     )
                 )
+            else:
+                sizes |= {
+                    "hidden_size": 16,
+                    "intermediate_size": 24,
+                    "num_hidden_layers": 3,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "max_position_embeddings": 64,
+                    "initializer_range": 0.3,
+                }
+                if kind == "llama":
+                    network = LlamaForCausalLM(LlamaConfig(**sizes))
+                else:  # its attention reaches seven tokens back
+                    network = MistralForCausalLM(MistralConfig(sliding_window=8, **sizes))
         return LanguageModel(network, make_tokenizer(bos_token="<s>"), max_length=max_length)
 
     return make
@@ -268,9 +276,10 @@ def test_keys_are_pulled_to_the_queries(make_model, texts):
 
 
 @pytest.mark.parametrize("prompts", ["L2P", "DualPrompt"])
-def test_a_network_with_learned_positions(make_model, prompts):
-    """GPT-2 counts positions by a table: prompts, padding and text must be numbered rightly."""
-    strategy = make(prompts, make_model("gpt2"))
+@pytest.mark.parametrize("kind", ["gpt2", "mistral"])
+def test_networks_of_other_kinds(make_model, kind, prompts):
+    """GPT-2 has a table of positions, Mistral a window; in both, padding must not count."""
+    strategy = make(prompts, make_model(kind))
     model = strategy.model.eval()
     generator = find_text_generator(model)
     rows = [list(range(3, 18)), list(range(20, 28)), list(range(50, 70, 2))]

@@ -99,8 +99,11 @@ class PromptTunedNetwork(nn.Module):
         """
         embeddings = self._prompted(input_ids, attention_mask)
         n_prompts = embeddings.shape[1] - input_ids.shape[1]
-        # Positions are counted by the mask: the padding between prompts and text takes none.
         mask = torch.cat((attention_mask.new_ones(len(input_ids), n_prompts), attention_mask), 1)
+        # The padding first: between prompts and text, a sliding window would count it.
+        order = mask.argsort(dim=1, stable=True)
+        mask = mask.gather(1, order)
+        embeddings = embeddings.gather(1, order[:, :, None].expand_as(embeddings))
         new = self.network.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
         return torch.cat((input_ids, new), 1)
 
