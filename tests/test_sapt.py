@@ -10,6 +10,7 @@ from treelora_avalanche.adapters import add_lora, lora_layers
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models.attentive_language import AttentiveLanguageModel
 from treelora_avalanche.plugins.sapt import attention_divergence
+from treelora_avalanche.runs.account import count_parameters
 from treelora_avalanche.strategies import SAPT, SeqLoRA
 from treelora_avalanche.strategies.sapt import prompt_lengths
 
@@ -297,7 +298,14 @@ def test_stores_an_adapter_and_a_key_per_task(make, tiny_texts):
     assert sizes == [0, per_task, 2 * per_task]
 
 
-def test_checkpointing_gives_the_same_gradients(make, make_language_model, tiny_texts):
+def test_a_run_counts_the_attention_too(make):
+    strategy = make(bottleneck=10)
+    adapter = 2 * 4 * (16 + 16) + 2 * 4 * (16 + 8)
+    projection = 2 * 16 * 10 + 2 * 16  # two matrices, and the scale and shift of the layer norm
+    assert count_parameters(strategy.model)["trainable"] == adapter + projection + 16
+
+
+def test_checkpointing_gives_the_same_gradients(make, tiny_texts):
     """The blocks are computed again in the backward pass, with the attention still in force."""
     weights = []
     for checkpointing in (False, True):

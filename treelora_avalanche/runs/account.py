@@ -162,7 +162,8 @@ def count_parameters(model: nn.Module, *, trained: bool = True) -> dict[str, int
     :param model: a strategy's model.
     :param trained: False if no gradient moves any of them, as where a head is set from statistics.
     """
-    parameters = list(getattr(model, "module", model).parameters())
+    # Not `model.parameters()`, which a view answers with the trainable ones; it may have its own.
+    parameters = [parameter for _, parameter in nn.Module.named_parameters(model)]
     return {
         "trainable": sum(p.numel() for p in parameters if p.requires_grad and trained),
         "total": sum(p.numel() for p in parameters),
