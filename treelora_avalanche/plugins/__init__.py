@@ -2,6 +2,7 @@
 
 from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
 from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
+from treelora_avalanche.plugins.data_parallel import DataParallelPlugin
 from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
 from treelora_avalanche.plugins.hide import ContrastivePlugin, TaskAdaptersPlugin
 from treelora_avalanche.plugins.inf_lora import InfLoRAPlugin
@@ -30,6 +31,7 @@ __all__ = [
     "ContrastivePlugin",
     "CosineSchedulePlugin",
     "DemonstrationsPlugin",
+    "DataParallelPlugin",
     "FiniteLossPlugin",
     "InfLoRAPlugin",
     "KeyLossPlugin",

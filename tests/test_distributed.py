@@ -1,0 +1,154 @@
+"""Two processes, each on its half of every batch, learn what one learns on all of it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from treelora_avalanche.plugins.data_parallel import PartOfBatches
+
+# Run by two processes with gloo, and by one alone.
+CHILD = """
+import sys
+import torch
+from accelerate import Accelerator
+from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset
+from avalanche.training.plugins import EvaluationPlugin
+from timm.models.vision_transformer import VisionTransformer
+from treelora_avalanche.metrics import AccuracyMatrix
+from treelora_avalanche.plugins.data_parallel import DataParallelPlugin
+from treelora_avalanche import strategies
+
+folder = sys.argv[1]
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == int(sys.argv[2])
+rank = accelerator.process_index
+torch.manual_seed(3)
+images = torch.randn(6 * 11, 1, 8, 8)
+data = _make_taskaware_tensor_classification_dataset(
+    images, torch.arange(len(images)) % 6, task_labels=0
+)
+benchmark = nc_benchmark(data, data, n_experiences=3, task_labels=False, shuffle=False)
+KINDS = {
+    "TreeLoRA": (strategies.TreeLoRAStrategy, {}),
+    "head": (strategies.TreeLoRAStrategy, {"head": "task_adaptive"}),
+    "EWCLoRA": (strategies.EWCLoRA, {}),
+    "GEMLoRA": (strategies.GEMLoRA, {}),
+}
+for name, (kind, arguments) in KINDS.items():
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=3, num_heads=2, num_classes=6
+    )
+    plugins = [DataParallelPlugin(accelerator)] if accelerator.num_processes > 1 else []
+    matrix = AccuracyMatrix()
+    strategy = kind(
+        model, layers="last:2", rank=2, train_mb_size=7, train_epochs=2, eval_mb_size=16,
+        plugins=plugins, evaluator=EvaluationPlugin(matrix, loggers=[]), **arguments,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+    )
+    if rank:  # what processes start with is made alike
+        with torch.no_grad():
+            for parameter in strategy.model.parameters():
+                parameter.add_(1)
+        torch.manual_seed(99)
+    else:
+        torch.manual_seed(1)
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+        strategy.eval(benchmark.test_stream)
+    state = {name: p.detach() for name, p in strategy.model.named_parameters()}
+    state["accuracy"] = torch.as_tensor(matrix.result())
+    if hasattr(strategy, "tree"):
+        state["signatures"] = strategy.tree.signatures
+        state["adapters"] = strategy.bank.factors
+        state["picks"] = strategy.selector.picks
+        state["means"] = strategy.selector.search.means
+        state["counts"] = strategy.selector.search.counts
+    torch.save(state, f"{folder}/{name}.{rank}")
+accelerator.end_training()
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What one process has learned, and what each of two has."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = folder / "child.py"
+    script.write_text(CHILD)
+    (folder / "one").mkdir()
+    (folder / "two").mkdir()
+    port = free_port()
+    children = [subprocess.Popen([sys.executable, script, folder / "one", "1"])]
+    for rank in "01":
+        environment = {
+            **os.environ,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        children.append(
+            subprocess.Popen([sys.executable, script, folder / "two", "2"], env=environment)
+        )
+    try:
+        assert [child.wait(timeout=600) for child in children] == [0, 0, 0]
+    finally:
+        for child in children:
+            child.kill()
+    return folder
+
+
+def load(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "tolerance"),
+    [
+        ("TreeLoRA", 1e-6),
+        ("EWCLoRA", 1e-6),
+        ("GEMLoRA", 1e-6),
+        # Adam has trained the head on statistics: its steps do not shrink with the gradient, nor
+        # does rounding.
+        ("head", 1e-4),
+    ],
+)
+def test_two_processes_learn_what_one_does(trained, method, tolerance):
+    alone = load(trained / "one", f"{method}.0")
+    for rank in range(2):
+        part = load(trained / "two", f"{method}.{rank}")
+        assert part.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(part[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("method", ["TreeLoRA", "head"])
+def test_both_processes_have_the_same_statistics_bit_for_bit(trained, method):
+    first, second = (load(trained / "two", f"{method}.{rank}") for rank in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert first["counts"].sum() > 0
+
+
+def test_the_parts_of_a_batch_are_the_batch():
+    batches = [[4, 2, 0], [1, 3, 5], [6]]
+    parts = [PartOfBatches(batches, rank, 2) for rank in range(2)]
+    first, second = (list(part) for part in parts)
+    assert first == [[4, 0], [1, 5], [6]]
+    assert second[:2] == [[2], [3]]
+    assert [part.is_empty for part in parts] == [[False] * 3, [False, False, True]]
+    assert len(parts[0]) == 3
