@@ -1,5 +1,6 @@
 """SAPT: one attention over all tasks' adapters, from the prompt alone."""
 
+import copy
 import math
 
 import pytest
@@ -314,6 +315,23 @@ def test_checkpointing_gives_the_same_gradients(make, tiny_texts):
         weights.append([p.detach().clone() for p in strategy.model.parameters()])
     for one, other in zip(*weights, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_copy_has_an_attention_of_its_own(make, tiny_texts):
+    strategy = make()
+    train(strategy, tiny_texts, 0, 1)
+    twin = copy.deepcopy(strategy.model)
+    tokens = rows(strategy)
+    for model in (strategy.model, twin):
+        model.eval()
+    with torch.no_grad():
+        before = strategy.model(tokens)
+        assert torch.equal(twin(tokens), before)
+        for parameter in twin.attention.parameters():
+            parameter.add_(torch.ones_like(parameter).cumsum(0))
+        twin.attention.past_keys.neg_()
+        assert torch.equal(strategy.model(tokens), before)
+        assert not torch.allclose(twin(tokens), before)
 
 
 def test_is_what_generates(trained):

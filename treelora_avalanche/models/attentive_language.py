@@ -96,6 +96,10 @@ class SharedAttention(nn.Module):
             if not torch.is_grad_enabled():  # else gradient checkpointing will need it again
                 self.weights = None
 
+    def forget_batch(self) -> None:
+        """Let the last batch go, and with it the graph of its gradients."""
+        self.inputs = self.scores = self.weights = None
+
     @torch.no_grad()
     def fold(self) -> None:
         """Make the live adapter and its key those of a past task, and start new ones."""
