@@ -1,8 +1,8 @@
 """Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
 
 from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
-from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.plugins.data_parallel import DataParallelPlugin
+from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
 from treelora_avalanche.plugins.hide import ContrastivePlugin, TaskAdaptersPlugin
 from treelora_avalanche.plugins.inf_lora import InfLoRAPlugin
@@ -30,8 +30,8 @@ from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 __all__ = [
     "ContrastivePlugin",
     "CosineSchedulePlugin",
-    "DemonstrationsPlugin",
     "DataParallelPlugin",
+    "DemonstrationsPlugin",
     "FiniteLossPlugin",
     "InfLoRAPlugin",
     "KeyLossPlugin",
