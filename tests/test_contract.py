@@ -241,8 +241,6 @@ images = torch.load(sys.argv[3], weights_only=True)
 for method, folder in json.loads(sys.argv[4]).items():
     strategy, benchmark = build(method, settings_of(Path(sys.argv[2])), [Watch()])
     load_strategy(strategy, folder, past=benchmark.train_stream)
-    # What is fitted anew from loaded statistics is so when an evaluation begins.
-    strategy.eval(benchmark.test_stream[:1])
     torch.save(logits_of(strategy, images, 64), f"{folder}.logits")
 """
 

@@ -43,7 +43,6 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self.seed = seed
         self.kind: StatisticsKind = Gaussians() if kind is None else kind
         self.statistics: list[Any] = []
-        self._loaded = False
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Looks at the task's images through the frozen backbone, and fits the router anew."""
@@ -62,16 +61,16 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         task = self.statistics[-1].task + 1 if self.statistics else 0
         self.statistics += self.kind.of(features, targets, task)
         self._fit(view)
-        self._loaded = False
 
-    def before_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Fits the router of a strategy that has just been loaded."""
-        if self._loaded:
-            self._loaded = False
-            self.statistics = move_statistics(self.statistics, strategy.device)
-            strategy.model.router = None
-            if self.statistics:
-                self._fit(strategy.model)
+    def prepare_loaded(self, strategy: Any) -> None:
+        """Fits the router of a strategy that has just been loaded.
+
+        :param strategy: the strategy, all of whose plugins are loaded.
+        """
+        self.statistics = move_statistics(self.statistics, strategy.device)
+        strategy.model.router = None
+        if self.statistics:
+            self._fit(strategy.model)
 
     def _fit(self, view: RoutedView) -> None:
         """Trains the router from nothing, so that it depends on the statistics alone."""
@@ -109,4 +108,3 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         :param state: what :meth:`state_dict` returned.
         """
         self.statistics = self.kind.load(state["statistics"])
-        self._loaded = True

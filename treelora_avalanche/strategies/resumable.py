@@ -122,6 +122,10 @@ def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -
         undo.pop_all()
     strategy.experience = None
     take_again(strategy, past)
+    for plugin in strategy.plugins:
+        # What a plugin makes of its state with the strategy's model, which it sees only now.
+        if hasattr(plugin, "prepare_loaded"):
+            plugin.prepare_loaded(strategy)
     changed = [
         f"{name} {saved} (now {_versions().get(name)})"
         for name, saved in state["versions"].items()
