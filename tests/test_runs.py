@@ -115,7 +115,9 @@ def test_run_folder(method, ingredients, tiny_vit, tmp_path):
     assert [line["event"] for line in lines] == ([*["epoch"] * n_lines, "task"]) * (
         1 if entry.joint else 3
     )
-    assert all(line["loss"] > 0 for line in lines if line["event"] == "epoch")
+    losses = [line["loss"] for line in lines if line["event"] == "epoch"]
+    # That of HiDe has a term below 0.
+    assert all(math.isfinite(loss) if "HiDe" in method else loss > 0 for loss in losses)
     last = lines[-1]
     assert last["class_incremental"] == results["metrics"]["class_incremental"]
     assert last["accuracy"]["within_task"] == results["accuracy_matrix"]["within_task"][-1]
