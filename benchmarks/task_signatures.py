@@ -1,0 +1,167 @@
+"""Which signature of a task shows its relations before the first step is taken?
+
+Every signature is read from one batch of a new task, on the model as it was before the first task,
+so that all tasks are comparable:
+
+* ``activations``: the mean of what enters each adapted layer (the library's
+  :func:`~treelora_avalanche.models.activations.activation_signature`); one forward pass, no labels;
+* ``features``: the mean of what enters the classifier; one forward pass, no labels;
+* ``gradient``: of the loss with respect to B, under the classifier's initial weights, compared
+  among the task's classes; one forward and one backward pass. (A's is zero while B is.)
+* ``prototype gradient``: the same under a classifier made of the class means of the batch.
+
+Counted are the tasks that have one of their group among the past (for streams and groups see
+``benchmarks/transfer.py``). ``layers`` is the share of their layers, ``tasks`` the share of them,
+whose nearest past task is of the own group; ``chance`` that of a random pick. Means over orders,
+and the smallest of these. ``cost`` is the time of a signature in steps of training at the same
+batch size. For the displacement of the adapter, which is known only after training, see
+``benchmarks/task_similarity.py``.
+
+    python benchmarks/task_signatures.py --check
+    python benchmarks/task_signatures.py --streams '[pairs,domains,pacs,caltech101]' --seeds 5
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _command import run
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from transfer import DATA, STREAMS
+
+from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
+from treelora_avalanche.models.activations import (
+    activation_signature,
+    features_of,
+    stack_samples,
+)
+from treelora_avalanche.models.features import classifier_of
+from treelora_avalanche.names import check_known
+
+
+def features(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Mean of the frozen features, ``(1, dim)``."""
+    return normalize(features_of(model, images).mean(0, keepdim=True), p=1.0, dim=1)
+
+
+def gradient(model: nn.Module, images: Tensor, targets: Tensor, prototypes: bool = False) -> Tensor:
+    """Gradient with respect to the factors B, ``(n_layers, dim)``."""
+    seen: list[Tensor] = []
+    hook = classifier_of(model).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    logits = model(images)
+    hook.remove()
+    classes, rows = targets.unique(return_inverse=True)
+    if prototypes:
+        means = torch.stack([seen[0][targets == c].mean(0) for c in classes]).detach()
+        logits = 10 * normalize(seen[0], dim=1) @ normalize(means, dim=1).T
+    else:
+        logits = logits[:, classes]
+    model.zero_grad()
+    cross_entropy(logits, rows).backward()
+    of_b = [b.grad.flatten() for _, b in LoRAFactors(model).parameters if b.grad is not None]
+    return normalize(torch.stack(of_b), p=1.0, dim=1)
+
+
+SIGNATURES: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "activations": lambda model, images, targets: activation_signature(model, images),
+    "features": features,
+    "gradient": gradient,
+    "prototype gradient": lambda *batch: gradient(*batch, prototypes=True),
+}
+
+
+def recovered(signatures: Tensor, groups: list[str]) -> tuple[float, float, float]:
+    """Shares of layers and of tasks whose nearest past task is of the group, and chance.
+
+    :param signatures: ``(n_tasks, n_layers, dim)``, in the order of arrival.
+    :param groups: of each task.
+    """
+    shares = []
+    for task, group in enumerate(groups):
+        mates = torch.tensor([past == group for past in groups[:task]])
+        if mates.any():
+            distances = (signatures[:task] - signatures[task]).abs().sum(-1)  # (task, n_layers)
+            of_layers = mates[distances.argmin(0)].float().mean().item()
+            of_task = mates[distances.sum(1).argmin()].float().item()
+            shares.append((of_layers, of_task, mates.float().mean().item()))
+    layers, tasks, chance = torch.tensor(shares).mean(0).tolist()
+    return layers, tasks, chance
+
+
+def signature_stream(name: str, seed: int, samples: int, data: Path) -> dict[str, Any]:
+    """Recovery by every signature on one order of a stream, and the time they take."""
+    stream = STREAMS[name](data, seed)
+    torch.manual_seed(seed)
+    model = TrainableView(add_lora(stream.model())).eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {kind: [] for kind in SIGNATURES}
+    spent = dict.fromkeys((*SIGNATURES, "step"), 0.0)
+    for experience in stream.benchmark.train_stream:
+        dataset = experience.dataset
+        rows = torch.randperm(len(dataset), generator=generator)[:samples].tolist()
+        images, targets = stack_samples(dataset, rows)
+        for kind, signature in SIGNATURES.items():
+            began = time.perf_counter()
+            found[kind].append(signature(model, images, targets))
+            spent[kind] += time.perf_counter() - began
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        spent["step"] += time.perf_counter() - began
+    return {
+        kind: (*recovered(torch.stack(of_tasks), stream.groups), spent[kind] / spent["step"])
+        for kind, of_tasks in found.items()
+    }
+
+
+def task_signatures(
+    streams: tuple[str, ...] = ("domains", "pairs"),
+    seeds: int = 3,
+    samples: int = 64,
+    data: str = DATA,
+) -> list[str]:
+    """Takes the signatures of all tasks of the streams.
+
+    :param streams: domains, returning, pairs, pacs, caltech101.
+    :param seeds: number of orders of each stream.
+    :param samples: images that a signature is taken of.
+    :param data: folder with ``pacs``, ``caltech101`` and the weights of DeiT-Tiny.
+    :return: the targets that were missed: the library's signature at least at twice chance.
+    """
+    warnings.simplefilter("ignore")
+    for name in streams:
+        check_known("`streams`", name, [known for known in STREAMS if known != "unrelated"])
+    missed = []
+    table = Table(title=f"{seeds} orders, one batch of {samples} images a task")
+    for column in ("stream", "signature", "layers", "tasks", "least", "chance", "cost in steps"):
+        table.add_column(column, justify="left" if len(table.columns) < 2 else "right")
+    for name in streams:
+        try:
+            runs = [signature_stream(name, seed, samples, Path(data)) for seed in range(seeds)]
+        except FileNotFoundError as error:
+            print(f"{name}: skipped, {error}")
+            continue
+        for kind in SIGNATURES:
+            results = torch.tensor([of_seed[kind] for of_seed in runs])  # (n_seeds, 4)
+            layers, tasks, chance, cost = results.mean(0).tolist()
+            least = results[:, 1].min().item()
+            numbers = [f"{value:.2f}" for value in (layers, tasks, least, chance, cost)]
+            table.add_row(name, kind, *numbers)
+            if kind == "activations" and tasks < 2 * chance:
+                missed.append(f"{name}: {tasks:.2f} at a chance of {chance:.2f}")
+    Console().print(table)
+    return missed
+
+
+if __name__ == "__main__":
+    run(task_signatures)

@@ -1,0 +1,581 @@
+"""Does it matter which past task the tree picks? Every use of the pick, beside controls.
+
+Streams whose relations are known:
+
+* ``domains``: digits in four renditions, each coming twice (8 tasks, all classes in each);
+* ``returning``: the same in rounds, A B C D A' B' C' D';
+* ``pairs``: five pairs of digits, each coming twice (10 tasks of two classes);
+* ``unrelated``: five pairs of digits, each once;
+* ``pacs``: the four domains of PACS, each twice (8 tasks);
+* ``caltech101``: mammals, vehicles, music; every task has four classes of its own (7 tasks).
+
+Uses of the pick:
+
+* ``start``: a task begins at the picked adapter. Every task keeps its adapter, and at inference a
+  sample is routed to one by class statistics; there is no pull.
+* ``pull``: the sparse update of the paper towards the picked adapter; one live adapter.
+
+Picks: ``tree``, found by descending the tree of signatures (for the pull: by the paper's LCB
+search); ``nearest``, the exact nearest by signature; ``random``; ``last``, the most recent one;
+``none``, for ``start`` the initial factors, for ``pull`` no pull. ``tree``, ``nearest`` and
+``random`` are given up for ``last`` at the start of a task where their adapter does not tell the
+task's probe clearly better, as in the library; ``ungated`` is the nearest without that.
+
+``at once`` and ``1 epoch``: accuracy of the live adapter on the task's test images, among the
+task's classes, before the first step and after one epoch; ``epochs``: to the accuracy that plain
+carrying over (``last``) has after all its epochs, the probe included, its forward passes counted at
+half a training sample each; where it is not reached, all epochs count. These are means over the
+tasks that come after one of their group (on ``unrelated``: all but the first). ``final`` and
+``Bwt``: accuracy over all tasks after the last one, and forgetting, both class-incremental.
+``own group`` is the share of picks that are of the task's group, and in brackets that of a random
+pick. ``±`` is the half-width of the 95% interval of the *paired difference* to ``last`` over seeds.
+
+    python benchmarks/transfer.py --check
+    python benchmarks/transfer.py --uses '[start,pull]' --streams '[domains,pairs]' --seeds 5
+    python benchmarks/transfer.py --streams '[pacs,caltech101]' --seeds 2 --lr 0.003
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _command import run
+from avalanche.training.plugins import SupervisedPlugin
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView
+from treelora_avalanche.models import create_vit, image_preprocessing, pretrained_digits_vit
+from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.models.routed import RoutedAdapters
+from treelora_avalanche.names import check_known
+from treelora_avalanche.plugins import (
+    LCBSelectorPlugin,
+    NearestSelectorPlugin,
+    RandomSelectorPlugin,
+    RouterPlugin,
+    SelectorPlugin,
+    SparseUpdatePlugin,
+    TreeBuilderPlugin,
+)
+from treelora_avalanche.plugins.task_start import TaskSignaturePlugin, TaskStartPlugin
+from treelora_avalanche.scenarios import DomainImageFolder, SplitDigits
+from treelora_avalanche.scenarios.relations import (
+    CALTECH101_GROUPS,
+    DomainDigits,
+    GroupedImageFolder,
+    ReturningTasks,
+)
+from treelora_avalanche.strategies import SeqLoRA
+from treelora_avalanche.tree import AdapterTree
+
+DATA = os.environ.get("TREELORA_DATA", "../shared/data")
+WEIGHTS = "deit_tiny_patch16_224_in1k/model.fp16.safetensors"
+USES = ("start", "pull")
+PICKS = ("tree", "nearest", "ungated", "random", "last", "none")
+N_PROBE = 64
+
+# -------------------------------------------------------------------------------------- the streams
+
+
+class Stream(NamedTuple):
+    benchmark: Any
+    groups: list[str]
+    model: Callable[[], nn.Module]
+
+
+def of_digits(benchmark: Any) -> Stream:
+    """A stream on the small transformer."""
+    groups = getattr(benchmark, "groups", None) or [
+        str(i) for i in range(len(benchmark.train_stream))
+    ]
+    return Stream(benchmark, groups, partial(pretrained_digits_vit, 0))
+
+
+def of_images(name: str, num_classes: int, make: Callable[..., Any], data: Path) -> Stream:
+    """A stream on DeiT-Tiny at 112 pixels."""
+    for part in (name, WEIGHTS):
+        if not (data / part).exists():
+            raise FileNotFoundError(f"{data / part} is missing (set TREELORA_DATA)")
+    model = partial(
+        create_vit,
+        "deit_tiny_patch16_224",
+        num_classes=num_classes,
+        checkpoint=data / WEIGHTS,
+        img_size=112,
+    )
+    benchmark = make(data / name, preprocessing=image_preprocessing(model()))
+    return Stream(benchmark, benchmark.groups, model)
+
+
+def pacs(root: Path, preprocessing: Any, seed: int) -> Any:
+    """The domains of PACS, each twice."""
+    once = DomainImageFolder(root, preprocessing=preprocessing, seed=seed)
+    return ReturningTasks(once, 2, seed=seed)
+
+
+STREAMS: dict[str, Callable[[Path, int], Stream]] = {
+    "domains": lambda _, seed: of_digits(ReturningTasks(DomainDigits(seed=seed), 2, seed=seed)),
+    "returning": lambda _, seed: of_digits(
+        ReturningTasks(DomainDigits(seed=seed), 2, order="rounds", seed=seed)
+    ),
+    "pairs": lambda _, seed: of_digits(ReturningTasks(SplitDigits(5, seed=seed), 2, seed=seed)),
+    "unrelated": lambda _, seed: of_digits(SplitDigits(5, seed=seed)),
+    "pacs": lambda data, seed: of_images("pacs", 7, partial(pacs, seed=seed), data),
+    "caltech101": lambda data, seed: of_images(
+        "caltech101", 28, partial(GroupedImageFolder, groups=CALTECH101_GROUPS, seed=seed), data
+    ),
+}
+
+# ----------------------------------------------------------------------------- the uses of the pick
+
+
+class Start(TaskStartPlugin):
+    """The library's start, with other picks."""
+
+    def __init__(self, pick: str, *parts: Any, seed: int):
+        super().__init__(*parts)
+        self.pick = pick
+        self.picked: list[int] = []
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """``none`` begins at the initial factors."""
+        if not self.starts and self.pick == "none":
+            self._initial = LoRAFactors(strategy.model).stack.clone()
+        super().before_training_exp(strategy, *args, **kwargs)
+
+    def nearest(self, signature: Tensor) -> int:
+        """The pick."""
+        n = len(self.tree)
+        if self.pick == "random":
+            found = int(torch.randint(n, (), generator=self._generator))
+        elif self.pick == "tree":
+            found = descend(self.tree, signature)[0]
+        elif self.pick == "last":
+            found = n - 1
+        else:
+            found = super().nearest(signature)
+        self.picked.append(found)
+        return found
+
+    def _move(self, strategy: Any, start: Tensor) -> bool:
+        if self.pick in ("tree", "nearest", "random"):
+            return super()._move(strategy, start)
+        if self.pick == "last":
+            return False
+        stack = LoRAFactors(strategy.model).stack
+        stack.copy_(self._initial if self.pick == "none" else start)
+        strategy.optimizer.state.clear()
+        return True
+
+
+def descend(tree: AdapterTree, signature: Tensor) -> tuple[int, int]:
+    """The task at the end of the path of nearer children, and the number of comparisons."""
+    node, comparisons = tree.root, 0
+    while node.children is not None:
+        layer = signature[node.level]
+        node = min(node.children, key=lambda child: float((child.mean - layer).abs().sum()))
+        comparisons += 2
+    if len(node.members) == 1:
+        return node.members[0], comparisons
+    distances = (tree.signatures[node.members] - signature).abs().sum((1, 2))
+    return node.members[int(distances.argmin())], comparisons + len(node.members)
+
+
+class LastSelector(SelectorPlugin):
+    """Points at the most recent adapter."""
+
+    def _start_search(self, strategy: Any) -> None:
+        n_adapters, n_layers, _ = self._signatures.shape
+        self._last = torch.full((n_layers,), n_adapters - 1, device=self._signatures.device)
+
+    def _select(self) -> Tensor:
+        return self._last
+
+
+SELECTORS: dict[str, type[SelectorPlugin]] = {
+    "tree": LCBSelectorPlugin,
+    "nearest": NearestSelectorPlugin,
+    "random": RandomSelectorPlugin,
+    "last": LastSelector,
+    "none": LastSelector,
+}
+
+
+class Routed(SeqLoRA):
+    """Plain LoRA that keeps every task's adapter and routes samples to them."""
+
+    bank: AdapterBank
+
+    def _view(self, model: nn.Module) -> TrainableView:
+        return RoutedAdapters(model, self.bank)
+
+
+class Curve(SupervisedPlugin):
+    """Accuracy of the live adapter on the task that is learned, after every epoch."""
+
+    def __init__(self, tests: list[tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.tests = tests
+        self.curves: list[list[float]] = []
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """The start."""
+        if strategy.clock.train_exp_epochs == 0:
+            self.curves.append([self._accuracy(strategy)])
+
+    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """An epoch."""
+        self.curves[-1].append(self._accuracy(strategy))
+
+    def _accuracy(self, strategy: Any) -> float:
+        images, targets = self.tests[strategy.clock.train_exp_counter]
+        with evaluating(strategy.model):
+            logits = torch.cat([strategy.model.live(batch) for batch in images.split(256)])
+        classes = targets.unique()
+        return accuracy(classes[logits[:, classes].argmax(1)], targets)
+
+
+def accuracy(predicted: Tensor, targets: Tensor) -> float:
+    """In percent."""
+    return 100 * (predicted == targets).float().mean().item()
+
+
+def make(
+    use: str, pick: str, stream: Stream, curve: Curve, seed: int, **training: Any
+) -> tuple[SeqLoRA, Start | None]:
+    """A strategy with this use of this pick."""
+    tree, bank = AdapterTree(), AdapterBank()
+    start = None
+    plugins: list[SupervisedPlugin]
+    strategy: type[SeqLoRA] = SeqLoRA
+    if use == "start":
+        signature = TaskSignaturePlugin(N_PROBE, seed)
+        start = Start(pick, signature, tree, bank, seed=seed)
+        builder = TreeBuilderPlugin(tree, bank, signature)
+        plugins = [signature, start, builder, RouterPlugin(tree, seed)]
+        strategy = type("Routed", (Routed,), {"bank": bank})
+    else:
+        kind = SELECTORS[pick]
+        selector = kind(tree, seed) if pick in ("tree", "random") else kind(tree)
+        update = SparseUpdatePlugin(selector, bank, 0.5 if pick != "none" else 0.0)
+        plugins = [TreeBuilderPlugin(tree, bank), selector, update]
+    torch.manual_seed(seed)
+    made = strategy(
+        stream.model(), plugins=[*plugins, curve], head="task_adaptive", evaluator=None, **training
+    )
+    return made, start
+
+
+# ---------------------------------------------------------------------------------- the measurement
+
+
+class Outcome(NamedTuple):
+    """One run: means over the tasks that have a related predecessor, and over the stream."""
+
+    curve: Tensor  # (n_tasks, 1 + n_epochs), of these tasks
+    final: float
+    bwt: float
+    own_group: float  # share of picks; not a number where nothing was picked
+    chance: float
+    probe: Tensor  # (n_tasks,), in epochs
+
+
+def measure(use: str, pick: str, stream: Stream, seed: int, **training: Any) -> Outcome:
+    """Trains on the stream."""
+    tests = [tensors(experience.dataset) for experience in stream.benchmark.test_stream]
+    curve = Curve(tests)
+    strategy, start = make(use, pick, stream, curve, seed, **training)
+    learned = []
+    for task, experience in enumerate(stream.benchmark.train_stream):
+        strategy.train(experience)
+        learned.append(answered(strategy, *tests[task]))
+    final = [answered(strategy, *test) for test in tests]
+    groups = stream.groups
+    counted = [i for i in range(len(groups)) if groups[i] in groups[:i]]
+    counted = counted or list(range(1, len(groups)))
+    picked = start.picked if start is not None and pick != "none" else []
+    hits = [groups[picked[i - 1]] == groups[i] for i in counted] if picked else [math.nan]
+    chance = [groups[:i].count(groups[i]) / i for i in counted]
+    sizes = torch.tensor([len(e.dataset) for e in stream.benchmark.train_stream])[counted]
+    # The signature, and the separation under both adapters.
+    batches = {"tree": 3, "nearest": 3, "random": 2, "ungated": 1}.get(pick, 0) * (use == "start")
+    return Outcome(
+        torch.tensor(curve.curves)[counted],
+        sum(final) / len(final),
+        sum(a - b for a, b in zip(learned, final, strict=True)) / len(final),
+        sum(hits) / len(hits),
+        sum(chance) / len(chance),
+        batches * sizes.clamp(max=N_PROBE) / (2 * sizes),
+    )
+
+
+def tensors(dataset: Any) -> tuple[Tensor, Tensor]:
+    """A test set as one batch."""
+    images, targets = zip(*((x, int(y)) for x, y, *_ in dataset), strict=True)
+    return torch.stack(images), torch.tensor(targets)
+
+
+def answered(strategy: SeqLoRA, images: Tensor, targets: Tensor) -> float:
+    """Class-incremental accuracy, by the strategy's own inference."""
+    with evaluating(strategy.model):
+        logits = torch.cat([strategy.model(batch) for batch in images.split(256)])
+    return accuracy(logits.argmax(1), targets)
+
+
+def epochs_to(target: Tensor, curve: Tensor) -> Tensor:
+    """Epochs until a curve ``(n_tasks, 1 + n_epochs)`` reaches its target, interpolated."""
+    needed = torch.full((len(curve),), float(curve.shape[1] - 1))
+    for task, (goal, values) in enumerate(zip(target.tolist(), curve.tolist(), strict=True)):
+        reached = next((i for i, value in enumerate(values) if value >= goal), None)
+        if reached == 0:
+            needed[task] = 0.0
+        elif reached is not None:
+            below, above = values[reached - 1], values[reached]
+            needed[task] = reached - 1 + (goal - below) / (above - below)
+    return needed
+
+
+def interval(differences: list[float]) -> float:
+    """Half-width of the 95% interval of the mean."""
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    return float(student.ppf(0.975, n - 1) * torch.tensor(differences).std() / n**0.5)
+
+
+NUMBERS: dict[str, Callable[[Outcome, Outcome], float]] = {
+    "at once": lambda run, last: run.curve[:, 0].mean().item(),
+    "1 epoch": lambda run, last: run.curve[:, 1].mean().item(),
+    "all epochs": lambda run, last: run.curve[:, -1].mean().item(),
+    "epochs": lambda run, last: (
+        (epochs_to(last.curve[:, -1], run.curve) + run.probe)
+        .clamp(max=run.curve.shape[1] - 1)
+        .mean()
+        .item()
+    ),
+    "epochs to 90%": lambda run, last: (
+        (epochs_to(0.9 * last.curve[:, -1], run.curve) + run.probe)
+        .clamp(max=run.curve.shape[1] - 1)
+        .mean()
+        .item()
+    ),
+    "final": lambda run, last: run.final,
+    "Bwt": lambda run, last: run.bwt,
+}
+
+
+def report(name: str, use: str, runs: dict[str, list[Outcome]], epochs: int) -> None:
+    """The table of one use on one stream."""
+    table = Table(title=f"{name}, {use}: {len(runs['last'])} seeds, {epochs} epochs a task")
+    for column in ("pick", *NUMBERS, "own group"):
+        table.add_column(column, justify="left" if column == "pick" else "right")
+    for pick, of_pick in runs.items():
+        cells = []
+        for number in NUMBERS:
+            values, controls = values_of(runs, pick, number), values_of(runs, "last", number)
+            cell = f"{sum(values) / len(values):.1f}"
+            if pick != "last":
+                pairs = [a - b for a, b in zip(values, controls, strict=True)]
+                cell += f" ± {interval(pairs):.1f}"
+            cells.append(cell)
+        own = torch.tensor([run.own_group for run in of_pick]).mean().item()
+        chance = torch.tensor([run.chance for run in of_pick]).mean().item()
+        cells.append("–" if math.isnan(own) else f"{own:.2f} ({chance:.2f})")
+        table.add_row(pick, *cells)
+    Console(width=140).print(table)
+
+
+def values_of(runs: dict[str, list[Outcome]], pick: str, number: str) -> list[float]:
+    """One value per seed."""
+    pairs = zip(runs[pick], runs["last"], strict=True)
+    return [NUMBERS[number](one, last) for one, last in pairs]
+
+
+def missed_targets(name: str, runs: dict[str, list[Outcome]], epochs: int) -> list[str]:
+    """What the nearest start fails to show on a stream."""
+
+    def gain(pick: str, other: str, number: str) -> tuple[float, float]:
+        pairs = zip(values_of(runs, pick, number), values_of(runs, other, number), strict=True)
+        differences = [a - b for a, b in pairs]
+        return sum(differences) / len(differences), interval(differences)
+
+    missed = []
+    if name == "unrelated":
+        for number in ("all epochs", "final"):
+            difference, half = gain("nearest", "none", number)
+            if difference < -half:
+                missed.append(f"{name}: {number} {difference:.1f} ± {half:.1f} against none")
+        return missed
+    for pick in ("tree", "nearest"):
+        for other in ("random", "last"):
+            difference, half = gain(pick, other, "1 epoch")
+            if not difference > half:
+                missed.append(f"{name}: 1 epoch, {pick} {difference:.1f} ± {half:.1f} on {other}")
+    needed = values_of(runs, "nearest", "epochs")
+    if not sum(needed) / len(needed) <= epochs / 2:
+        missed.append(f"{name}: {sum(needed) / len(needed):.1f} of {epochs} epochs")
+    own = sum(run.own_group for run in runs["nearest"]) / len(runs["nearest"])
+    chance = sum(run.chance for run in runs["nearest"]) / len(runs["nearest"])
+    if not own >= 2 * chance:
+        missed.append(f"{name}: own group {own:.2f}, chance {chance:.2f}")
+    return missed
+
+
+def draw(runs: dict[tuple[str, str], dict[str, list[Outcome]]], path: Path) -> None:
+    """The curves of ``start``: accuracy on a new task, against epochs with the probe's cost."""
+    from matplotlib import pyplot
+
+    starts = {name: of_use for (name, use), of_use in runs.items() if use == "start"}
+    if not starts:
+        return
+    figure, axes = pyplot.subplots(1, len(starts), figsize=(4.2 * len(starts), 3.4), squeeze=False)
+    looks = {
+        "nearest": ("nearest past task", "#1b6ca8", "-"),
+        "random": ("random past task", "#d1812b", "--"),
+        "last": ("most recent (carried on)", "#555555", "-"),
+        "none": ("initial factors", "#999999", ":"),
+    }
+    for axis, (name, of_use) in zip(axes[0], starts.items(), strict=True):
+        for pick, (label, color, style) in looks.items():
+            if pick not in of_use:
+                continue
+            curve = torch.stack([run.curve.mean(0) for run in of_use[pick]])
+            at = torch.arange(curve.shape[1]) + of_use[pick][0].probe.mean()
+            axis.plot(at, curve.mean(0), style, color=color, label=label, linewidth=1.8)
+            low, high = curve.min(0).values, curve.max(0).values
+            axis.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
+        axis.set_title(name)
+        axis.set_xlabel("epochs on the new task, probe included")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("accuracy on the new task, %")
+    axes[0][-1].legend(frameon=False, loc="lower right", title="it starts from the adapter of the")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+# ----------------------------------------------------------------------------- the cost of a search
+
+
+def search_costs(sizes: tuple[int, ...] = (8, 64, 512, 4096)) -> None:
+    """Descent of the tree against the exact nearest, on signatures in a hierarchy of groups."""
+    generator = torch.Generator().manual_seed(0)
+    table = Table(title="one search, 5 layers of 192 numbers")
+    for column in ("tasks", "descent: comparisons", "ms", "exact: ms", "same group"):
+        table.add_column(column, justify="right")
+    comparisons, exact_times, descent_times = [], [], []
+    for n in sizes:
+        centres = torch.randn(max(2, n // 8), 5, 192, generator=generator)
+        group = torch.arange(n) % len(centres)
+        signatures = centres[group] + 0.5 * torch.randn(n, 5, 192, generator=generator)
+        tree = AdapterTree.build(signatures)
+        tree.root  # noqa: B018 (brings the thresholds up to date)
+        counts, hits, spent = [], [], [0.0, 0.0]
+        for _ in range(20):
+            own = int(torch.randint(len(centres), (), generator=generator))
+            query = centres[own] + 0.5 * torch.randn(5, 192, generator=generator)
+            began = time.perf_counter()
+            found, count = descend(tree, query)
+            middle = time.perf_counter()
+            (tree.signatures - query).abs().sum((1, 2)).argmin().item()
+            spent[0] += (middle - began) / 20
+            spent[1] += (time.perf_counter() - middle) / 20
+            counts.append(count)
+            hits.append(int(group[found]) == own)
+        comparisons.append(sum(counts) / len(counts))
+        descent_times.append(spent[0])
+        exact_times.append(spent[1])
+        row = (comparisons[-1], 1e3 * spent[0], 1e3 * spent[1], sum(hits) / len(hits))
+        table.add_row(f"{n:,}", f"{row[0]:.1f}", *(f"{value:.2f}" for value in row[1:]))
+    Console().print(table)
+    for what, values in (
+        ("comparisons of the descent", comparisons),
+        ("its time", descent_times),
+        ("time of the exact nearest", exact_times),
+    ):
+        x, y = torch.tensor(sizes).log(), torch.tensor(values).log()
+        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+        print(f"{what}: tasks ** {slope:.2f}")
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def transfer(
+    streams: tuple[str, ...] = ("domains", "pairs", "unrelated"),
+    uses: tuple[str, ...] = ("start",),
+    picks: tuple[str, ...] = PICKS,
+    seeds: int = 3,
+    epochs: int = 4,
+    batch_size: int = 16,
+    lr: float = 0.003,
+    data: str = DATA,
+    search: bool = True,
+    figure: str | None = None,
+) -> list[str]:
+    """Trains on the streams with every use of every pick.
+
+    :param streams: domains, returning, pairs, unrelated, pacs, caltech101.
+    :param uses: start, pull.
+    :param picks: tree, nearest, ungated, random, last, none; ``last`` is always there.
+    :param seeds: number of orders of each stream.
+    :param epochs: epochs per task.
+    :param batch_size: images per step.
+    :param lr: learning rate of Adam.
+    :param data: folder with ``pacs``, ``caltech101`` and the weights of DeiT-Tiny.
+    :param search: whether to measure the cost of a search too.
+    :param figure: where to draw the curves of ``start``, a PNG file.
+    :return: the targets that were missed.
+    """
+    warnings.simplefilter("ignore")
+    for name in streams:
+        check_known("`streams`", name, STREAMS)
+    for use in uses:
+        check_known("`uses`", use, USES)
+    missed: list[str] = []
+    everything: dict[tuple[str, str], dict[str, list[Outcome]]] = {}
+    if search:
+        search_costs()
+    for name in streams:
+        for use in uses:
+            known = tuple(p for p in picks if use == "start" or p in SELECTORS)
+            runs: dict[str, list[Outcome]] = {pick: [] for pick in dict.fromkeys((*known, "last"))}
+            began = time.perf_counter()
+            try:
+                for seed in range(seeds):
+                    stream = STREAMS[name](Path(data), seed)
+                    for pick, outcomes in runs.items():
+                        training = {
+                            "optimizer": partial(torch.optim.Adam, lr=lr),
+                            "train_mb_size": batch_size,
+                            "train_epochs": epochs,
+                            "eval_mb_size": 256,
+                        }
+                        outcomes.append(measure(use, pick, stream, seed, **training))
+            except FileNotFoundError as error:
+                print(f"{name}: skipped, {error}")
+                break
+            everything[name, use] = runs
+            report(name, use, runs, epochs)
+            print(f"({time.perf_counter() - began:.0f} s)", flush=True)
+            if use == "start" and set(PICKS) <= set(runs):
+                missed += missed_targets(name, runs, epochs)
+    if figure is not None:
+        draw(everything, Path(figure))
+    return missed
+
+
+if __name__ == "__main__":
+    run(transfer)
