@@ -1,5 +1,6 @@
 """Two processes, each on its half of every batch, learn what one learns on all of it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from treelora_avalanche.plugins.data_parallel import PartOfBatches
+from treelora_avalanche.runs.distributed import one_folder
 
 # Run by two processes with gloo, and by one alone.
 CHILD = """
@@ -152,3 +154,28 @@ def test_the_parts_of_a_batch_are_the_batch():
     assert second[:2] == [[2], [3]]
     assert [part.is_empty for part in parts] == [[False] * 3, [False, False, True]]
     assert len(parts[0]) == 3
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    """One run folder with all files once, and one table."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    train = ["-m", "treelora_avalanche.cli", "train", "--n_experiences", "2", "--epochs", "1"]
+    options = ["--batch_size", "64", "--device", "cpu", "--output", tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, *launcher, free_port(), *train, *options],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("Run folder") == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["timings"]["steps"] == 2 * 11  # 1,347 digits in batches of 64, in two tasks
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["epoch", "task"] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_several_processes_need_to_know_the_folder(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"`--output` is not given"), one_folder(None, "cpu"):
+        pass

@@ -185,15 +185,17 @@ def _train(options: Any) -> int:
     from .compare import train
     from .plugins import NonFiniteLossError
     from .reports.table import rich_table
+    from .runs.distributed import is_first, one_folder
 
     try:
-        cell = train(
-            options.method, options.seed, settings, options.output, verbose=options.verbose
-        )
+        with one_folder(options.output, settings.device) as output:
+            cell = train(options.method, options.seed, settings, output, verbose=options.verbose)
     except NonFiniteLossError as error:
         _complain(f"{error} What was learned before is saved in the run folder.")
         return 1
     assert cell.results is not None
+    if not is_first():
+        return 0
     console = Console()
     console.print(rich_table([cell.results], console.width))
     console.print(f"Run folder: {cell.folder}", highlight=False, soft_wrap=True)

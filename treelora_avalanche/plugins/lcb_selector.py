@@ -83,7 +83,7 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         """Learns from the running signature ``(n_layers, size)``."""
 
 
-class LCBSelectorPlugin(SelectorPlugin):
+class LCBSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Picks by lower confidence bound on the tree: one past task per layer and step (Eq. 2).
 
     The search starts anew with every experience, and its horizon is the number of steps of that
@@ -119,7 +119,7 @@ class LCBSelectorPlugin(SelectorPlugin):
         self.search.update((signature - picked).abs().sum(-1))
 
 
-class NearestSelectorPlugin(SelectorPlugin):
+class NearestSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Picks the exact nearest past task by distance to every stored signature.
 
     Shows what the bandit gives up. The work of a step grows with the number of tasks, slowly: it
@@ -138,7 +138,7 @@ class NearestSelectorPlugin(SelectorPlugin):
         self._nearest = (self._signatures - signature).abs().sum(-1).argmin(0)
 
 
-class RandomSelectorPlugin(SelectorPlugin):
+class RandomSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Picks uniformly at random: the control that any selection must beat.
 
     :param tree: the tree of task signatures, shared with the other plugins.

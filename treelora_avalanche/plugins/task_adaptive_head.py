@@ -27,7 +27,7 @@ from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 from treelora_avalanche.state import check_keys
 
 
-class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin):
+class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Within-task loss, class statistics, and a head re-trained on pseudo-features.
 
     Attaches to any strategy, Avalanche's own too, whose model ends in a linear classifier. It costs

@@ -32,6 +32,7 @@ from ..metrics import (
     overall_performance,
 )
 from ..models.language import PADDING
+from .distributed import is_first
 from .folder import to_json, write_text
 from .watch import JsonLinesLogger
 
@@ -82,24 +83,27 @@ class Record:
             write_text(folder / name, text)
         self.lines = JsonLinesLogger(folder / "metrics.jsonl")
         metrics = self._text_metrics() if language else self._class_metrics(joint)
-        self._tensorboard = TensorboardLogger(str(folder / "tensorboard"))
-        self._csv = CSVLogger(str(folder))
-        for file in (self._csv.training_file, self._csv.eval_file):
-            # Avalanche begins these anew.
-            file.write("".join(kept.get(Path(file.name).name, "").splitlines(True)[1:]))
-            file.flush()
+        # Avalanche lets the first of several processes have loggers, and no other.
+        self._files = self._loggers(kept) if is_first() else []
         self.evaluator = EvaluationPlugin(
             *self.matrices.values(),
             *metrics,
             EpochLoss(),
             loss_metrics(experience=True, stream=True),
             loggers=[
-                self._tensorboard,
-                self._csv,
-                self.lines,
-                *([InteractiveLogger()] if verbose else []),
+                *self._files,
+                *([self.lines] if is_first() else []),
+                *([InteractiveLogger()] if verbose and is_first() else []),
             ],
         )
+
+    def _loggers(self, kept: dict[str, str]) -> list[Any]:
+        csv = CSVLogger(str(self.folder))
+        for file in (csv.training_file, csv.eval_file):
+            # Avalanche begins these anew.
+            file.write("".join(kept.get(Path(file.name).name, "").splitlines(True)[1:]))
+            file.flush()
+        return [TensorboardLogger(str(self.folder / "tensorboard")), csv]
 
     def _class_metrics(self, joint: bool) -> list[Any]:
         self.matrices: dict[str, Any] = {
@@ -150,8 +154,8 @@ class Record:
 
     def close(self) -> None:
         """Close the files."""
-        self._csv.close()
-        self._tensorboard.writer.close()
+        for logger in self._files:
+            logger.close() if isinstance(logger, CSVLogger) else logger.writer.close()
 
 
 def describe(benchmark: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..models.features import check_classes
 from ..settings import RunSettings
 from ..strategies.resumable import load_strategy_state, plugins_without_state
 from .account import count_parameters, git_hash, hardware, stored_bytes, versions
+from .distributed import parallel_plugins
 from .folder import (
     SCHEMA_VERSION,
     count_lines,
@@ -151,7 +152,7 @@ def _run(
                 config,
                 ingredients,
                 device=device,
-                plugins=[counter],
+                plugins=[*parallel_plugins(config["device"]), counter],
                 evaluator=record.evaluator,
             )
             if names is not None and not entry.frozen:

@@ -13,6 +13,7 @@ from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import MaxRAM
 from avalanche.logging import BaseLogger
 
+from .distributed import is_first
 from .folder import to_json
 
 
@@ -40,7 +41,8 @@ class JsonLinesLogger(BaseLogger):
     """
 
     def __init__(self, path: Path):
-        super().__init__()
+        if is_first():  # Avalanche lets no other process have a logger
+            super().__init__()
         self.path = path
 
     def write(self, **fields: Any) -> None:
@@ -62,7 +64,7 @@ class JsonLinesLogger(BaseLogger):
         )
 
 
-class ProgressPlugin(SupervisedPlugin):
+class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Counts training steps and reports them. It reads nothing from the device.
 
     :param callback: called after every step.
