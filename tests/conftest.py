@@ -6,7 +6,8 @@ import os
 # libraries split sums differently from process to process, and nothing is equal bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """Undoes what the command line sets for its own process."""
+    loggers = [logging.getLogger(name) for name in (None, "treelora_avalanche")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
