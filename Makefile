@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Threads that spin while they wait slow each other down where cores are few or busy.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint bench clean
 
 install: $(VENV)/installed
 
@@ -19,6 +19,9 @@ demo: install  ## TreeLoRA beside plain LoRA and an Avalanche built-in, on embed
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest
+
+bench: install  ## what every speed-up gives, into docs/performance.md
+	$(BIN)/python benchmarks/stream_speed.py --cpu_time true --write docs/performance.md
 
 lint: install
 	$(BIN)/ruff check .
