@@ -80,6 +80,21 @@ def test_features_and_answers_are_float32(tiny_vit, tiny_benchmark):
         assert strategy.model(images).dtype == torch.float32
 
 
+def test_bf16_attention_on_a_cpu_is_that_of_float64(tiny_vit):
+    images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    exact = make(tiny_vit().double(), precision="fp32").model
+    model = make(tiny_vit(), precision="bf16").model
+    attention = model.transformer.blocks[-2].attn
+    assert not attention.fused_attn
+    assert exact.transformer.blocks[-2].attn.fused_attn
+    hidden = exact.prefix(images.double())
+    expected = exact.transformer.blocks[-2].attn(hidden)
+    with model.autocasting():
+        answer = attention(hidden.float())
+    assert answer.dtype == torch.bfloat16
+    torch.testing.assert_close(answer.double(), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize(("has_it", "expected"), [(True, torch.bfloat16), (False, None)])
 def test_auto_asks_the_processor(monkeypatch, has_it, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)

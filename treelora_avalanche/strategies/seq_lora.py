@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from avalanche.training.plugins import SupervisedPlugin
 from peft import PeftModel
 from torch import nn
@@ -18,7 +19,8 @@ from treelora_avalanche.adapters import (
     lora_layers,
 )
 from treelora_avalanche.models.frozen_prefix import trainable_view
-from treelora_avalanche.models.precision import autocast_dtype
+from treelora_avalanche.models.language_prefix import LanguagePrefixView, takes_parts
+from treelora_avalanche.models.precision import attend_by_products, autocast_dtype
 from treelora_avalanche.plugins import PrefixCachePlugin
 from treelora_avalanche.strategies.parameter_efficient import (
     ParameterEfficientStrategy,
@@ -50,7 +52,7 @@ class SeqLoRA(ParameterEfficientStrategy):
         language models queries and values.
     :param head: see :class:`ParameterEfficientStrategy`.
     :param cache: bytes of memory in which to keep what the blocks below the adapter make of the
-        images, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
+        samples, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
     :param precision: ``"fp32"``, ``"bf16"`` or ``"auto"``, see
         :func:`~treelora_avalanche.models.precision.autocast_dtype`.
     :param compile: whether to compile the model by ``torch.compile``.
@@ -78,7 +80,8 @@ class SeqLoRA(ParameterEfficientStrategy):
     ):
         check_training(model, head=head, plugins=plugins, **kwargs)
         _check_answers_with_logits(model)
-        autocast = autocast_dtype(precision, kwargs.get("device", "cpu"))
+        device = torch.device(kwargs.get("device", "cpu"))
+        autocast = autocast_dtype(precision, device)
         prefix_cache = PrefixCachePlugin(cache)
         if not lora_layers(model):
             model = add_lora(
@@ -87,6 +90,7 @@ class SeqLoRA(ParameterEfficientStrategy):
         logger.info("LoRA adapts %s", ", ".join(lora_layers(model)))
         view = model if isinstance(model, TrainableView) else self._view(model)
         view.autocast = autocast
+        attend_by_products(view, autocast, device)
         if compile:
             view.compile()
         plugins = [*(plugins or ()), prefix_cache]
@@ -94,7 +98,7 @@ class SeqLoRA(ParameterEfficientStrategy):
 
     def _view(self, model: nn.Module) -> TrainableView:
         """What :attr:`model` becomes, around a model with LoRA."""
-        return trainable_view(model)
+        return LanguagePrefixView(model) if takes_parts(model) else trainable_view(model)
 
 
 def _check_answers_with_logits(model: nn.Module) -> None:
