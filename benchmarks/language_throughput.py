@@ -38,11 +38,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from treelora_avalanche.models import LanguageModel, TokenCrossEntropy, create_language_model
 from treelora_avalanche.models.text_prompts import EncodedSample
+from treelora_avalanche.models.token_rows import collate_token_rows, token_loader
 from treelora_avalanche.scenarios import TRACE
 from treelora_avalanche.scenarios.text_tasks import TokenRows, TokenTargets
 from treelora_avalanche.scenarios.trace import TRACE_TASKS, trace_tasks
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
-from treelora_avalanche.strategies.token_batches import collate_token_rows, token_loader
 
 DATA = Path(os.environ.get("TREELORA_DATA", "../shared/data"))
 TARGET_OVER_BARE = 1.10

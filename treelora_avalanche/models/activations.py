@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, lora_layers
 from treelora_avalanche.models.features import classifier_of, evaluating
+from treelora_avalanche.models.language import real_tokens
 
 
 def activation_signature(
@@ -39,10 +40,10 @@ def activation_signature(
 
     def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         activations = inputs[0]  # (batch, n_tokens, n_in)
-        if samples.is_floating_point():
+        if samples.ndim == 4:  # images
             rows = activations.flatten(0, -2)
         else:
-            rows = activations[samples[:, : activations.shape[1]] >= 0]
+            rows = activations[real_tokens(samples)[:, : activations.shape[1]]]
         means.append(rows.mean(0)[drawn[len(means)].to(rows.device)])
 
     layers = [model.get_submodule(name) for name in lora_layers(model)]

@@ -98,6 +98,13 @@ class LanguageModel(AdapterHost):
         base.get_output_embeddings().register_forward_pre_hook(self._mask_padding)
         self._real: Tensor | None = None
 
+    @property
+    def base(self) -> Any:
+        """The transformers model, without the :class:`peft.PeftModel` around it."""
+        return (
+            self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
+        )
+
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """Logits of the token after each one.
 
@@ -226,11 +233,21 @@ class LanguageModel(AdapterHost):
 def crop(tokens: Tensor) -> Tensor:
     """Rows of tokens without the columns that are padding in all of them.
 
-    :param tokens: padded on the right, ``(batch, length)``.
+    :param tokens: padded on the right, ``(batch, length)``; or what a prefix has made of them, see
+        :func:`real_tokens`.
     :return: a view, at least one column wide.
     """
-    longest = int((tokens != PADDING).sum(1).max()) if len(tokens) else 1
+    longest = int(real_tokens(tokens).sum(1).max()) if len(tokens) else 1
     return tokens[:, : max(1, longest)]
+
+
+def real_tokens(tokens: Tensor) -> Tensor:
+    """Where there is a token, and no padding: ``(batch, length)``.
+
+    :param tokens: token ids, padded with -1, ``(batch, length)``; or hidden states, padded with
+        NaN, ``(batch, length, dim)``.
+    """
+    return tokens != PADDING if tokens.ndim == 2 else ~tokens[..., 0].isnan()
 
 
 def create_language_model(

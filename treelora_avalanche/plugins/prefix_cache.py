@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from treelora_avalanche.models.frozen_prefix import PrefixView
+from treelora_avalanche.models.language import crop, real_tokens
+from treelora_avalanche.models.language_prefix import LanguagePrefixView
+from treelora_avalanche.plugins.hidden_rows import HiddenRows, like, rows_of
 from treelora_avalanche.state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -68,17 +71,20 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     The blocks below it are frozen: what they make of a sample is the same in every epoch, and in
     every evaluation of the stream. Before an experience is trained or evaluated it is computed for
     all samples, and ``strategy.experience`` becomes a copy of the experience whose dataset holds it
-    in place of the images. Loaders, shuffling, other plugins and the model take it as they take
-    images, so the order of the samples is the same, and so are the weights that are learned: up to
-    the precision of storage, which is that of the forward pass. In float32 on one CPU thread that
-    is bit for bit.
+    in place of the images or of the tokens. Loaders, shuffling, other plugins and the model take it
+    as they take these, so the order of the samples is the same, and so are the weights that are
+    learned: up to the precision of storage, which is that of the forward pass. In float32 on one
+    CPU thread that is bit for bit for images, and for texts of one length in batches of one size.
+    Else the frozen layers have seen a text in batches of other shapes, where kernels round
+    differently, as they do from epoch to epoch without the cache. Of texts the padding is not kept.
 
     The samples of a training experience are kept while it is trained, those of an evaluation for as
     long as their dataset lives: evaluated after each of N tasks, N test sets cost N passes through
     the prefix and not N (N + 1) / 2. They are no part of the state of a strategy.
 
     It does nothing, and one line of the log says why, where no block is frozen below the adapter,
-    where a sample read again differs (augmentation, or a transform of training that is not that of
+    where the two parts of a language model do not answer as the whole, where a sample read again
+    differs (augmentation, or a transform of training that is not that of
     evaluation), and where the prefix itself is random (dropout). Samples are tried, and not all: a
     transform that rarely does anything goes unnoticed, and is a reason to switch the cache off.
     Task labels are not used.
@@ -137,8 +143,8 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         view, dataset = strategy.model, strategy.experience.dataset
         if self.memory is None or len(dataset) == 0:
             return
-        if not isinstance(view, PrefixView):
-            self._say("the model is not known in two parts (PrefixView)")
+        if not isinstance(view, (PrefixView, LanguagePrefixView)):
+            self._say("the model is not known in two parts")
             return
         if not view.n_frozen:
             self._say("no block is frozen below the adapter (choose layers='last:k')")
@@ -167,6 +173,13 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             return None
         if kept is not None:
             return kept._replace(for_training=kept.for_training or training)
+        compute = self._of_texts if isinstance(view, LanguagePrefixView) else self._of_images
+        computed = compute(strategy, num_workers)
+        return computed and _Kept(*computed, view.n_frozen, training)
+
+    def _of_images(self, strategy: Any, num_workers: int) -> tuple[Any, Tensor] | None:
+        """A dataset of what the prefix makes of images, and where it lies."""
+        view, dataset = strategy.model, strategy.experience.dataset
         one = view.prefix(dataset.eval()[0][0].to(strategy.device)[None])
         hidden = self._room((len(dataset), *one.shape[1:]), view.dtype)
         if hidden is None:
@@ -187,26 +200,64 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         as_dataset = _make_taskaware_classification_dataset(
             HiddenStates(hidden, targets), targets=targets, task_labels=task_labels
         )
-        return _Kept(as_dataset, hidden, view.n_frozen, training)
+        return as_dataset, hidden
+
+    def _of_texts(self, strategy: Any, num_workers: int) -> tuple[Any, Tensor] | None:
+        """The same of texts, of whose rows the tokens alone are kept."""
+        view, dataset = strategy.model, strategy.experience.dataset.eval()
+        lengths = list(dataset.lengths)
+        one = view.prefix(dataset[0][0][None, :1].to(strategy.device))
+        hidden = self._room((sum(lengths), one.shape[2]), view.dtype)
+        if hidden is None:
+            return None
+        rows = HiddenRows(lengths, hidden)
+        for numbers, tokens, targets in rows_of(
+            dataset,
+            list(range(len(dataset))),
+            strategy.eval_mb_size,
+            num_workers=num_workers,
+            pin_memory=strategy.device.type == "cuda",
+        ):
+            part = view.prefix(tokens.to(strategy.device, non_blocking=True)).cpu()
+            if real_tokens(part).sum(1).tolist() != [lengths[number] for number in numbers]:
+                self._say("a row is not as long as `lengths` tells, or becomes NaN")
+                return None
+            for number, *row in zip(numbers, part, targets, strict=True):
+                rows.put(number, *row)
+        return like(dataset, rows), hidden
 
     def _repeats(
-        self, view: PrefixView, dataset: Any, device: torch.device, training: bool
+        self,
+        view: PrefixView | LanguagePrefixView,
+        dataset: Any,
+        device: torch.device,
+        training: bool,
     ) -> bool:
         """Whether the prefix seems to make the same of a sample every time."""
         rows = torch.linspace(0, len(dataset) - 1, TRIED_SAMPLES).long().unique().tolist()
         readings = [dataset.eval(), *([dataset.train()] * 2 if training else [dataset.eval()])]
         images, *again = ([part[row][0] for row in rows] for part in readings)
-        if not all(isinstance(x, Tensor) and x.ndim == 3 for x in images):
-            self._say("the samples are not images as tensors")
+        on_text = isinstance(view, LanguagePrefixView)
+        if not all(isinstance(x, Tensor) and x.ndim == (1 if on_text else 3) for x in images):
+            self._say(f"the samples are not {'rows of tokens' if on_text else 'images'} as tensors")
+            return False
+        if on_text and not hasattr(dataset, "lengths"):
+            self._say("the dataset does not tell the `lengths` of its rows")
             return False
         if not all(
             torch.equal(x, y) for other in again for x, y in zip(images, other, strict=True)
         ):
             self._say("a sample read again differs (random augmentation, or two transforms)")
             return False
+        some = torch.stack(images[:8]).to(device)
+        if isinstance(view, LanguagePrefixView):
+            some = crop(some)
+            if not view.agrees(crop(some[:1])):
+                self._say("the layers of the model read more than what the layer below hands on")
+                return False
         if view.training:
-            some = torch.stack(images[:8]).to(device)
-            if not torch.allclose(view.prefix(some), view.prefix(some), rtol=1e-2, atol=1e-2):
+            first, second = view.prefix(some), view.prefix(some)
+            if not torch.allclose(first, second, rtol=1e-2, atol=1e-2, equal_nan=True):
                 self._say("the frozen blocks are random (dropout)")
                 return False
         return True

@@ -19,6 +19,7 @@ from treelora_avalanche.adapters import (
     lora_layers,
 )
 from treelora_avalanche.models.frozen_prefix import trainable_view
+from treelora_avalanche.models.language_prefix import LanguagePrefixView, takes_parts
 from treelora_avalanche.models.precision import attend_by_products, autocast_dtype
 from treelora_avalanche.plugins import PrefixCachePlugin
 from treelora_avalanche.strategies.parameter_efficient import (
@@ -51,7 +52,7 @@ class SeqLoRA(ParameterEfficientStrategy):
         language models queries and values.
     :param head: see :class:`ParameterEfficientStrategy`.
     :param cache: bytes of memory in which to keep what the blocks below the adapter make of the
-        images, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
+        samples, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
     :param precision: ``"fp32"``, ``"bf16"`` or ``"auto"``, see
         :func:`~treelora_avalanche.models.precision.autocast_dtype`.
     :param compile: whether to compile the model by ``torch.compile``.
@@ -97,7 +98,7 @@ class SeqLoRA(ParameterEfficientStrategy):
 
     def _view(self, model: nn.Module) -> TrainableView:
         """What :attr:`model` becomes, around a model with LoRA."""
-        return trainable_view(model)
+        return LanguagePrefixView(model) if takes_parts(model) else trainable_view(model)
 
 
 def _check_answers_with_logits(model: nn.Module) -> None:

@@ -1,0 +1,123 @@
+"""Rows of tokens in batches: samples of similar length together, padded to the longest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from treelora_avalanche.models.language import crop
+from treelora_avalanche.models.token_loss import IGNORED
+
+WINDOW = 64
+"""Batches whose samples are sorted together: more waste less padding, fewer mix better."""
+
+
+class LengthBatchSampler(Sampler[list[int]]):
+    """Batches of samples of similar length.
+
+    The samples are shuffled, sorted by length within windows of :data:`WINDOW` batches, cut into
+    batches, and the batches shuffled; by torch's global generator, so that a seed settles it all.
+    Without shuffling the whole is sorted, the longest first.
+
+    :param lengths: the length of every sample.
+    :param batch_size: samples per batch.
+    :param shuffle: whether to shuffle.
+    :param drop_last: whether to leave out a batch that is not full.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ):
+        self.lengths = torch.as_tensor(list(lengths))
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        n = len(self.lengths)
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        n = len(self.lengths)
+        if not self.shuffle:
+            yield from self._batches(torch.arange(n))
+            return
+        batches = [
+            batch
+            for window in torch.randperm(n).split(WINDOW * self.batch_size)
+            for batch in self._batches(window)
+        ]
+        for i in torch.randperm(len(batches)).tolist():
+            yield batches[i]
+
+    def _batches(self, samples: Tensor) -> Iterator[list[int]]:
+        by_length = self.lengths[samples].argsort(descending=True, stable=True)
+        for batch in samples[by_length].split(self.batch_size):
+            if not self.drop_last or len(batch) == self.batch_size:
+                yield batch.tolist()
+
+
+def collate_token_rows(samples: Sequence[Any]) -> list[Tensor]:
+    """A batch of rows of tokens, without what is padding in all of them.
+
+    The targets keep the last columns alone, from the first that has a target in some row: their
+    width tells how many columns of logits are needed.
+
+    :param samples: tuples of tokens ``(width,)``, or what a prefix has made of them, ``(length,
+        dim)``; targets of the same width; and numbers.
+    :return: tokens ``(batch, longest)``, or ``(batch, longest, dim)``; targets ``(batch,
+        columns)``; and the rest.
+    """
+    tokens, targets, *rest = (
+        default_collate(list(samples)) if samples[0][0].ndim == 1 else collate_hidden_rows(samples)
+    )
+    tokens = crop(tokens)
+    targets = targets[:, : tokens.shape[1]]
+    labelled = (targets != IGNORED).any(0)
+    first = int(labelled.int().argmax()) if len(labelled) else 0
+    return [tokens.contiguous(), targets[:, first:].contiguous(), *rest]
+
+
+def collate_hidden_rows(samples: Sequence[Any], width: int | None = None) -> list[Tensor]:
+    """A batch of what a prefix has made of rows of tokens, padded with NaN.
+
+    :param samples: tuples of hidden states ``(length, dim)``, targets ``(length,)``, and numbers.
+    :param width: of the rows; by default that of the longest.
+    :return: hidden states ``(batch, width, dim)``, targets ``(batch, width)``, and the rest.
+    """
+    width = max(len(sample[1]) for sample in samples) if width is None else width
+    hidden = [F.pad(h, (0, 0, 0, width - len(h)), value=torch.nan) for h, *_ in samples]
+    targets = [F.pad(y, (0, width - len(y)), value=IGNORED) for _, y, *_ in samples]
+    rest = default_collate([tuple(sample[2:]) for sample in samples])
+    return [torch.stack(hidden), torch.stack(targets), *rest]
+
+
+def token_loader(
+    dataset: Any,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    drop_last: bool = False,
+    **options: Any,
+) -> DataLoader[Any]:
+    """A loader of batches of similar length.
+
+    :param dataset: a dataset of rows of tokens with an attribute ``lengths``, as the benchmarks of
+        texts make it.
+    :param batch_size: samples per batch.
+    :param shuffle: whether to shuffle.
+    :param drop_last: whether to leave out a batch that is not full.
+    :param options: further arguments of the loader.
+    """
+    sampler = LengthBatchSampler(dataset.lengths, batch_size, shuffle=shuffle, drop_last=drop_last)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_token_rows, **options)
