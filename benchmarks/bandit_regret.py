@@ -105,12 +105,9 @@ def choose_blindly(world: World, rounds: int, seed: int) -> Tensor:
     return regret.sum(1)
 
 
-def flat_tree(n_arms: int) -> FlatTree:
-    """All arms directly beneath the root."""
-    arms = torch.arange(n_arms)
-    # Arms have themselves as children; expanded, not stored n_arms times.
-    children = torch.cat([arms[:, None].expand(-1, n_arms), arms[None]])
-    return FlatTree(children, torch.zeros(n_arms + 1), root=n_arms, height=1)
+def without_levels(tree: FlatTree, n_arms: int) -> FlatTree:
+    """As if all arms were directly beneath the root: nothing is known of what is near what."""
+    return tree._replace(delta=torch.where(torch.arange(len(tree.delta)) < n_arms, 0.0, math.inf))
 
 
 def fitted_exponent(sizes: list[int], regrets: list[float]) -> float:
@@ -157,7 +154,7 @@ def bandit_regret(
         blind = choose_blindly(world, rounds, seed)
         for noise in noises:
             with_tree = search(world, tree, noise, rounds, seed)
-            flat = search(world, flat_tree(n_tasks), noise, rounds, seed)
+            flat = search(world, without_levels(tree, n_tasks), noise, rounds, seed)
             of_tree[n_tasks, noise] = with_tree
             table.add_row(
                 str(n_tasks),

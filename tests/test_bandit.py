@@ -22,7 +22,7 @@ FOUR_LEAVES = FlatTree(
     height=2,
 )
 ONE_LEVEL = FlatTree(torch.tensor([[0, 0], [1, 1], [0, 1]]), torch.zeros(3), root=2, height=1)
-ONE_ARM = FlatTree(torch.tensor([[0]]), torch.zeros(1), root=0, height=0)
+ONE_ARM = FlatTree(torch.tensor([[0, 0]]), torch.zeros(1), root=0, height=0)
 
 
 def random_tree(n_tasks, seed, depth=None):
@@ -208,17 +208,60 @@ def test_only_the_path_changes(n_tasks, depth, seed):
 
 
 def test_unvisited_nodes_come_first():
-    # Beneath a wide root nothing but the order of first visits matters: six pulls of the first
-    # arm to learn sigma, then each other arm once.
+    # In a leaf that holds ten tasks nothing but the order of first visits matters: six pulls of the
+    # first arm to learn sigma, then each other arm once.
     n = 10
-    children = torch.cat([torch.arange(n)[:, None].repeat(1, n), torch.arange(n)[None]])
-    search = LCBSearch(FlatTree(children, torch.zeros(n + 1), root=n, height=1), 1, horizon=50)
+    leaf = AdapterTree.build(torch.zeros(n, 1, 2), depth=1).flatten()
+    delta = torch.cat([torch.zeros(n), torch.full((len(leaf.delta) - n,), math.inf)])
+    search = LCBSearch(leaf._replace(delta=delta), 1, horizon=50)
     picks = []
     for _ in range(n + 5):
         picks.append(search.select().item())
         search.update(torch.tensor([0.5]))
     assert picks[:6] == picks[:1] * 6
     assert sorted(picks[5:]) == list(range(n))
+
+
+class WideReference(Reference):
+    """The search in which all members of a last leaf are children of one node."""
+
+    def __init__(self, tree, *args):
+        super().__init__(tree, *args)
+        for node, delta in enumerate(self.delta):
+            if delta < math.inf:
+                self.children[node] = self.members_or_children(node)
+
+    def members_or_children(self, node):
+        below = [child for child in self.children[node] if self.delta[child] == math.inf]
+        rest = [child for child in self.children[node] if self.delta[child] < math.inf]
+        return rest + [m for child in below for m in self.members_or_children(child)]
+
+
+@pytest.mark.parametrize("n_tasks", [9, 20, 33])
+def test_halving_a_leaf_changes_no_bound(n_tasks):
+    # The order in which new arms are tried differs; so the reference is told what was picked.
+    tree = random_tree(n_tasks, seed=n_tasks, depth=1)
+    assert tree.delta.isinf().any()
+    search = LCBSearch(tree, 1, horizon=300, seed=n_tasks)
+    reference = WideReference(tree, 300, 2.0, search.bounds[0].tolist())
+    finite = tree.delta.isfinite().nonzero().squeeze(1)
+    parents = {c: n for n in finite.tolist() for c in reference.children[n] if c != n}
+    generator = torch.Generator().manual_seed(n_tasks)
+    true = torch.rand(n_tasks, generator=generator)
+    for _ in range(300):
+        arm = search.select().item()
+        leaf = parents[arm]
+        reference.path = [tree.root, leaf, arm]
+        tried = [bound > -1e6 for bound in map(reference.bounds.__getitem__, range(n_tasks))]
+        if all(tried):
+            assert reference.bounds[arm] == pytest.approx(
+                min(reference.bounds[other] for other in reference.children[leaf]), abs=1e-4
+            )
+        distance = (true[arm] + 0.1 * torch.randn((), generator=generator)).item()
+        search.update(torch.tensor([distance]))
+        reference.update(distance)
+    expected = torch.tensor(reference.bounds)[finite]
+    torch.testing.assert_close(search.bounds[0, finite], expected, atol=1e-4, rtol=1e-4)
 
 
 def picks(search, seed, steps=60):

@@ -57,8 +57,7 @@ def height(node):
 def arms_beneath(flat, node):
     if flat.children[node, 0] == node:
         return [node]
-    # A row repeats children to fill the width, so each is taken once.
-    return [arm for c in sorted(set(flat.children[node].tolist())) for arm in arms_beneath(flat, c)]
+    return [arm for child in flat.children[node].tolist() for arm in arms_beneath(flat, child)]
 
 
 def delta_by_definition(tree, node):
@@ -341,24 +340,25 @@ def test_flat_tree_by_hand():
     flat = AdapterTree.build(on_a_line(0.1, 0.9, 0.3, 0.5, 0.8), depth=1).flatten()
     # Projections are on (1, -1) / sqrt 2, so large x come first: {1, 4, 3}, then {0, 2}.
     assert flat.children.tolist() == [
-        [0, 0, 0],
-        [1, 1, 1],
-        [2, 2, 2],
-        [3, 3, 3],
-        [4, 4, 4],
-        [6, 7, 6],
-        [1, 3, 4],
-        [0, 2, 0],
+        [0, 0],
+        [1, 1],
+        [2, 2],
+        [3, 3],
+        [4, 4],
+        [6, 7],
+        [8, 4],  # three in a leaf: two of them first
+        [0, 2],
+        [1, 3],
     ]
-    assert (flat.root, flat.height) == (5, 2)
+    assert (flat.root, flat.height) == (5, 3)
     # Mean 0.52, distances 0.84 0.76 0.44 0.04 0.56; mean 2.2 / 3, distances 1/3, 7/15, 2/15.
-    expected = torch.tensor([0, 0, 0, 0, 0, 0.56, 1 / 3, 0.2])
+    expected = torch.tensor([0, 0, 0, 0, 0, 0.56, 1 / 3, 0.2, math.inf])
     torch.testing.assert_close(flat.delta, expected)
 
 
 def test_flat_tree_of_one_task():
     flat = inserted(random_signatures(1)).flatten()
-    assert flat.children.tolist() == [[0]]
+    assert flat.children.tolist() == [[0, 0]]
     assert flat.delta.tolist() == [0]
     assert (flat.root, flat.height) == (0, 0)
 

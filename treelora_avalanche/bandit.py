@@ -41,7 +41,6 @@ at once on with σ = 0 until it is known  198,  38%     187,  31%
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -148,19 +147,20 @@ class LCBSearch:
         shape = (n_layers, n_nodes)
         # Drawn on the CPU, so that a seed means the same on every device.
         priority = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-        best_child = tree.children.new_zeros(shape)
-        inner = (tree.children[:, 0] != torch.arange(n_nodes)).nonzero().squeeze(1)
-        row = tree.children[inner]  # (n_inner, width)
-        first = priority[:, row].argmax(-1, keepdim=True)  # (n_layers, n_inner, 1)
-        best_child[:] = torch.arange(n_nodes)
-        best_child[:, inner] = row.expand(n_layers, -1, -1).gather(-1, first).squeeze(-1)
+        nodes = torch.arange(n_nodes)
+        left, right = tree.children.unbind(1)
+        best_child = torch.where(priority[:, left] >= priority[:, right], left, right)
+        self.n_arms = int((left == nodes).sum())
+        left, right = tree.children[self.n_arms :].unbind(1)
+        sibling = nodes.clone()
+        sibling[left], sibling[right] = right, left
 
-        self.n_arms = n_nodes - len(inner)
         self.means = torch.zeros(shape, device=device)
         self.counts = torch.zeros(shape, device=device)
         self.bounds = ((1 + priority) * _UNVISITED).to(device)
         self.delta = tree.delta.to(device).repeat(n_layers, 1)
         self._children = tree.children.to(device)
+        self._sibling = sibling.to(device)
         self._best_child = best_child.to(device)  # of the smallest bound; an arm's is itself
         self._squares = torch.zeros(n_layers, 1, device=device)
         self._freedom = torch.zeros(n_layers, 1, device=device)
@@ -220,11 +220,12 @@ class LCBSearch:
 
         :return: ``(n_layers,)``, long: the arm to pull for each layer.
         """
-        way = self._path.unbind(1)
-        for parent, child in pairwise(way):
-            torch.gather(self._best_child, 1, parent[:, None], out=child[:, None])
+        way = [self._path[:, :1]]  # the root
+        for _ in range(self._path.shape[1] - 1):
+            way.append(self._best_child.gather(1, way[-1]))
+        self._path.copy_(torch.cat(way, 1))
         self._selected = True
-        return way[-1].clone()
+        return way[-1].squeeze(1).clone()
 
     @torch.no_grad()
     def update(self, distances: Tensor) -> None:
@@ -266,30 +267,21 @@ class LCBSearch:
 
         own = lower_confidence_bound(mean, count, sigma, self.horizon, self.c)
         own = own - self.delta.gather(1, path)  # δ of an arm is 0
-        if path.shape[1] > 1:
-            self._update_path_bounds(path, own)
-        else:
-            self.bounds.scatter_(1, path, own)
-
-    def _update_path_bounds(self, path: Tensor, own: Tensor) -> None:
-        """B on the way back from the arm to the root.
-
-        Beside the path nothing has changed, so the smallest bound among a node's other children is
-        looked up for all levels at once, and B = max(min(others, B of the child), own) is left.
-        """
-        children = self._children[path[:, :-1]]  # (n_layers, height, width)
-        flat = children.flatten(1)
-        beside = self.bounds.gather(1, flat).view(children.shape)
-        beside.masked_fill_(children == path[:, 1:, None], math.inf)
-        # max(min(x, others), own) is x clamped between own and max(others, own).
-        ceiling = torch.maximum(beside.amin(-1), own[:, :-1])
+        # B on the way back from the arm to the root. Nothing has changed beside the path.
+        child = path[:, 1:]
+        sibling = self._sibling[child]
+        beside = self.bounds.gather(1, sibling)
+        beside.masked_fill_(child == path[:, :-1], math.inf)  # the arm's repetitions
+        # max(min(x, beside), own) is x clamped between own and max(beside, own).
+        ceiling = torch.maximum(beside, own[:, :-1])
         bounds = list(own.unbind(1))
         for level in range(path.shape[1] - 2, -1, -1):
             bounds[level] = torch.clamp(bounds[level + 1], own[:, level], ceiling[:, level])
-        self.bounds.scatter_(1, path, torch.stack(bounds, 1))
-
-        nearest = self.bounds.gather(1, flat).view(children.shape).argmin(-1, keepdim=True)
-        self._best_child.scatter_(1, path[:, :-1], children.gather(-1, nearest).squeeze(-1))
+        bound = torch.stack(bounds, 1)
+        self.bounds.scatter_(1, path, bound)
+        self._best_child.scatter_(
+            1, path[:, :-1], torch.where(bound[:, 1:] <= beside, child, sibling)
+        )
 
     def best(self) -> Tensor:
         """The arm that is the nearest beyond doubt: that of the smallest *upper* bound.

@@ -25,7 +25,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -59,11 +58,13 @@ class Merge(NamedTuple):
 class FlatTree(NamedTuple):
     """The tree as tensors, which is what the bandit searches.
 
-    Nodes ``0 .. n_adapters - 1`` are the arms: node k is adapter k.
+    Nodes ``0 .. n_adapters - 1`` are the arms: node k is adapter k. A leaf of the last level that
+    holds more than two adapters has nodes beneath it that halve them without comparing them: their
+    δ is infinite, so that their bound (Eq. 2) is the smaller one of their children. The search
+    finds the smallest bound in such a leaf as if all its adapters were children of the one node,
+    and a step is O(log n_adapters) however few levels there are.
 
-    :param children: ``(n_nodes, width)``, long. Rows of nodes with fewer children than ``width``
-        repeat their own, so that a minimum over a row needs no mask; an arm's children are all
-        itself.
+    :param children: ``(n_nodes, 2)``, long; both of an arm are itself.
     :param delta: ``(n_nodes,)``, the threshold δ of inner nodes, 0 for arms.
     :param root: index of the root; the arm itself where there is one only.
     :param height: number of edges on the longest path from the root to an arm.
@@ -402,25 +403,33 @@ class AdapterTree:
 
         :raises ValueError: if the tree is empty.
         """
-        number: dict[int, int] = {}  # id of a node object -> index
-        inner: list[Node] = []
-        for node in self.root.walk():
-            if len(node.members) == 1:
-                number[id(node)] = node.members[0]
-            else:
-                number[id(node)] = len(self) + len(inner)
-                inner.append(node)
-        rows = [[k] for k in range(len(self))] + [
-            node.members if node.children is None else [number[id(c)] for c in node.children]
-            for node in inner
-        ]
-        width = max(map(len, rows))
-        children = torch.tensor([list(islice(cycle(row), width)) for row in rows])
-        delta = torch.zeros(len(children))
-        delta[len(self) :] = torch.tensor([node.delta for node in inner])
-        # The members of a leaf that holds several are its children, one edge further down.
-        height = max(node.level + (len(node.members) > 1) for node in self.root.walk())
-        return FlatTree(children, delta, number[id(self.root)], height)
+        inner = [node for node in self.root.walk() if len(node.members) > 1]
+        n, end, height = len(self), len(self) + len(inner), 0
+        number = {id(node): n + i for i, node in enumerate(inner)}  # of a node object
+        rows: list[Sequence[int]] = []  # children of the inner nodes
+        beneath: list[Sequence[int]] = []  # and of the nodes that halve a leaf, from ``end`` on
+        for node in inner:
+            if node.children is not None:
+                rows.append([number.get(id(c), c.members[0]) for c in node.children])
+                height = max(height, node.level + 1)
+                continue
+            group = node.members
+            height = max(height, node.level + (len(group) - 1).bit_length())
+            while len(group) > 2:
+                first = end + len(beneath)
+                pairs = list(zip(group[::2], group[1::2], strict=False))
+                beneath += pairs
+                group = [*range(first, first + len(pairs)), *group[2 * len(pairs) :]]
+            rows.append(group)
+        arms = torch.arange(n)[:, None].expand(n, 2)
+        children = torch.tensor([*rows, *beneath], dtype=torch.long).view(-1, 2)
+        delta = [node.delta for node in inner] + [math.inf] * len(beneath)
+        return FlatTree(
+            torch.cat((arms, children)),
+            torch.cat((torch.zeros(n), torch.tensor(delta))),
+            number.get(id(self._root), 0),
+            height,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain values, which JSON can hold, and one tensor, ``"signatures"``.

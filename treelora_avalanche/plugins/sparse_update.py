@@ -17,7 +17,8 @@ from treelora_avalanche.state import check_keys
 def proximal_step(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
     """Proximal step of ``threshold * ||factors - anchor||_1``: soft thresholding around the anchor.
 
-    theta <- theta_k + sign(theta - theta_k) max(|theta - theta_k| - threshold, 0). A coordinate
+    theta <- theta_k + sign(theta - theta_k) max(|theta - theta_k| - threshold, 0), which is the
+    point between theta - threshold and theta + threshold that is nearest to theta_k. A coordinate
     within the threshold lands on the anchor exactly, which a subgradient step never does.
 
     :param factors: theta, ``(n_layers, dim)``.
@@ -29,17 +30,14 @@ def proximal_step(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
 
 
 def proximal_step_(factors: Tensor, anchor: Tensor, threshold: float, room: Tensor) -> Tensor:
-    """:func:`proximal_step` in place, and without memory of its own.
-
-    The result is the point between ``factors - threshold`` and ``factors + threshold`` that is
-    nearest to the anchor.
+    """:func:`proximal_step` in place, in three passes and without memory of its own.
 
     :param room: any values, of the same shape; they are lost.
     :return: ``factors``.
     """
-    torch.add(factors, threshold, out=room)
-    torch.minimum(room, anchor, out=room)
-    return torch.maximum(factors.sub_(threshold), room, out=factors)
+    least = torch.sub(factors, threshold, out=room)
+    most = factors.add_(threshold)
+    return torch.clamp(anchor, least, most, out=factors)
 
 
 class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
