@@ -1,11 +1,23 @@
-"""The command line of a benchmark: its function's parameters, and ``--check``."""
+"""What benchmarks share: their command line, and the clock."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 
 from jsonargparse import ArgumentParser
+
+Clock = Callable[[], float]
+
+
+def chosen_clock(cpu_time: bool) -> Clock:
+    """Seconds of the wall, or those that this process has had on the processor.
+
+    :param cpu_time: the latter: for one thread (``OMP_NUM_THREADS=1``) on a machine that does other
+        work too.
+    """
+    return time.process_time if cpu_time else time.perf_counter
 
 
 def run(benchmark: Callable[..., list[str]]) -> None:

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from types import SimpleNamespace
 
 import torch
-from _command import run
+from _command import Clock, chosen_clock, run
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -43,7 +42,7 @@ class Stack(nn.Module):
 
 
 def milliseconds_per_step(
-    n_layers: int, rank: int, n_tasks: int, device: str, steps: int = 200
+    n_layers: int, rank: int, n_tasks: int, device: str, now: Clock, steps: int = 200
 ) -> float:
     """What an undisturbed step costs beside the model's own work.
 
@@ -51,6 +50,7 @@ def milliseconds_per_step(
     :param rank: rank of the adapter, which has ``2048 * rank`` values per layer.
     :param n_tasks: past tasks.
     :param device: where the adapter is.
+    :param now: seconds of some kind.
     :param steps: steps to measure.
     """
     torch.manual_seed(0)
@@ -76,14 +76,14 @@ def milliseconds_per_step(
         factors.stack.add_(1e-4)  # the optimizer's step
         if device != "cpu":
             torch.accelerator.synchronize(device)
-        begun = time.perf_counter()
+        begun = now()
         for plugin in (selector, pull):
             plugin.before_forward(strategy)
         for plugin in (selector, pull):
             plugin.after_update(strategy)
         if device != "cpu":
             torch.accelerator.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - begun))
+        times.append(1e3 * (now() - begun))
     return statistics.quantiles(times[steps // 10 :], n=10)[0]
 
 
@@ -94,15 +94,17 @@ def exponent(sizes: list[int], times: list[float]) -> float:
 
 
 def selection_cost_table(
-    past: tuple[int, ...], many: tuple[int, ...], device: str
+    past: tuple[int, ...], many: tuple[int, ...], device: str, cpu_time: bool
 ) -> tuple[Table, list[str]]:
     """The table, and the targets that are missed.
 
     :param past: numbers of past tasks at 16 layers of 131,072 values.
     :param many: the same with a small adapter, of 16 layers of 2,048 values.
     :param device: where the adapter is.
+    :param cpu_time: see :func:`selection_cost`.
     """
-    table = Table(title=f"Selection, pull and bookkeeping alone, {device}")
+    how = ", processor time" if cpu_time else ""
+    table = Table(title=f"Selection, pull and bookkeeping alone, {device}{how}")
     for column in ("what grows", "from ... to", "ms per step", "exponent"):
         table.add_column(column)
     series = {
@@ -113,7 +115,7 @@ def selection_cost_table(
     }
     missed = []
     for name, (sizes, setting) in series.items():
-        times = [milliseconds_per_step(*setting(n), device) for n in sizes]
+        times = [milliseconds_per_step(*setting(n), device, chosen_clock(cpu_time)) for n in sizes]
         slope = exponent(list(sizes), times)
         table.add_row(
             name,
@@ -134,15 +136,17 @@ def selection_cost(
     past: tuple[int, ...] = (8, 32, 128),
     many: tuple[int, ...] = (8, 128, 1024),
     device: str = "cpu",
+    cpu_time: bool = False,
 ) -> list[str]:
     """Measures what a step costs beside the model's own work.
 
     :param past: numbers of past tasks at 16 layers of 131,072 values, 8.4 MB each.
     :param many: numbers of past tasks with an adapter of 16 layers of 2,048 values.
     :param device: where the adapter is.
+    :param cpu_time: take the time that this process has had on the processor, see ``_command.py``.
     :return: the missed targets.
     """
-    table, missed = selection_cost_table(past, many, device)
+    table, missed = selection_cost_table(past, many, device, cpu_time)
     Console(width=130).print(table)
     return missed
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import timm
 import torch
-from _command import run
+from _command import Clock, run
 from avalanche.benchmarks import nc_benchmark
 from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset
 from avalanche.training.plugins import SupervisedPlugin
@@ -31,21 +31,25 @@ TARGET_512_OVER_8 = 1.03
 
 
 class StepTimes(SupervisedPlugin):
-    """Milliseconds of every step, the wait for the device included."""
+    """Milliseconds of every step, the wait for the device included.
 
-    def __init__(self) -> None:
+    :param clock: seconds of some kind.
+    """
+
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
         super().__init__()
+        self.clock = clock
         self.times: list[float] = []
 
     def before_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Starts the watch."""
-        self._start = time.perf_counter()
+        self._start = self.clock()
 
     def after_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Stops the watch."""
         if strategy.device.type != "cpu":
             torch.accelerator.synchronize(strategy.device)
-        self.times.append(1e3 * (time.perf_counter() - self._start))
+        self.times.append(1e3 * (self.clock() - self._start))
 
 
 def random_stream(n_samples: int, img_size: int) -> Any:

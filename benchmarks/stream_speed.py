@@ -28,7 +28,6 @@ import math
 import re
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _command import run
+from _command import Clock, chosen_clock, run
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from long_stream import long_stream_table
 from method_cost import stream
@@ -98,9 +97,6 @@ ROWS: dict[str, tuple[Callable[..., Any], str]] = {
 
 def _own_head(shared: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in shared.items() if name != "head"}
-
-
-Clock = Callable[[], float]
 
 
 class Watch(SupervisedPlugin):
@@ -275,8 +271,7 @@ def stream_speed(
     :param rows: rows to measure; by default all but the compiled one.
     :param compile: whether to measure the compiled model too; compiling takes minutes.
     :param device: where to train.
-    :param cpu_time: take the time that this process has had on the processor, and not the wall's:
-        for one thread (``OMP_NUM_THREADS=1``) on a machine that does other work too.
+    :param cpu_time: take the time that this process has had on the processor, see ``_command.py``.
     :param parts: whether to measure selection and a long stream too.
     :param write: a page to put the tables into, in Markdown, below what it says already.
     :return: the missed targets.
@@ -287,7 +282,7 @@ def stream_speed(
         check_known("row in `rows`", row, ROWS)
     names = rows or tuple(name for name in ROWS if compile or name != COMPILED)
     where = torch.device(device)
-    clock = time.process_time if cpu_time else time.perf_counter
+    now = chosen_clock(cpu_time)
 
     def backbone(n_classes: int) -> Any:
         torch.manual_seed(0)
@@ -314,7 +309,7 @@ def stream_speed(
             for _ in experience.dataset:
                 pass
     measured = {
-        name: _built(name, backbone(n_classes), batch_size, epochs, lr, where, clock)
+        name: _built(name, backbone(n_classes), batch_size, epochs, lr, where, now)
         for name in names
     }
     bare = add_lora(backbone(n_classes), layers="all").to(where)
@@ -325,10 +320,10 @@ def stream_speed(
     for task, experience in enumerate(train):
         if data is None:
             loop += [
-                bare_loop(bare, experience.dataset, batch_size, where, clock) for _ in range(epochs)
+                bare_loop(bare, experience.dataset, batch_size, where, now) for _ in range(epochs)
             ]
         for layers, times in limits.items():
-            times += [limit(vit, layers, images, clock) for _ in range(5)]
+            times += [limit(vit, layers, images, now) for _ in range(5)]
         for row in measured.values():
             _learn(row, experience, test[: task + 1])
     bare_epoch = statistics.median(loop) if loop else math.nan
@@ -344,8 +339,8 @@ def stream_speed(
     tables = [table]
     if parts:
         for part, missed_there in (
-            selection_cost_table((8, 32, 128), (8, 128, 1024), device),
-            long_stream_table(1000, device),
+            selection_cost_table((8, 32, 128), (8, 128, 1024), device, cpu_time),
+            long_stream_table(1000, device, cpu_time),
         ):
             tables.append(part)
             missed += missed_there
