@@ -73,6 +73,7 @@ VARIANTS = {
     "random": (TreeLoRAStrategy, {"selection": "random"}),
     "merging": (TreeLoRAStrategy, {"selection": "lcb", "max_adapters": 1}),
     "task-adaptive head": (TreeLoRAStrategy, {"head": "task_adaptive"}),
+    "last": (TreeLoRAStrategy, {"head": "task_adaptive", "inference": "last"}),
     "routed": (TreeLoRAStrategy, {"head": "task_adaptive", "inference": "routed"}),
     "EWC online": (EWCLoRA, {"ewc_lambda": 5.0}),
     "EWC separate": (EWCLoRA, {"mode": "separate"}),

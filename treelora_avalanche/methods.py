@@ -191,7 +191,7 @@ def _hide(name: str, *options: str) -> Build:
     return build
 
 
-def _treelora(inference: str) -> Build:
+def _treelora(inference: str | None = None) -> Build:
     """Builder of TreeLoRA.
 
     :param inference: which adapter answers, see `TreeLoRAStrategy`.
@@ -315,11 +315,17 @@ def _streaming_lda(
 METHODS: dict[str, Method] = {
     "TreeLoRA": Method(
         "LoRA pulled towards the adapter of the most similar past task, found in a tree",
-        _treelora("last"),
+        _treelora(),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
         models=BOTH,
+    ),
+    "TreeLoRA-last": Method(
+        "TreeLoRA answered by the adapter of the last task, as in the paper",
+        _treelora("last"),
+        lr=LORA_LR,
+        digits_lr=LORA_DIGITS_LR,
     ),
     "TreeLoRA-routed": Method(
         "TreeLoRA whose samples are answered each by the adapter it seems to belong to",

@@ -14,6 +14,7 @@ from treelora_avalanche.plugins.lcb_selector import (
     SelectorPlugin,
 )
 from treelora_avalanche.plugins.memory_draws import MemoryDrawsPlugin
+from treelora_avalanche.plugins.merged_adapter import MergedAdapterPlugin
 from treelora_avalanche.plugins.o_lora import OLoRAPlugin
 from treelora_avalanche.plugins.ogd import OGDPlugin
 from treelora_avalanche.plugins.prefix_cache import PrefixCachePlugin
@@ -38,6 +39,7 @@ __all__ = [
     "L2AnchorPlugin",
     "LCBSelectorPlugin",
     "MemoryDrawsPlugin",
+    "MergedAdapterPlugin",
     "NearestSelectorPlugin",
     "NonFiniteLossError",
     "OGDPlugin",

@@ -18,11 +18,13 @@ from treelora_avalanche.models.routed import RoutedAdapters
 from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import (
     LCBSelectorPlugin,
+    MergedAdapterPlugin,
     NearestSelectorPlugin,
     RandomSelectorPlugin,
     RouterPlugin,
     SelectorPlugin,
     SparseUpdatePlugin,
+    TaskAdaptiveHeadPlugin,
     TreeBuilderPlugin,
 )
 from treelora_avalanche.strategies.positional_model import positional_model
@@ -34,7 +36,7 @@ SELECTORS: dict[str, type[SelectorPlugin]] = {
     "nearest": NearestSelectorPlugin,
     "random": RandomSelectorPlugin,
 }
-INFERENCE = ("last", "routed")
+INFERENCE = ("merged", "last", "routed")
 
 
 @positional_model
@@ -55,10 +57,14 @@ class TreeLoRAStrategy(SeqLoRA):
     :param max_adapters: storage budget: beyond it the two closest adapters are merged into one.
         None keeps all.
     :param seed: seed of the selection.
-    :param inference: ``"last"``, the live adapter answers, as in the paper; ``"routed"``, each
-        sample is answered by the adapter of the task that the frozen backbone takes it for. Routing
-        needs a head that knows all classes under their own adapters: ``head="task_adaptive"``.
-    :param plugins: further plugins, which run before TreeLoRA's own; the list is copied.
+    :param inference: which adapter answers. ``"merged"``: the mean of all tasks' adapters, that of
+        the tree's root, where the next task starts too (:class:`~treelora_avalanche.plugins.
+        MergedAdapterPlugin`); ``"last"``: that of the last task, as in the paper; ``"routed"``: for
+        each sample that of the task which the frozen backbone takes it for. Merging and routing
+        need a head that is fitted to what answers, ``head="task_adaptive"``: with it the default is
+        ``"merged"``, else ``"last"`` (docs/does_the_tree_matter.md).
+    :param plugins: further plugins, which run between filing a finished task and the selection; the
+        list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
     :raises ValueError: if an argument is out of range; the model is then as it was.
     """
@@ -72,11 +78,14 @@ class TreeLoRAStrategy(SeqLoRA):
         depth: int | None = None,
         max_adapters: int | None = None,
         seed: int = 0,
-        inference: str = "last",
+        inference: str | None = None,
+        head: str = "linear",
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
         check_known("`selection`", selection, SELECTORS)
+        if inference is None:
+            inference = "merged" if _fits_head(head, plugins) else "last"
         check_known("`inference`", inference, INFERENCE)
         if depth is not None:
             n_layers = len(lora_layers(model)) or len(
@@ -92,13 +101,25 @@ class TreeLoRAStrategy(SeqLoRA):
         options = {} if selection == "nearest" else {"seed": seed}
         self.selector = SELECTORS[selection](self.tree, **options)
         regularizer = SparseUpdatePlugin(self.selector, self.bank, tree_lambda)
-        own = [TreeBuilderPlugin(self.tree, self.bank), self.selector, regularizer]
+        filing: list[SupervisedPlugin] = [TreeBuilderPlugin(self.tree, self.bank)]
+        selection_plugins: list[SupervisedPlugin] = [self.selector, regularizer]
         self.inference = inference
-        if inference == "routed":
-            own.append(RouterPlugin(self.tree, seed))
-        super().__init__(model=model, plugins=[*(plugins or ()), *own], **kwargs)
+        if inference == "merged":
+            # Before the head, which is fitted to the merged adapter.
+            filing.append(MergedAdapterPlugin())
+        elif inference == "routed":
+            selection_plugins.append(RouterPlugin(self.tree, seed))
+        plugins = [*filing, *(plugins or ()), *selection_plugins]
+        super().__init__(model=model, head=head, plugins=plugins, **kwargs)
 
     def _view(self, model: nn.Module) -> TrainableView:
         return (
-            super()._view(model) if self.inference == "last" else RoutedAdapters(model, self.bank)
+            RoutedAdapters(model, self.bank) if self.inference == "routed" else super()._view(model)
         )
+
+
+def _fits_head(head: str, plugins: Sequence[SupervisedPlugin] | None) -> bool:
+    """Whether the head is fitted after every task to the adapter that answers."""
+    return head == "task_adaptive" or any(
+        isinstance(plugin, TaskAdaptiveHeadPlugin) for plugin in plugins or ()
+    )
