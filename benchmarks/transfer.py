@@ -13,26 +13,30 @@ Uses of the pick:
 
 * ``start``: a task begins at the picked adapter. Every task keeps its adapter, and at inference a
   sample is routed to one by class statistics; there is no pull.
-* ``pull``: the sparse update of the paper towards the picked adapter; one live adapter.
+* ``share``: a task begins at the picked adapter; the mean of all tasks' adapters, that of the
+  tree's root, answers; there is no pull.
+* ``pull``: the sparse update of the paper towards the picked adapter; the live adapter answers.
+* ``both``: the pull, with the mean answering and every task beginning there: the library's default
+  where the head is task-adaptive.
 
 Picks: ``tree``, found by descending the tree of signatures (for the pull: by the paper's LCB
 search); ``nearest``, the exact nearest by signature; ``random``; ``last``, the most recent one;
-``none``, for ``start`` the initial factors, for ``pull`` no pull. ``tree``, ``nearest`` and
-``random`` are given up for ``last`` at the start of a task where their adapter does not tell the
-task's probe clearly better, as in the library; ``ungated`` is the nearest without that.
+``none``, for ``start`` the initial factors, for ``share`` the mean, for the others no pull. The
+signature is that of :class:`~treelora_avalanche.plugins.TaskStartPlugin`, for the pull that of the
+paper.
 
 ``at once`` and ``1 epoch``: accuracy of the live adapter on the task's test images, among the
 task's classes, before the first step and after one epoch; ``epochs``: to the accuracy that plain
-carrying over (``last``) has after all its epochs, the probe included, its forward passes counted at
-half a training sample each; where it is not reached, all epochs count. These are means over the
+carrying over (``last``) has after all its epochs, the signature included, its forward pass counted
+at half a training sample each; where it is not reached, all epochs count. These are means over the
 tasks that come after one of their group (on ``unrelated``: all but the first). ``final`` and
 ``Bwt``: accuracy over all tasks after the last one, and forgetting, both class-incremental.
 ``own group`` is the share of picks that are of the task's group, and in brackets that of a random
 pick. ``±`` is the half-width of the 95% interval of the *paired difference* to ``last`` over seeds.
 
     python benchmarks/transfer.py --check
-    python benchmarks/transfer.py --uses '[start,pull]' --streams '[domains,pairs]' --seeds 5
-    python benchmarks/transfer.py --streams '[pacs,caltech101]' --seeds 2 --lr 0.003
+    python benchmarks/transfer.py --uses '[pull,both]' --streams '[domains,pairs]'
+    python benchmarks/transfer.py --streams '[pacs]' --seeds 2 --epochs 2 --batch_size 32
 """
 
 from __future__ import annotations
@@ -61,14 +65,15 @@ from treelora_avalanche.models.routed import RoutedAdapters
 from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import (
     LCBSelectorPlugin,
+    MergedAdapterPlugin,
     NearestSelectorPlugin,
     RandomSelectorPlugin,
     RouterPlugin,
     SelectorPlugin,
     SparseUpdatePlugin,
+    TaskStartPlugin,
     TreeBuilderPlugin,
 )
-from treelora_avalanche.plugins.task_start import TaskSignaturePlugin, TaskStartPlugin
 from treelora_avalanche.scenarios import DomainImageFolder, SplitDigits
 from treelora_avalanche.scenarios.relations import (
     CALTECH101_GROUPS,
@@ -81,9 +86,9 @@ from treelora_avalanche.tree import AdapterTree
 
 DATA = os.environ.get("TREELORA_DATA", "../shared/data")
 WEIGHTS = "deit_tiny_patch16_224_in1k/model.fp16.safetensors"
-USES = ("start", "pull")
-PICKS = ("tree", "nearest", "ungated", "random", "last", "none")
-N_PROBE = 64
+USES = ("start", "share", "pull", "both")
+STARTS = ("start", "share")
+PICKS = ("tree", "nearest", "random", "last", "none")
 
 # -------------------------------------------------------------------------------------- the streams
 
@@ -143,41 +148,32 @@ STREAMS: dict[str, Callable[[Path, int], Stream]] = {
 class Start(TaskStartPlugin):
     """The library's start, with other picks."""
 
-    def __init__(self, pick: str, *parts: Any, seed: int):
-        super().__init__(*parts)
+    def __init__(self, pick: str, bank: AdapterBank, seed: int):
+        super().__init__(bank, seed=seed)
         self.pick = pick
-        self.picked: list[int] = []
         self._generator = torch.Generator().manual_seed(seed)
-
-    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """``none`` begins at the initial factors."""
-        if not self.starts and self.pick == "none":
-            self._initial = LoRAFactors(strategy.model).stack.clone()
-        super().before_training_exp(strategy, *args, **kwargs)
 
     def nearest(self, signature: Tensor) -> int:
         """The pick."""
-        n = len(self.tree)
+        n = len(self.signatures)
         if self.pick == "random":
-            found = int(torch.randint(n, (), generator=self._generator))
-        elif self.pick == "tree":
-            found = descend(self.tree, signature)[0]
-        elif self.pick == "last":
-            found = n - 1
-        else:
-            found = super().nearest(signature)
-        self.picked.append(found)
-        return found
+            return int(torch.randint(n, (), generator=self._generator))
+        if self.pick == "tree":
+            return descend(AdapterTree.build(torch.stack(self.signatures)), signature)[0]
+        return n - 1 if self.pick == "last" else super().nearest(signature)
 
-    def _move(self, strategy: Any, start: Tensor) -> bool:
-        if self.pick in ("tree", "nearest", "random"):
-            return super()._move(strategy, start)
-        if self.pick == "last":
-            return False
-        stack = LoRAFactors(strategy.model).stack
-        stack.copy_(self._initial if self.pick == "none" else start)
-        strategy.optimizer.state.clear()
-        return True
+
+class InitialStart(SupervisedPlugin):
+    """Every task begins at the initial factors."""
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Goes there, but for the first task, which stands there."""
+        if strategy.clock.train_exp_epochs == 0:
+            stack = LoRAFactors(strategy.model).stack
+            if strategy.clock.train_exp_counter == 0:
+                self._initial = stack.clone()
+            stack.copy_(self._initial)
+            strategy.optimizer.state.clear()
 
 
 def descend(tree: AdapterTree, signature: Tensor) -> tuple[int, int]:
@@ -209,7 +205,6 @@ SELECTORS: dict[str, type[SelectorPlugin]] = {
     "nearest": NearestSelectorPlugin,
     "random": RandomSelectorPlugin,
     "last": LastSelector,
-    "none": LastSelector,
 }
 
 
@@ -257,20 +252,23 @@ def make(
 ) -> tuple[SeqLoRA, Start | None]:
     """A strategy with this use of this pick."""
     tree, bank = AdapterTree(), AdapterBank()
-    start = None
-    plugins: list[SupervisedPlugin]
+    plugins: list[SupervisedPlugin] = [TreeBuilderPlugin(tree, bank)]
     strategy: type[SeqLoRA] = SeqLoRA
+    start = None
+    if use in ("share", "both"):
+        plugins.append(MergedAdapterPlugin())
+    if use in STARTS and pick != "none":
+        start = Start(pick, bank, seed)
+        plugins.append(start)
+    elif use == "start":
+        plugins.append(InitialStart())
     if use == "start":
-        signature = TaskSignaturePlugin(N_PROBE, seed)
-        start = Start(pick, signature, tree, bank, seed=seed)
-        builder = TreeBuilderPlugin(tree, bank, signature)
-        plugins = [signature, start, builder, RouterPlugin(tree, seed)]
+        plugins.append(RouterPlugin(tree, seed))
         strategy = type("Routed", (Routed,), {"bank": bank})
-    else:
+    if use not in STARTS and pick != "none":
         kind = SELECTORS[pick]
         selector = kind(tree, seed) if pick in ("tree", "random") else kind(tree)
-        update = SparseUpdatePlugin(selector, bank, 0.5 if pick != "none" else 0.0)
-        plugins = [TreeBuilderPlugin(tree, bank), selector, update]
+        plugins += [selector, SparseUpdatePlugin(selector, bank, 0.5)]
     torch.manual_seed(seed)
     made = strategy(
         stream.model(), plugins=[*plugins, curve], head="task_adaptive", evaluator=None, **training
@@ -305,19 +303,18 @@ def measure(use: str, pick: str, stream: Stream, seed: int, **training: Any) -> 
     groups = stream.groups
     counted = [i for i in range(len(groups)) if groups[i] in groups[:i]]
     counted = counted or list(range(1, len(groups)))
-    picked = start.picked if start is not None and pick != "none" else []
-    hits = [groups[picked[i - 1]] == groups[i] for i in counted] if picked else [math.nan]
+    starts = start.starts if start is not None else []
+    hits = [groups[starts[i] or 0] == groups[i] for i in counted] if starts else [math.nan]
     chance = [groups[:i].count(groups[i]) / i for i in counted]
     sizes = torch.tensor([len(e.dataset) for e in stream.benchmark.train_stream])[counted]
-    # The signature, and the separation under both adapters.
-    batches = {"tree": 3, "nearest": 3, "random": 2, "ungated": 1}.get(pick, 0) * (use == "start")
+    n_samples = start.n_samples if start is not None and pick in ("tree", "nearest") else 0
     return Outcome(
         torch.tensor(curve.curves)[counted],
         sum(final) / len(final),
         sum(a - b for a, b in zip(learned, final, strict=True)) / len(final),
         sum(hits) / len(hits),
         sum(chance) / len(chance),
-        batches * sizes.clamp(max=N_PROBE) / (2 * sizes),
+        sizes.clamp(max=n_samples) / (2 * sizes),
     )
 
 
@@ -412,7 +409,7 @@ def missed_targets(name: str, runs: dict[str, list[Outcome]], epochs: int) -> li
         return sum(differences) / len(differences), interval(differences)
 
     missed = []
-    if name == "unrelated":
+    if name.startswith("unrelated"):
         for number in ("all epochs", "final"):
             difference, half = gain("nearest", "none", number)
             if difference < -half:
@@ -434,18 +431,17 @@ def missed_targets(name: str, runs: dict[str, list[Outcome]], epochs: int) -> li
 
 
 def draw(runs: dict[tuple[str, str], dict[str, list[Outcome]]], path: Path) -> None:
-    """The curves of ``start``: accuracy on a new task, against epochs with the probe's cost."""
+    """The curves of the first use: accuracy on a new task, against epochs with the signature's."""
     from matplotlib import pyplot
 
-    starts = {name: of_use for (name, use), of_use in runs.items() if use == "start"}
-    if not starts:
-        return
+    first = next(iter(runs))[1]
+    starts = {name: of_use for (name, use), of_use in runs.items() if use == first}
     figure, axes = pyplot.subplots(1, len(starts), figsize=(4.2 * len(starts), 3.4), squeeze=False)
     looks = {
         "nearest": ("nearest past task", "#1b6ca8", "-"),
         "random": ("random past task", "#d1812b", "--"),
         "last": ("most recent (carried on)", "#555555", "-"),
-        "none": ("initial factors", "#999999", ":"),
+        "none": ("mean of all" if first == "share" else "initial factors", "#999999", ":"),
     }
     for axis, (name, of_use) in zip(axes[0], starts.items(), strict=True):
         for pick, (label, color, style) in looks.items():
@@ -457,7 +453,7 @@ def draw(runs: dict[tuple[str, str], dict[str, list[Outcome]]], path: Path) -> N
             low, high = curve.min(0).values, curve.max(0).values
             axis.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
         axis.set_title(name)
-        axis.set_xlabel("epochs on the new task, probe included")
+        axis.set_xlabel("epochs on the new task, signature included")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("accuracy on the new task, %")
     axes[0][-1].legend(frameon=False, loc="lower right", title="it starts from the adapter of the")
@@ -515,7 +511,7 @@ def search_costs(sizes: tuple[int, ...] = (8, 64, 512, 4096)) -> None:
 
 def transfer(
     streams: tuple[str, ...] = ("domains", "pairs", "unrelated"),
-    uses: tuple[str, ...] = ("start",),
+    uses: tuple[str, ...] = ("share",),
     picks: tuple[str, ...] = PICKS,
     seeds: int = 3,
     epochs: int = 4,
@@ -528,15 +524,15 @@ def transfer(
     """Trains on the streams with every use of every pick.
 
     :param streams: domains, returning, pairs, unrelated, pacs, caltech101.
-    :param uses: start, pull.
-    :param picks: tree, nearest, ungated, random, last, none; ``last`` is always there.
+    :param uses: start, share, pull, both.
+    :param picks: tree, nearest, random, last, none; ``last`` is always there.
     :param seeds: number of orders of each stream.
     :param epochs: epochs per task.
     :param batch_size: images per step.
     :param lr: learning rate of Adam.
     :param data: folder with ``pacs``, ``caltech101`` and the weights of DeiT-Tiny.
     :param search: whether to measure the cost of a search too.
-    :param figure: where to draw the curves of ``start``, a PNG file.
+    :param figure: where to draw the curves of the first use, a PNG file.
     :return: the targets that were missed.
     """
     warnings.simplefilter("ignore")
@@ -550,8 +546,7 @@ def transfer(
         search_costs()
     for name in streams:
         for use in uses:
-            known = tuple(p for p in picks if use == "start" or p in SELECTORS)
-            runs: dict[str, list[Outcome]] = {pick: [] for pick in dict.fromkeys((*known, "last"))}
+            runs: dict[str, list[Outcome]] = {pick: [] for pick in dict.fromkeys((*picks, "last"))}
             began = time.perf_counter()
             try:
                 for seed in range(seeds):
@@ -570,8 +565,8 @@ def transfer(
             everything[name, use] = runs
             report(name, use, runs, epochs)
             print(f"({time.perf_counter() - began:.0f} s)", flush=True)
-            if use == "start" and set(PICKS) <= set(runs):
-                missed += missed_targets(name, runs, epochs)
+            if use in STARTS and set(PICKS) <= set(runs):
+                missed += missed_targets(f"{name}, {use}", runs, epochs)
     if figure is not None:
         draw(everything, Path(figure))
     return missed

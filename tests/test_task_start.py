@@ -2,23 +2,13 @@
 
 import pytest
 import torch
+from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.supervised import Naive
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView, add_lora
-from treelora_avalanche.models.activations import (
-    activation_signature,
-    features_of,
-    nearest_to_own_class,
-)
-from treelora_avalanche.plugins import TreeBuilderPlugin
-from treelora_avalanche.plugins.task_start import (
-    TaskSignaturePlugin,
-    TaskStartPlugin,
-    clearly_better,
-)
+from treelora_avalanche.models.activations import activation_signature, features_of
+from treelora_avalanche.plugins import TaskStartPlugin, TreeBuilderPlugin
 from treelora_avalanche.tree import AdapterTree
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -100,38 +90,6 @@ def test_padding_has_no_part_in_the_mean():
     assert torch.allclose(found, (mean / mean.abs().sum())[None], atol=1e-6)
 
 
-# -------------------------------------------------------------------------- which start is better
-
-
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 10_000), n=st.integers(2, 12), classes=st.integers(1, 4))
-def test_nearest_to_own_class_against_loops(seed, n, classes):
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(n, 3, generator=generator, dtype=torch.float64)
-    targets = torch.randint(10, 10 + classes, (n,), generator=generator)
-    unit = features / features.norm(dim=1, keepdim=True)
-    expected = []
-    for i in range(n):
-        scores = {}
-        for label in set(targets.tolist()):
-            rest = [j for j in range(n) if targets[j] == label and j != i]
-            if rest:
-                mean = unit[rest].sum(0)
-                scores[label] = float(unit[i] @ mean / mean.norm())
-        expected.append(max(scores, key=scores.get) == targets[i])
-    assert nearest_to_own_class(features, targets).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("only_candidate", "only_other", "expected"),
-    [(0, 0, False), (1, 0, False), (2, 0, True), (5, 2, True), (4, 2, False), (2, 5, False)],
-)
-def test_clearly_better_is_more_than_a_standard_error(only_candidate, only_other, expected):
-    candidate = torch.tensor([True] * only_candidate + [False] * only_other + [True, False])
-    other = torch.tensor([False] * only_candidate + [True] * only_other + [True, False])
-    assert clearly_better(candidate, other) is expected
-
-
 # -------------------------------------------------------------------------------------- the plugins
 
 
@@ -147,76 +105,74 @@ def strategy_with(model, plugins, **options):
     )
 
 
-def parts():
-    signature, tree, bank = TaskSignaturePlugin(32), AdapterTree(), AdapterBank()
-    start = TaskStartPlugin(signature, tree, bank)
-    return signature, start, TreeBuilderPlugin(tree, bank, signature)
+def parts(n_samples=32):
+    tree, bank = AdapterTree(), AdapterBank()
+    return TaskStartPlugin(bank, n_samples), TreeBuilderPlugin(tree, bank)
 
 
-def test_the_tree_holds_the_signatures_of_the_tasks(tiny_vit, tiny_benchmark):
+def images_of(experience):
+    return torch.stack([sample[0] for sample in experience.dataset])
+
+
+def test_it_keeps_the_signatures_of_the_tasks(tiny_vit, tiny_benchmark):
     model = lora_model(tiny_vit)
-    signature, start, builder = parts()
-    strategy = strategy_with(model, [signature, start, builder])
+    start, builder = parts()
+    strategy = strategy_with(model, [start, builder])
     for experience in tiny_benchmark.train_stream:
         strategy.train(experience)
-    assert start.tree.signatures.shape == (3, 3, 16)
-    for k, experience in enumerate(tiny_benchmark.train_stream):
-        x = torch.stack([sample[0] for sample in experience.dataset])
+    for signature, experience in zip(start.signatures, tiny_benchmark.train_stream, strict=True):
+        x = images_of(experience)
         # All 32 images were looked at, so the samples are no matter of chance.
         assert len(x) == 32
-        assert torch.allclose(start.tree.signatures[k], activation_signature(model, x), atol=1e-6)
+        assert torch.allclose(signature, activation_signature(model, x), atol=1e-6)
 
 
-def ready(tiny_vit, tiny_benchmark, live_seed, past_seed):
-    """A strategy with one finished task, about to learn that task again."""
-    model = lora_model(tiny_vit)
-    signature, start, _ = parts()
-    experience = tiny_benchmark.train_stream[0]
-    x = torch.stack([sample[0] for sample in experience.dataset])
-    start.tree.insert(activation_signature(model, x))
-    if past_seed is not None:
-        scramble(model, past_seed)
-    start.bank.append(LoRAFactors(model))
-    model = lora_model(tiny_vit, live_seed)
-    strategy = strategy_with(model, [])
-    strategy.experience = experience
-    signature.before_training_exp(strategy)
-    for parameter in model.parameters():
-        strategy.optimizer.state[parameter] = {"step": torch.tensor(1.0)}
-    return strategy, start
+class Begun(SupervisedPlugin):
+    """Notes the adapter, and what the optimizer remembers, at the first step of an experience."""
+
+    def __init__(self):
+        super().__init__()
+        self.stacks, self.remembered = [], []
+
+    def before_training_iteration(self, strategy, *args, **kwargs):
+        if strategy.clock.train_exp_iterations == 0:
+            self.stacks.append(LoRAFactors(strategy.model).stack.clone())
+            self.remembered.append(len(strategy.optimizer.state))
 
 
-def test_the_task_begins_at_the_past_adapter_that_is_better(tiny_vit, tiny_benchmark):
-    strategy, start = ready(tiny_vit, tiny_benchmark, live_seed=1, past_seed=None)
-    start.before_training_exp(strategy)
-    factors = LoRAFactors(strategy.model)
-    assert start.starts == [0]
-    assert torch.equal(factors.stack, start.bank[0])
-    moved = {id(parameter) for pair in factors.parameters for parameter in pair}
-    kept = {id(parameter) for parameter in strategy.optimizer.state}
-    assert not moved & kept
-    assert len(kept) == 2  # weight and bias of the classifier
+def test_a_task_that_returns_begins_at_its_own_adapter(tiny_vit, tiny_benchmark):
+    start, builder = parts()
+    begun = Begun()
+    strategy = strategy_with(lora_model(tiny_vit), [start, builder, begun])
+    tasks = list(tiny_benchmark.train_stream)
+    for task in (0, 1, 2, 1):
+        strategy.train(tasks[task])
+    assert start.starts[0] is None
+    assert start.starts[3] == 1
+    assert torch.equal(begun.stacks[3], start.bank[1])
+    assert not torch.equal(start.bank[1], start.bank[2])
+    assert begun.remembered[3] == 2, "the optimizer goes on for the classifier's two tensors alone"
 
 
-def test_the_task_goes_on_from_the_live_adapter_that_is_better(tiny_vit, tiny_benchmark):
-    strategy, start = ready(tiny_vit, tiny_benchmark, live_seed=None, past_seed=1)
+def test_other_plugins_see_the_model_as_it_answers(tiny_vit, tiny_benchmark):
+    start, builder = parts()
+    strategy = strategy_with(lora_model(tiny_vit), [start, builder])
+    tasks = list(tiny_benchmark.train_stream)
+    for task in (0, 1):
+        strategy.train(tasks[task])
+    strategy.experience = tasks[0]
     live = LoRAFactors(strategy.model).stack.clone()
     start.before_training_exp(strategy)
-    assert start.starts == [None]
     assert torch.equal(LoRAFactors(strategy.model).stack, live)
-    assert len(strategy.optimizer.state) == len(list(strategy.model.parameters()))
 
 
 def test_the_nearest_task_is_the_nearest_by_brute_force():
     generator = torch.Generator().manual_seed(0)
-    tree = AdapterTree()
-    signatures = torch.randn(9, 4, 6, generator=generator)
-    for row in signatures:
-        tree.insert(row)
-    start = TaskStartPlugin(TaskSignaturePlugin(), tree, AdapterBank())
+    start = TaskStartPlugin(AdapterBank())
+    start.signatures = list(torch.randn(9, 4, 6, generator=generator))
     for query in torch.randn(20, 4, 6, generator=generator):
-        distances = [sum((a - b).abs().sum() for a, b in zip(query, s)) for s in signatures]  # noqa: B905
-        assert start.nearest(query) == min(range(9), key=lambda k: distances[k])
+        distances = [float((query - s).abs().sum()) for s in start.signatures]
+        assert start.nearest(query) == distances.index(min(distances))
 
 
 def test_features_are_what_the_classifier_is_given(tiny_vit):
@@ -228,13 +184,14 @@ def test_features_are_what_the_classifier_is_given(tiny_vit):
 
 
 def test_the_stream_goes_on_from_a_saved_state():
-    signature, start, _ = parts()
-    start.starts = [None, 0, None]
-    twin_signature, twin, _ = parts()
+    start, _ = parts()
+    start.starts = [None, 0]
+    start.signatures = [torch.zeros(2, 3), torch.ones(2, 3)]
+    twin, _ = parts()
     twin.load_state_dict(start.state_dict())
-    twin_signature.load_state_dict(signature.state_dict())
-    assert twin.starts == [None, 0, None]
+    assert twin.starts == [None, 0]
+    assert twin.nearest(torch.full((2, 3), 0.9)) == 1
     with pytest.raises(ValueError, match=r"`n_samples` is 32 in the state, and 64 here"):
-        TaskSignaturePlugin().load_state_dict(signature.state_dict())
+        TaskStartPlugin(AdapterBank()).load_state_dict(start.state_dict())
     with pytest.raises(ValueError, match="`n_samples` must be at least 1, and is 0"):
-        TaskSignaturePlugin(0)
+        TaskStartPlugin(AdapterBank(), n_samples=0)

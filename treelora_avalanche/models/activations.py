@@ -78,26 +78,6 @@ def features_of(model: nn.Module, samples: Tensor) -> Tensor:
     return features[0]
 
 
-def nearest_to_own_class(features: Tensor, targets: Tensor) -> Tensor:
-    """Which samples features tell right without a head, a gradient or held-out data.
-
-    A sample is told right if, by cosine, it is nearer to the mean of its own class than to those of
-    the others; it is itself left out of the mean. The only sample of a class is never told right.
-
-    :param features: ``(n_samples, dim)``.
-    :param targets: their classes, ``(n_samples,)``.
-    :return: ``(n_samples,)``, bool.
-    """
-    features = F.normalize(features, dim=1)
-    _, rows = targets.unique(return_inverse=True)
-    of_class = F.one_hot(rows).to(features.dtype)  # (n_samples, n_classes)
-    totals = of_class.T @ features  # (n_classes, dim)
-    similarity = features @ F.normalize(totals, dim=1).T  # (n_samples, n_classes)
-    others = F.normalize(totals[rows] - features, dim=1)
-    own = torch.where(of_class.sum(0)[rows] > 1, (features * others).sum(1), -torch.inf)
-    return own > similarity.masked_fill(of_class.bool(), -torch.inf).amax(1)
-
-
 def stack_samples(dataset: Sequence[tuple[Tensor, ...]], rows: Sequence[int]) -> list[Tensor]:
     """Some samples of a dataset as one batch.
 

@@ -23,7 +23,7 @@ from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sapt import SAPTPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
-from treelora_avalanche.plugins.task_start import TaskSignaturePlugin, TaskStartPlugin
+from treelora_avalanche.plugins.task_start import TaskStartPlugin
 from treelora_avalanche.plugins.tasl import TaSLPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
@@ -54,7 +54,6 @@ __all__ = [
     "TaskAdaptersPlugin",
     "TaskAdaptiveHeadPlugin",
     "TaskPromptsPlugin",
-    "TaskSignaturePlugin",
     "TaskStartPlugin",
     "TreeBuilderPlugin",
     "WithinTaskLossPlugin",

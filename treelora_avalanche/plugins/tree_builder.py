@@ -7,7 +7,6 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, SignatureSketch
-from treelora_avalanche.plugins.task_start import TaskSignaturePlugin
 from treelora_avalanche.state import check_keys
 from treelora_avalanche.tree import AdapterTree
 
@@ -15,24 +14,18 @@ from treelora_avalanche.tree import AdapterTree
 class TreeBuilderPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """After every experience, stores the adapter and inserts its signature into the tree.
 
-    The signature of a task is the direction in which its training moved the adapter, unless another
-    plugin takes signatures. When the tree merges adapters to stay within its budget, the bank
-    merges the same ones. Works with any
+    The signature of a task is the direction in which its training moved the adapter. When the tree
+    merges adapters to stay within its budget, the bank merges the same ones. Works with any
     strategy whose model carries LoRA; it never changes the training. Task labels are not used.
 
     :param tree: the tree of task signatures, shared with the other plugins.
     :param bank: the bank of finished adapters, shared with the other plugins.
-    :param signature: the plugin whose signatures are to be stored instead; before this one among
-        the plugins.
     """
 
-    def __init__(
-        self, tree: AdapterTree, bank: AdapterBank, signature: TaskSignaturePlugin | None = None
-    ):
+    def __init__(self, tree: AdapterTree, bank: AdapterBank):
         super().__init__()
         self.tree = tree
         self.bank = bank
-        self.signature = signature
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Notes where the adapter starts."""
@@ -42,10 +35,7 @@ class TreeBuilderPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Stores the adapter in the bank and its signature in the tree."""
-        if self.signature is None:
-            signature = self._sketch.direction(self._factors.stack, self._start)
-        else:
-            signature = self.signature.signature
+        signature = self._sketch.direction(self._factors.stack, self._start)
         self.bank.append(self._factors)
         for merge in self.tree.insert(signature):
             self.bank.merge(*merge)
