@@ -10,7 +10,15 @@ from avalanche.training.supervised import EWC, Naive
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView, add_lora
+from treelora_avalanche.adapters import (
+    AdapterBank,
+    LoRAFactors,
+    SignatureSketch,
+    TrainableView,
+    add_lora,
+)
+from treelora_avalanche.adapters.factors import LayerShape
+from treelora_avalanche.bandit import LCBSearch
 from treelora_avalanche.plugins import (
     FiniteLossPlugin,
     LCBSelectorPlugin,
@@ -21,6 +29,7 @@ from treelora_avalanche.plugins import (
     TreeBuilderPlugin,
     proximal_step,
 )
+from treelora_avalanche.plugins.sparse_update import proximal_step_
 from treelora_avalanche.tree import AdapterTree
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -66,6 +75,35 @@ class Recorder(SupervisedPlugin):
 
     def after_update(self, strategy, *args, **kwargs):
         self.function(strategy)
+
+
+def test_selection_and_pull_compile_to_one_graph():
+    # As a CUDA graph, or a compiled step, needs it: nothing that asks the host, no new buffers.
+    generator = torch.Generator().manual_seed(0)
+    signatures = torch.randn(20, 4, 8, generator=generator)
+    adapters = torch.randn(20, 4, 14, generator=generator)
+    noise = 0.05 * torch.randn(12, 4, 14, generator=generator)
+    layers = torch.arange(4)
+    results = []
+    for compiled in (False, True):
+        tree = AdapterTree.build(torch.nn.functional.normalize(signatures, p=1.0, dim=-1), depth=2)
+        search = LCBSearch(tree.flatten(), 4, horizon=12)
+        sketch = SignatureSketch([LayerShape(2, 3, 4)] * 4, size=8)
+        factors = adapters.mean(0)
+        start, room = sketch(factors), torch.empty_like(factors)
+
+        def step(factors, search=search, sketch=sketch, start=start, room=room, tree=tree):
+            arms = search.select()
+            signature = sketch.direction(factors, start)
+            search.update((signature - tree.signatures[arms, layers]).abs().sum(-1))
+            proximal_step_(factors, adapters[arms, layers], 0.01, room)
+            return arms
+
+        run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+        arms = [run(factors.add_(each)) for each in noise]
+        results.append((torch.stack(arms), factors, search.bounds, search.means, search.counts))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
 
 
 # ----------------------------------------------------------------------------- the proximal step
