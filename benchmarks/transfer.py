@@ -148,8 +148,8 @@ STREAMS: dict[str, Callable[[Path, int], Stream]] = {
 class Start(TaskStartPlugin):
     """The library's start, with other picks."""
 
-    def __init__(self, pick: str, bank: AdapterBank, seed: int):
-        super().__init__(bank, seed=seed)
+    def __init__(self, pick: str, tree: AdapterTree, bank: AdapterBank, seed: int):
+        super().__init__(tree, bank, seed=seed)
         self.pick = pick
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -258,7 +258,7 @@ def make(
     if use in ("share", "both"):
         plugins.append(MergedAdapterPlugin())
     if use in STARTS and pick != "none":
-        start = Start(pick, bank, seed)
+        start = Start(pick, tree, bank, seed)
         plugins.append(start)
     elif use == "start":
         plugins.append(InitialStart())

@@ -8,6 +8,7 @@ from torch import nn
 
 from treelora_avalanche.adapters import LoRAFactors
 from treelora_avalanche.models.routed import RoutedView, Router
+from treelora_avalanche.plugins import RouterPlugin
 from treelora_avalanche.strategies import TreeLoRAStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -110,7 +111,8 @@ def test_routing_follows_merged_adapters(tiny_vit, tiny_benchmark, images):
     )
     strategy.train(tiny_benchmark.train_stream)
     adapters = strategy.model.router.adapter.tolist()
-    for statistics, adapter in zip(strategy.plugins[3].statistics, adapters, strict=True):
+    router = next(p for p in strategy.plugins if isinstance(p, RouterPlugin))
+    for statistics, adapter in zip(router.statistics, adapters, strict=True):
         assert statistics.task in strategy.tree.tasks[adapter]
 
 

@@ -107,7 +107,7 @@ def strategy_with(model, plugins, **options):
 
 def parts(n_samples=32):
     tree, bank = AdapterTree(), AdapterBank()
-    return TaskStartPlugin(bank, n_samples), TreeBuilderPlugin(tree, bank)
+    return TaskStartPlugin(tree, bank, n_samples), TreeBuilderPlugin(tree, bank)
 
 
 def images_of(experience):
@@ -168,7 +168,7 @@ def test_other_plugins_see_the_model_as_it_answers(tiny_vit, tiny_benchmark):
 
 def test_the_nearest_task_is_the_nearest_by_brute_force():
     generator = torch.Generator().manual_seed(0)
-    start = TaskStartPlugin(AdapterBank())
+    start = TaskStartPlugin(AdapterTree(), AdapterBank())
     start.signatures = list(torch.randn(9, 4, 6, generator=generator))
     for query in torch.randn(20, 4, 6, generator=generator):
         distances = [float((query - s).abs().sum()) for s in start.signatures]
@@ -192,6 +192,6 @@ def test_the_stream_goes_on_from_a_saved_state():
     assert twin.starts == [None, 0]
     assert twin.nearest(torch.full((2, 3), 0.9)) == 1
     with pytest.raises(ValueError, match=r"`n_samples` is 32 in the state, and 64 here"):
-        TaskStartPlugin(AdapterBank()).load_state_dict(start.state_dict())
+        TaskStartPlugin(AdapterTree(), AdapterBank()).load_state_dict(start.state_dict())
     with pytest.raises(ValueError, match="`n_samples` must be at least 1, and is 0"):
-        TaskStartPlugin(AdapterBank(), n_samples=0)
+        TaskStartPlugin(AdapterTree(), AdapterBank(), n_samples=0)

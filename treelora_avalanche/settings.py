@@ -32,6 +32,7 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
     "rank": 8,
     "alpha": 32.0,
     "layers": "all",
+    "tree_lambda": 0.5,
 }
 
 
@@ -175,8 +176,12 @@ class RunSettings:
             "texts those of queries and values"
         ),
     )
-    tree_lambda: float = field(
-        default=0.5, metadata=_help("strength of TreeLoRA's pull towards the picked task")
+    tree_lambda: float | None = field(
+        default=None,
+        metadata=_help(
+            "strength of TreeLoRA's pull towards the picked task; default: 0.1 where the mean of "
+            "all adapters or one adapter per task answers, else 0.5"
+        ),
     )
     selection: str = field(
         default="lcb", metadata=_help(f"how TreeLoRA picks a past task: {', '.join(SELECTIONS)}")

@@ -180,6 +180,11 @@ class AdapterTree:
         return len(self.tasks)
 
     @property
+    def adapter_of_task(self) -> dict[int, int]:
+        """For each task, by its number in order of arrival, the index of its adapter."""
+        return {task: adapter for adapter, tasks in enumerate(self.tasks) for task in tasks}
+
+    @property
     def signatures(self) -> Tensor:
         """``(n_adapters, n_layers, dim)``: the signatures, a view that is not to be written to."""
         return self._storage[: len(self)]

@@ -92,7 +92,7 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         )
         adapters = [s.task for s in self.statistics]
         if self.tree is not None:
-            adapter_of_task = {t: a for a, tasks in enumerate(self.tree.tasks) for t in tasks}
+            adapter_of_task = self.tree.adapter_of_task
             adapters = [adapter_of_task[task] for task in adapters]
         view.router = Router(
             head.weight.detach(), head.bias.detach(), torch.tensor(adapters, device=device)

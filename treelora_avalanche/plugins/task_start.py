@@ -11,6 +11,7 @@ from torch import Tensor
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.models.activations import activation_signature, stack_samples
 from treelora_avalanche.state import check_keys
+from treelora_avalanche.tree import AdapterTree
 
 
 class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -28,17 +29,19 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     at the first epoch: other plugins still see it as it answers in ``before_training_exp``. Draws
     no global random numbers. Task labels are not used.
 
-    :param bank: the bank of finished adapters, one per experience, filled by a
-        :class:`~treelora_avalanche.plugins.TreeBuilderPlugin`.
+    :param tree: the tree that knows which adapter stands for an experience.
+    :param bank: the bank of finished adapters; a
+        :class:`~treelora_avalanche.plugins.TreeBuilderPlugin` fills both.
     :param n_samples: training samples that are looked at, at most.
     :param seed: seed of their choice.
     :raises ValueError: if ``n_samples`` is below 1.
     """
 
-    def __init__(self, bank: AdapterBank, n_samples: int = 64, seed: int = 0):
+    def __init__(self, tree: AdapterTree, bank: AdapterBank, n_samples: int = 64, seed: int = 0):
         super().__init__()
         if n_samples < 1:
             raise ValueError(f"`n_samples` must be at least 1, and is {n_samples}.")
+        self.tree = tree
         self.bank = bank
         self.n_samples = n_samples
         self.seed = seed
@@ -64,7 +67,7 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         self.starts.append(nearest)
         if nearest is not None:
             factors = LoRAFactors(strategy.model)
-            factors.stack.copy_(self.bank[nearest])
+            factors.stack.copy_(self.bank[self.tree.adapter_of_task[nearest]])
             # What the optimizer has gathered led to where the adapter was.
             for pair in factors.parameters:
                 for parameter in pair:

@@ -25,6 +25,7 @@ from treelora_avalanche.plugins import (
     SelectorPlugin,
     SparseUpdatePlugin,
     TaskAdaptiveHeadPlugin,
+    TaskStartPlugin,
     TreeBuilderPlugin,
 )
 from treelora_avalanche.strategies.positional_model import positional_model
@@ -50,7 +51,8 @@ class TreeLoRAStrategy(SeqLoRA):
 
     :param model: a pretrained model, see :class:`SeqLoRA`.
     :param tree_lambda: strength lambda of the pull (Eq. 3). The paper's is 0.1 for ViTs and 0.5 for
-        language models; under our proximal step 0.5 is far better for ViTs too (docs/results.md).
+        language models. By default 0.5 where the adapter of the last task answers, and 0.1 where
+        the past is kept by other means, see ``inference`` (docs/results.md).
     :param selection: ``"lcb"``, the paper's search; ``"nearest"``, the exact nearest by distance to
         all stored signatures; ``"random"``, the control.
     :param depth: levels of the tree; by default the number of adapted matrices, at most 64.
@@ -60,9 +62,11 @@ class TreeLoRAStrategy(SeqLoRA):
     :param inference: which adapter answers. ``"merged"``: the mean of all tasks' adapters, that of
         the tree's root, where the next task starts too (:class:`~treelora_avalanche.plugins.
         MergedAdapterPlugin`); ``"last"``: that of the last task, as in the paper; ``"routed"``: for
-        each sample that of the task which the frozen backbone takes it for. Merging and routing
-        need a head that is fitted to what answers, ``head="task_adaptive"``: with it the default is
-        ``"merged"``, else ``"last"`` (docs/does_the_tree_matter.md).
+        each sample that of the task which the frozen backbone takes it for; a task then starts at
+        the adapter of the past one that looks most like it (:class:`~treelora_avalanche.plugins.
+        TaskStartPlugin`). Merging and routing need a head that is fitted to what answers,
+        ``head="task_adaptive"``: with it the default is ``"merged"``, else ``"last"``
+        (docs/does_the_tree_matter.md).
     :param plugins: further plugins, which run between filing a finished task and the selection; the
         list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
@@ -73,7 +77,7 @@ class TreeLoRAStrategy(SeqLoRA):
         self,
         *,
         model: nn.Module,
-        tree_lambda: float = 0.5,
+        tree_lambda: float | None = None,
         selection: str = "lcb",
         depth: int | None = None,
         max_adapters: int | None = None,
@@ -87,6 +91,8 @@ class TreeLoRAStrategy(SeqLoRA):
         if inference is None:
             inference = "merged" if _fits_head(head, plugins) else "last"
         check_known("`inference`", inference, INFERENCE)
+        if tree_lambda is None:
+            tree_lambda = 0.5 if inference == "last" else 0.1
         if depth is not None:
             n_layers = len(lora_layers(model)) or len(
                 find_adaptable_layers(model, kwargs.get("layers"), kwargs.get("target_modules"))
@@ -108,6 +114,7 @@ class TreeLoRAStrategy(SeqLoRA):
             # Before the head, which is fitted to the merged adapter.
             filing.append(MergedAdapterPlugin())
         elif inference == "routed":
+            filing.append(TaskStartPlugin(self.tree, self.bank, seed=seed))
             selection_plugins.append(RouterPlugin(self.tree, seed))
         plugins = [*filing, *(plugins or ()), *selection_plugins]
         super().__init__(model=model, head=head, plugins=plugins, **kwargs)
