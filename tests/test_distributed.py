@@ -6,24 +6,34 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from treelora_avalanche.plugins.data_parallel import PartOfBatches
-from treelora_avalanche.runs.distributed import one_folder
+from treelora_avalanche.plugins.processes import Processes
+from treelora_avalanche.runs.distributed import one_folder, parallel_plugins
 
 # Run by two processes with gloo, and by one alone.
 CHILD = """
+import json
 import sys
+from functools import partial
+from pathlib import Path
 import torch
 from accelerate import Accelerator
 from avalanche.benchmarks import nc_benchmark
 from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset
 from avalanche.training.plugins import EvaluationPlugin
 from timm.models.vision_transformer import VisionTransformer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from treelora_avalanche.metrics import AccuracyMatrix
+from treelora_avalanche.metrics.generation import GenerationScore
+from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.plugins.data_parallel import DataParallelPlugin
+from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche import strategies
 
 folder = sys.argv[1]
@@ -36,23 +46,62 @@ data = _make_taskaware_tensor_classification_dataset(
     images, torch.arange(len(images)) % 6, task_labels=0
 )
 benchmark = nc_benchmark(data, data, n_experiences=3, task_labels=False, shuffle=False)
-KINDS = {
-    "TreeLoRA": (strategies.TreeLoRAStrategy, {}),
-    "head": (strategies.TreeLoRAStrategy, {"head": "task_adaptive"}),
-    "EWCLoRA": (strategies.EWCLoRA, {}),
-    "GEMLoRA": (strategies.GEMLoRA, {}),
-}
-for name, (kind, arguments) in KINDS.items():
-    torch.manual_seed(0)
+tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token=" "))
+tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ", eos_token=chr(0))
+for task in "ab":
+    records = [{"prompt": task * (n + 1), "answer": "xyz"[n % 3 :]} for n in range(7)]
+    for part in ("train", "test"):
+        path = Path(folder, f"texts{rank}", task, f"{part}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(records))
+texts = TextTasks(Path(folder, f"texts{rank}"), tokenizer, max_length=32, max_new_tokens=4)
+first_block = []
+
+
+def vit():
     model = VisionTransformer(
         img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=3, num_heads=2, num_classes=6
     )
-    plugins = [DataParallelPlugin(accelerator)] if accelerator.num_processes > 1 else []
-    matrix = AccuracyMatrix()
+    model.blocks[0].register_forward_hook(lambda _, inputs, output: first_block.append(len(output)))
+    return model
+
+
+def llama():
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3,
+    )
+    network = LlamaForCausalLM(config)
+    network.model.layers[0].register_forward_hook(
+        lambda _, inputs, output: first_block.append(len(output))
+    )
+    return LanguageModel(network, tokenizer, max_length=32)
+
+
+KINDS = {
+    "TreeLoRA": (strategies.TreeLoRAStrategy, vit, {}),
+    "head": (strategies.TreeLoRAStrategy, vit, {"head": "task_adaptive"}),
+    "EWCLoRA": (strategies.EWCLoRA, vit, {}),
+    "GEMLoRA": (strategies.GEMLoRA, vit, {}),
+    "texts": (strategies.TreeLoRAStrategy, llama, {}),
+    "sharded": (strategies.TreeLoRAStrategy, vit, {}),
+    "sharded texts": (strategies.TreeLoRAStrategy, llama, {}),
+}
+for name, (kind, make_model, arguments) in KINDS.items():
+    torch.manual_seed(0)
+    model = make_model()
+    plugins = []
+    if accelerator.num_processes > 1:
+        plugins = [DataParallelPlugin(accelerator, shard_backbone="sharded" in name)]
+    on_text = make_model is llama
+    stream = texts if on_text else benchmark
+    matrix = GenerationScore() if on_text else AccuracyMatrix()
+    first_block.clear()
     strategy = kind(
         model, layers="last:2", rank=2, train_mb_size=7, train_epochs=2, eval_mb_size=16,
         plugins=plugins, evaluator=EvaluationPlugin(matrix, loggers=[]), **arguments,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+        optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9), schedule="constant",
     )
     if rank:  # what processes start with is made alike
         with torch.no_grad():
@@ -61,11 +110,11 @@ for name, (kind, arguments) in KINDS.items():
         torch.manual_seed(99)
     else:
         torch.manual_seed(1)
-    for experience in benchmark.train_stream:
+    for experience in stream.train_stream:
         strategy.train(experience)
-        strategy.eval(benchmark.test_stream)
+        strategy.eval(stream.test_stream)
     state = {name: p.detach() for name, p in strategy.model.named_parameters()}
-    state["accuracy"] = torch.as_tensor(matrix.result())
+    state["scores"] = torch.as_tensor(matrix.matrix() if on_text else matrix.result())
     if hasattr(strategy, "tree"):
         state["signatures"] = strategy.tree.signatures
         state["adapters"] = strategy.bank.factors
@@ -73,6 +122,14 @@ for name, (kind, arguments) in KINDS.items():
         state["means"] = strategy.selector.search.means
         state["counts"] = strategy.selector.search.counts
     torch.save(state, f"{folder}/{name}.{rank}")
+    frozen = [
+        p for _, p in torch.nn.Module.named_parameters(strategy.model) if not p.requires_grad
+    ]
+    held = sum(getattr(p, "_local_tensor", p).numel() for p in frozen)
+    torch.save(
+        {"samples": torch.tensor(sum(first_block)), "held": torch.tensor(held)},
+        f"{folder}/{name}.{rank}.work",
+    )
 accelerator.end_training()
 """
 
@@ -124,6 +181,9 @@ def load(folder: Path, name: str) -> dict[str, torch.Tensor]:
         ("TreeLoRA", 1e-6),
         ("EWCLoRA", 1e-6),
         ("GEMLoRA", 1e-6),
+        ("texts", 1e-6),
+        ("sharded", 1e-6),
+        ("sharded texts", 1e-6),
         # Adam has trained the head on statistics: its steps do not shrink with the gradient, nor
         # does rounding.
         ("head", 1e-4),
@@ -138,12 +198,30 @@ def test_two_processes_learn_what_one_does(trained, method, tolerance):
             torch.testing.assert_close(part[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("method", ["TreeLoRA", "head"])
+@pytest.mark.parametrize("method", ["TreeLoRA", "head", "texts", "sharded"])
 def test_both_processes_have_the_same_statistics_bit_for_bit(trained, method):
     first, second = (load(trained / "two", f"{method}.{rank}") for rank in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert first["counts"].sum() > 0
+
+
+@pytest.mark.parametrize("method", ["TreeLoRA", "head", "texts"])
+def test_each_process_does_its_share_of_what_needs_no_gradients(trained, method):
+    alone = load(trained / "one", f"{method}.0.work")["samples"]
+    for rank in range(2):
+        # A few samples every process tries, to know whether the cache may be used.
+        assert load(trained / "two", f"{method}.{rank}.work")["samples"] < 0.75 * alone
+
+
+@pytest.mark.parametrize("method", ["sharded", "sharded texts"])
+def test_each_process_holds_a_part_of_the_frozen_blocks(trained, method):
+    alone = load(trained / "one", f"{method}.0.work")["held"]
+    whole = load(trained / "two", f"{method.replace('sharded', '').strip() or 'TreeLoRA'}.0.work")
+    assert whole["held"] == alone
+    parts = [load(trained / "two", f"{method}.{rank}.work")["held"] for rank in range(2)]
+    assert max(parts) < 0.75 * alone  # the embedding and the output layer are whole
+    assert sum(parts) >= alone
 
 
 def test_the_parts_of_a_batch_are_the_batch():
@@ -156,11 +234,24 @@ def test_the_parts_of_a_batch_are_the_batch():
     assert len(parts[0]) == 3
 
 
+@pytest.mark.parametrize(("n", "unit"), [(1, 1), (5, 1), (7, 3), (12, 4), (2, 16)])
+@pytest.mark.parametrize("n_processes", [1, 2, 4])
+def test_the_parts_of_a_list_follow_each_other(n, unit, n_processes):
+    parts = []
+    for rank in range(n_processes):
+        processes = object.__new__(Processes)
+        processes.accelerator = SimpleNamespace(num_processes=n_processes, process_index=rank)
+        parts.append(processes.part(n, unit))
+    assert [number for part in parts for number in part][:n] == list(range(n))
+    assert all(part[0] % unit == 0 for part in parts if part != [n - 1])
+
+
 def test_the_command_line_under_torchrun(tmp_path):
-    """One run folder with all files once, and one table."""
+    """One run folder with all files once, and one table; with divided weights."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     train = ["-m", "treelora_avalanche.cli", "train", "--n_experiences", "2", "--epochs", "1"]
     options = ["--batch_size", "64", "--device", "cpu", "--output", tmp_path / "run"]
+    options += ["--shard_backbone"]
     done = subprocess.run(
         [sys.executable, *launcher, free_port(), *train, *options],
         check=True,
@@ -173,6 +264,11 @@ def test_the_command_line_under_torchrun(tmp_path):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["epoch", "task"] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_weights_are_not_divided_among_one_process():
+    with pytest.raises(ValueError, match="`--shard_backbone` divides weights among processes"):
+        parallel_plugins("cpu", shard_backbone=True)
 
 
 def test_several_processes_need_to_know_the_folder(monkeypatch):

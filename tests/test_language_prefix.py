@@ -234,6 +234,17 @@ def test_layers_have_their_own_forward_pass_again(make_model):
     assert not any("forward" in layer.__dict__ for layer in view.module.base.model.layers)
 
 
+def test_compiled_layers_answer_the_same(make_model):
+    view = LanguagePrefixView(add_lora(make_model(), layers="last:2"))
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, PADDING, PADDING]])
+    with torch.no_grad():
+        logits = view(tokens)
+        view.compile(backend="eager")
+        torch.testing.assert_close(view(view.prefix(tokens)), logits)
+        torch.testing.assert_close(view(tokens), logits)
+    assert all(layer._compiled_call_impl for layer in view.module.base.model.layers)
+
+
 def said(strategy, stream, caplog):
     with caplog.at_level(logging.INFO):
         strategy.train(stream.train_stream[0])

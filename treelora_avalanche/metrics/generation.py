@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..names import check_known
+from ..plugins.data_parallel import shared_work
 from .score_matrix import NumberOfMatrix, ScoreMatrix, backward_transfer, overall_performance
 from .text_scores import SCORES, mean_score
 
@@ -115,16 +116,20 @@ class GreedyGeneration:
         model = find_text_generator(strategy.model)
         prompts, answers = list(experience.prompts), list(experience.answers)
         begin = time.perf_counter()
+        processes = shared_work(strategy)
+        own = prompts if processes is None else [prompts[n] for n in processes.part(len(prompts))]
         # `disable=None`: no bar where the output is not a terminal.
         with tqdm(
-            total=len(prompts), desc=experience.task_name, unit="prompt", leave=False, disable=None
+            total=len(own), desc=experience.task_name, unit="prompt", leave=False, disable=None
         ) as bar:
             predictions = model.generate(
-                prompts,
+                own,
                 max_new_tokens=experience.max_new_tokens,
                 batch_size=self.batch_size or strategy.eval_mb_size,
                 progress=bar.update,
             )
+        if processes is not None:
+            predictions = processes.whole_list(predictions, len(prompts))
         seconds = time.perf_counter() - begin
         # Counted in the texts: the end tokens and the padding of a batch are not worth a number.
         tokens = model.tokenizer(predictions, add_special_tokens=False)["input_ids"]

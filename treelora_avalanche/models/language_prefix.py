@@ -61,13 +61,15 @@ def replaced(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterat
     :param layers: the layers.
     :param forward: called with what the layers are called with.
     """
-    before = [(layer, layer.__dict__.get("forward")) for layer in layers]
-    for layer, _ in before:
+    before = [(layer, layer.__dict__.get("forward"), layer._compiled_call_impl) for layer in layers]
+    for layer, *_ in before:
         layer.forward = forward
+        layer._compiled_call_impl = None
     try:
         yield
     finally:
-        for layer, own in before:
+        for layer, own, compiled in before:
+            layer._compiled_call_impl = compiled
             if own is None:
                 del layer.forward  # the method of the class comes to light again
             else:
@@ -97,6 +99,14 @@ class LanguagePrefixView(TrainableView):
         self.n_frozen = frozen_layers(self.module)
         super().train(mode)
         return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles every layer by itself: which of them run is settled from outside.
+
+        The arguments are those of :meth:`torch.nn.Module.compile`.
+        """
+        for layer in decoder_layers(self.module) or ():
+            layer.compile(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:

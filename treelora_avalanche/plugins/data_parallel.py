@@ -10,8 +10,16 @@ from accelerate import Accelerator
 from accelerate.utils import synchronize_rng_states
 from avalanche.benchmarks.utils.data_loader import MultiDatasetDataLoader
 from avalanche.training.plugins import SupervisedPlugin
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
+
+from treelora_avalanche.adapters import find_host
+from treelora_avalanche.models.frozen_prefix import find_transformer
+from treelora_avalanche.models.language import LanguageModel
+from treelora_avalanche.models.language_prefix import decoder_layers
+from treelora_avalanche.plugins.processes import Processes
 
 IGNORED_TARGET = -100  # PyTorch's `ignore_index`
 
@@ -84,6 +92,16 @@ def whole_batches(loader: Any) -> None:
         loader.distributed_sampling = False
 
 
+def shared_work(strategy: Any) -> Processes | None:
+    """The processes that divide a strategy's passes without gradients; None if it is alone.
+
+    :param strategy: a strategy.
+    """
+    plugin = next((p for p in strategy.plugins if isinstance(p, DataParallelPlugin)), None)
+    # Divided weights come together in every pass, so that all have to make the same passes.
+    return None if plugin is None or plugin.shard_backbone else plugin.processes
+
+
 class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Divides every batch among the processes, and adds up the gradients of its parts.
 
@@ -93,23 +111,66 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     before any other plugin sees them, by one exchange of an adapter's size. From then on all have
     the same weights, and so the same signatures, bandit statistics, tree and bank.
 
+    Classes are told in the same way: every process passes a part of each batch that is evaluated
+    through the model, and all see the logits of the whole. So are answers generated, features taken
+    for class statistics, and the cache of frozen blocks filled, which the processes of one machine
+    have in common. The losses of texts in evaluation, whose logits are large, and the passes of
+    GEM, OGD, InfLoRA and routers every process computes on all the data.
+
     Why not :class:`torch.nn.parallel.DistributedDataParallel`: it overlaps the exchange of a large
     model's gradients with the backward pass, for which it must own every forward pass; but an
     adapter is exchanged in one message, and GEM, OGD or class statistics pass through the model in
-    ways of their own. These, and evaluation, every process does on all the data.
+    ways of their own.
 
-    Works with any strategy whose model learns by gradients. Put it before all other plugins, and
-    start the processes with ``torchrun`` or ``accelerate launch``. Task labels are not used.
+    Works with any strategy whose model learns by gradients. It must come before all other plugins,
+    which the strategies with LoRA see to; start the processes with ``torchrun`` or ``accelerate
+    launch``. Task labels are not used.
 
     :param accelerator: the processes, as accelerate has started them.
+    :param shard_backbone: whether each process holds a part of the frozen weights of every block,
+        by PyTorch's FSDP2 (:func:`torch.distributed.fsdp.fully_shard`): for models that do not fit.
+        A block's weights come together while it computes. What is trained, embeddings and output
+        layer every process has whole. Passes without gradients are not divided then.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, *, shard_backbone: bool = False):
         super().__init__()
         self.accelerator = accelerator
+        self.shard_backbone = shard_backbone
+        self._is_sharded = False
+        self.processes = Processes(accelerator)
+
+    def shard(self, model: nn.Module, device: torch.device | str) -> None:
+        """Divides the frozen weights, if that is wanted. A strategy calls it before all else.
+
+        :param model: a model with LoRA, on whatever device.
+        :param device: where it is to be trained.
+        :raises ValueError: if its blocks are not known.
+        """
+        if not self.shard_backbone:
+            return
+        host, vit = find_host(model), find_transformer(model)
+        layers = decoder_layers(host) if isinstance(host, LanguageModel) else vit and vit.blocks
+        if layers is None:
+            raise ValueError(
+                f"`shard_backbone` is True, and the blocks of {type(model).__name__} are not "
+                "known; use a vision transformer of timm or a causal language model of "
+                "transformers, or shard_backbone=False."
+            )
+        self._is_sharded = True
+        n = self.accelerator.num_processes
+        mesh = init_device_mesh(torch.device(device).type, (n,))
+        for block in layers:  # each by itself: views call blocks, and not always the model
+            trained = {p for p in block.parameters() if p.requires_grad}
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Makes the processes alike, and gives each its part of the batches."""
+        if self.shard_backbone and not self._is_sharded:
+            raise ValueError(
+                f"`shard_backbone` is True, and {type(strategy).__name__} does not call "
+                "`DataParallelPlugin.shard`; the strategies with LoRA do."
+            )
         for parameter in strategy.model.parameters():
             distributed.broadcast(parameter.detach(), src=0)
         strategy.dataloader = PartLoader(
@@ -137,8 +198,23 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
             p.grad = gradient.view_as(p)
 
     def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Every process evaluates on everything, so the metrics of each are those of all."""
+        """Lets every process load everything, so the metrics of each are those of all."""
         whole_batches(strategy.dataloader)
+
+    def before_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Narrows the batch to the part of this process."""
+        self._batch = None
+        processes = shared_work(strategy)
+        if processes is not None and strategy.mb_y.ndim == 1:
+            self._batch = strategy.mbatch
+            rows = processes.part(len(strategy.mb_y))
+            strategy.mbatch = [values[rows] for values in strategy.mbatch]
+
+    def after_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Brings the logits of the whole batch together."""
+        if self._batch is not None:
+            strategy.mbatch, self._batch = self._batch, None
+            strategy.mb_output = self.processes.whole(strategy.mb_output, len(strategy.mb_y))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""

@@ -20,12 +20,13 @@ class HiddenRows(Dataset[tuple[Tensor, Tensor]]):
 
     :param lengths: tokens of every row.
     :param hidden: ``(n_tokens, dim)``, of all rows together.
+    :param targets: ``(n_tokens,)``, likewise.
     """
 
-    def __init__(self, lengths: list[int], hidden: Tensor):
+    def __init__(self, lengths: list[int], hidden: Tensor, targets: Tensor):
         self.ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
         self.hidden = hidden
-        self.targets = torch.empty(self.ends[-1], dtype=torch.long)
+        self.targets = targets
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -57,6 +58,8 @@ def rows_of(
     :param options: further arguments of the loader.
     :return: numbers of rows, tokens ``(batch, longest)``, and targets ``(batch, width)``.
     """
+    if not rows:
+        return
     lengths = list(dataset.lengths)
     sampler = LengthBatchSampler([lengths[row] for row in rows], batch_size, shuffle=False)
     batches = [[rows[i] for i in batch] for batch in sampler]

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from treelora_avalanche.models.frozen_prefix import PrefixView
 from treelora_avalanche.models.language import crop, real_tokens
 from treelora_avalanche.models.language_prefix import LanguagePrefixView
+from treelora_avalanche.plugins.data_parallel import shared_work
 from treelora_avalanche.plugins.hidden_rows import HiddenRows, like, rows_of
+from treelora_avalanche.plugins.processes import Processes
 from treelora_avalanche.state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -84,10 +86,12 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     It does nothing, and one line of the log says why, where no block is frozen below the adapter,
     where the two parts of a language model do not answer as the whole, where a sample read again
-    differs (augmentation, or a transform of training that is not that of
-    evaluation), and where the prefix itself is random (dropout). Samples are tried, and not all: a
-    transform that rarely does anything goes unnoticed, and is a reason to switch the cache off.
-    Task labels are not used.
+    differs (augmentation, or a transform of training that is not that of evaluation), and where the
+    prefix itself is random (dropout). Samples are tried, and not all: a transform that rarely does
+    anything goes unnoticed, and is a reason to switch the cache off.
+    Of several processes (:class:`~treelora_avalanche.plugins.DataParallelPlugin`) each computes a
+    part, and those of one machine keep it in common, in a memory-mapped file. Task labels are not
+    used.
 
     :param memory: bytes of main memory that may be taken; what does not fit lies in memory-mapped
         files in the folder for temporary files (``$TMPDIR``), which are gone when it is let go.
@@ -167,53 +171,62 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         kept = self._kept.get(dataset)
         if kept is not None and (kept.n_blocks, kept.dtype) != (view.n_frozen, view.dtype):
             kept = None
-        if (kept is None or (training and not kept.for_training)) and not self._repeats(
-            view, dataset, strategy.device, training
-        ):
-            return None
+        processes = shared_work(strategy)
+        if kept is None or (training and not kept.for_training):
+            repeats = self._repeats(view, dataset, strategy.device, training)
+            if not _all_agree(repeats, processes):
+                return None
         if kept is not None:
             return kept._replace(for_training=kept.for_training or training)
         compute = self._of_texts if isinstance(view, LanguagePrefixView) else self._of_images
-        computed = compute(strategy, num_workers)
-        return computed and _Kept(*computed, view.n_frozen, training)
+        computed = compute(strategy, num_workers, processes)
+        # Nothing is read before every process has done its part.
+        if not _all_agree(computed is not None, processes) or computed is None:
+            return None
+        return _Kept(*computed, view.n_frozen, training)
 
-    def _of_images(self, strategy: Any, num_workers: int) -> tuple[Any, Tensor] | None:
+    def _of_images(
+        self, strategy: Any, num_workers: int, processes: Processes | None
+    ) -> tuple[Any, Tensor] | None:
         """A dataset of what the prefix makes of images, and where it lies."""
         view, dataset = strategy.model, strategy.experience.dataset
         one = view.prefix(dataset.eval()[0][0].to(strategy.device)[None])
-        hidden = self._room((len(dataset), *one.shape[1:]), view.dtype)
+        hidden = self._room((len(dataset), *one.shape[1:]), view.dtype, processes)
         if hidden is None:
             return None
+        rows, size = _part(len(dataset), processes), strategy.eval_mb_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         loader = DataLoader(
             dataset.eval(),
-            strategy.eval_mb_size,
+            batch_sampler=batches,
             num_workers=num_workers,
             pin_memory=strategy.device.type == "cuda",
             collate_fn=dataset.collate_fn,
         )
-        row = 0
-        for x, *_ in loader:
+        for numbers, (x, *_) in zip(batches, loader, strict=True):
             part = view.prefix(x.to(strategy.device, non_blocking=True))
-            hidden[row : row + len(part)] = part
-            row += len(part)
+            hidden[numbers] = part.to(hidden)
         targets, task_labels = list(dataset.targets), list(dataset.targets_task_labels)
         as_dataset = _make_taskaware_classification_dataset(
             HiddenStates(hidden, targets), targets=targets, task_labels=task_labels
         )
         return as_dataset, hidden
 
-    def _of_texts(self, strategy: Any, num_workers: int) -> tuple[Any, Tensor] | None:
+    def _of_texts(
+        self, strategy: Any, num_workers: int, processes: Processes | None
+    ) -> tuple[Any, Tensor] | None:
         """The same of texts, of whose rows the tokens alone are kept."""
         view, dataset = strategy.model, strategy.experience.dataset.eval()
         lengths = list(dataset.lengths)
         one = view.prefix(dataset[0][0][None, :1].to(strategy.device))
-        hidden = self._room((sum(lengths), one.shape[2]), view.dtype)
-        if hidden is None:
+        hidden = self._room((sum(lengths), one.shape[2]), view.dtype, processes)
+        every_target = self._room((sum(lengths),), torch.long, processes)
+        if hidden is None or every_target is None:
             return None
-        rows = HiddenRows(lengths, hidden)
+        rows = HiddenRows(lengths, hidden, every_target)
         for numbers, tokens, targets in rows_of(
             dataset,
-            list(range(len(dataset))),
+            _part(len(dataset), processes),
             strategy.eval_mb_size,
             num_workers=num_workers,
             pin_memory=strategy.device.type == "cuda",
@@ -262,17 +275,23 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
                 return False
         return True
 
-    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Room for hidden states, in memory or in a file."""
+    def _room(
+        self, shape: tuple[int, ...], dtype: torch.dtype, processes: Processes | None
+    ) -> Tensor | None:
+        """Room in memory or in a file; of several processes in a file that they all see."""
         n_values = math.prod(shape)
         n_bytes = n_values * dtype.itemsize
         if self.memory == "auto":
             self.memory = psutil.virtual_memory().available // 4
         in_memory = sum(kept.bytes_in_memory for kept in self._kept.values())
-        if n_bytes + in_memory <= int(self.memory or 0):
+        if processes is None and n_bytes + in_memory <= int(self.memory or 0):
             return torch.empty(shape, dtype=dtype)
-        if n_bytes > shutil.disk_usage(tempfile.gettempdir()).free:
+        fits = n_bytes <= shutil.disk_usage(tempfile.gettempdir()).free
+        if not fits:
             self._say(f"there is no room for {n_bytes:,} bytes, neither in memory nor on disk")
+        if processes is not None:
+            return processes.tensor_here(shape, dtype, fits)
+        if not fits:
             return None
         # The file has no name any more when this returns; it lives as long as the mapping.
         with tempfile.NamedTemporaryFile(prefix="treelora-prefix-") as file:
@@ -282,3 +301,12 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         if reason not in self._said:
             logger.info("what the frozen blocks compute is not kept: %s", reason)
             self._said.add(reason)
+
+
+def _part(n: int, processes: Processes | None) -> list[int]:
+    """Numbers of the samples that this process computes."""
+    return list(range(n)) if processes is None else processes.part_here(n)
+
+
+def _all_agree(opinion: bool, processes: Processes | None) -> bool:
+    return opinion if processes is None else all(processes.of_all(opinion))

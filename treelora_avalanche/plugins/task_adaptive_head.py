@@ -23,6 +23,7 @@ from treelora_avalanche.models.pseudo_features import (
     train_head,
 )
 from treelora_avalanche.models.routed import RoutedView
+from treelora_avalanche.plugins.data_parallel import shared_work
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 from treelora_avalanche.state import check_keys
 
@@ -113,6 +114,7 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
             strategy.experience.dataset.eval(),
             batch_size=strategy.eval_mb_size,
             device=strategy.device,
+            processes=shared_work(strategy),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -64,16 +64,24 @@ def one_folder(output: str | None, device: str) -> Iterator[str | None]:
     accelerator.end_training()
 
 
-def parallel_plugins(device: str) -> list[Any]:
+def parallel_plugins(device: str, *, shard_backbone: bool = False) -> list[Any]:
     """What a strategy needs to share its work with the other processes; nothing if it is alone.
 
     :param device: the device of the settings.
+    :param shard_backbone: see :class:`~treelora_avalanche.plugins.DataParallelPlugin`.
+    :raises ValueError: if weights are to be divided among one process.
     """
     if n_processes() == 1:
+        if shard_backbone:
+            raise ValueError(
+                "`--shard_backbone` divides weights among processes, and there is one; start "
+                "several with torchrun or accelerate launch"
+            )
         return []
     from ..plugins import DataParallelPlugin
 
-    return [DataParallelPlugin(_accelerator(device == "cpu"))]
+    accelerator = _accelerator(device == "cpu")
+    return [DataParallelPlugin(accelerator, shard_backbone=shard_backbone)]
 
 
 __all__ = ["is_first", "n_processes", "one_folder", "parallel_plugins"]

@@ -51,6 +51,7 @@ def run(
     progress: ProgressCallback | None = None,
     note: Callable[[str], None] | None = None,
     verbose: bool = False,
+    shard_backbone: bool = False,
 ) -> dict[str, Any]:
     """Train a method on its stream, evaluating on the tasks seen so far after every task.
 
@@ -68,6 +69,8 @@ def run(
         model also with how it is trained, and with TreeLoRA's tree after every task, as in the
         paper's Figures 5 and 8.
     :param verbose: attach Avalanche's `InteractiveLogger`.
+    :param shard_backbone: whether the processes of ``torchrun`` divide the frozen weights, see
+        :class:`~treelora_avalanche.plugins.DataParallelPlugin`.
     :return: what `results.json` holds.
     """
     entry = find_method(method)
@@ -83,9 +86,20 @@ def run(
                 check_classes(ingredients.backbone, experience)
     folder = Path(folder)
 
+    parallel = parallel_plugins(config["device"], shard_backbone=shard_backbone)
+
     def attempt(interrupted: Interrupted | None) -> dict[str, Any]:
         return _run(
-            entry, config, settings, folder, ingredients, interrupted, progress, note, verbose
+            entry,
+            config,
+            settings,
+            folder,
+            ingredients,
+            interrupted,
+            progress,
+            note,
+            verbose,
+            parallel,
         )
 
     try:
@@ -113,6 +127,7 @@ def _run(
     progress: ProgressCallback | None,
     note: Callable[[str], None],
     verbose: bool,
+    parallel: list[Any],
 ) -> dict[str, Any]:
     device = find_device(config["device"])
     benchmark = ingredients.benchmark
@@ -152,7 +167,7 @@ def _run(
                 config,
                 ingredients,
                 device=device,
-                plugins=[*parallel_plugins(config["device"]), counter],
+                plugins=[*parallel, counter],
                 evaluator=record.evaluator,
             )
             if names is not None and not entry.frozen:

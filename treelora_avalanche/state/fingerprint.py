@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _SAMPLES = 64
 
@@ -43,6 +44,8 @@ def backbone_fingerprint(model: nn.Module) -> dict[str, str]:
 
 def _sum_and_sample(tensor: Tensor) -> Tensor:
     """Sum of the bits as integers, which no order of summation changes; then some of them."""
+    if isinstance(tensor, DTensor):  # processes divide it
+        tensor = tensor.full_tensor()
     flat = tensor.contiguous().flatten()
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten()

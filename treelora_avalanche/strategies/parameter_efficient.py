@@ -18,6 +18,7 @@ from treelora_avalanche.models.features import check_classes
 from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import (
     CosineSchedulePlugin,
+    DataParallelPlugin,
     FiniteLossPlugin,
     TaskAdaptiveHeadPlugin,
 )
@@ -101,6 +102,9 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         defaults = LANGUAGE_TRAINING if find_host(model) else VISION_TRAINING
         schedule = schedule or defaults.schedule
         self.accumulation_steps = accumulation_steps
+        parallel = [p for p in plugins or () if isinstance(p, DataParallelPlugin)]
+        for plugin in parallel:
+            plugin.shard(model, device)
         # On its device now: an optimizer made of parameters that move later would train copies.
         model.to(device)
         if optimizer is None:
@@ -122,7 +126,8 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
             train_epochs=defaults.train_epochs if train_epochs is None else train_epochs,
             eval_mb_size=eval_mb_size or defaults.eval_mb_size,
             device=device,
-            plugins=[*(plugins or ()), *own],
+            # Processes are alike, and gradients whole, before anything looks at them.
+            plugins=[*parallel, *(p for p in plugins or () if p not in parallel), *own],
             evaluator=evaluator,
             eval_every=eval_every,
             **base_kwargs,
