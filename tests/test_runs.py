@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from treelora_avalanche import compare as compare_module
+from treelora_avalanche import executors
 from treelora_avalanche.compare import compare
 from treelora_avalanche.methods import METHODS, Method
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
@@ -453,7 +454,7 @@ def counted(monkeypatch, tiny_benchmark, tiny_vit):
         return run(method, seed, *args, **kwargs)
 
     monkeypatch.setattr(compare_module, "prepare", prepare)
-    monkeypatch.setattr(compare_module, "run", counting_run)
+    monkeypatch.setattr(executors, "run", counting_run)
     return calls
 
 

@@ -87,6 +87,12 @@ def build_parser() -> jsonargparse.ArgumentParser:
     train.add_argument(
         "--verbose", action="store_true", help="Avalanche's InteractiveLogger in place of the line"
     )
+    train.add_argument(
+        "--shard_backbone",
+        action="store_true",
+        help="divide the frozen weights among the processes of torchrun (FSDP2), for models that "
+        "do not fit",
+    )
     _add_settings(train)
     commands.add_subcommand("train", train, help="train one method with one seed")
 
@@ -99,6 +105,20 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     compare.add_argument("--seeds", type=int, default=DEFAULT_SEEDS, nargs="+", help="one run each")
     compare.add_argument("--output", type=str, default="runs/compare", help="folder of the runs")
+    compare.add_argument(
+        "--executor",
+        type=str | None,
+        default=None,
+        help="run several cells at a time: processes (one for each GPU), or slurm (a job for each "
+        "cell; needs the extra `slurm`); default: one after the other",
+    )
+    compare.add_argument(
+        "--executor_options",
+        type=dict[str, typing.Any] | None,
+        default=None,
+        help="of slurm {partition: gpu, time: 240, gpus_per_job: 1}, time in minutes, and what "
+        "else submitit takes; of processes {workers: 2}",
+    )
     _add_settings(compare)
     commands.add_subcommand("compare", compare, help="train methods side by side")
     return parser
@@ -189,7 +209,14 @@ def _train(options: Any) -> int:
 
     try:
         with one_folder(options.output, settings.device) as output:
-            cell = train(options.method, options.seed, settings, output, verbose=options.verbose)
+            cell = train(
+                options.method,
+                options.seed,
+                settings,
+                output,
+                verbose=options.verbose,
+                shard_backbone=options.shard_backbone,
+            )
     except NonFiniteLossError as error:
         _complain(f"{error} What was learned before is saved in the run folder.")
         return 1
@@ -214,7 +241,14 @@ def _compare(options: Any) -> int:
     from .reports.table import rich_table, write_table
 
     output = Path(options.output)
-    cells = compare(options.methods, options.seeds, settings, output)
+    cells = compare(
+        options.methods,
+        options.seeds,
+        settings,
+        output,
+        executor=options.executor,
+        executor_options=options.executor_options,
+    )
     results = [cell.results for cell in cells if cell.results is not None]
     console = Console()
     if results:

@@ -7,8 +7,7 @@ are not run again, and an interrupted one continues; a cell that fails leaves th
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveLines
 
+from .executors import attempt, attempt_all, settings_of_jobs
 from .methods import check_models
 from .runs import (
     Ingredients,
@@ -28,7 +28,6 @@ from .runs import (
     resolve_config,
     run,
     run_name,
-    write_text,
 )
 from .settings import RunSettings
 
@@ -138,6 +137,8 @@ def compare(
     output: Path | str,
     *,
     console: Console | None = None,
+    executor: str | None = None,
+    executor_options: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """Run every method with every seed, or take what is finished.
 
@@ -146,6 +147,9 @@ def compare(
     :param settings: the settings, the same for all methods.
     :param output: folder of the run folders.
     :param console: where the live lines go; by default to standard error.
+    :param executor: where cells run, several at a time: ``"processes"`` or ``"slurm"``, see
+        :func:`~treelora_avalanche.executors.attempt_all`; by default one after the other here.
+    :param executor_options: of the executor.
     :return: one cell per method and seed, failed ones included.
     :raises ValueError: before anything is run, if a name is unknown, the data cannot be used, or a
         method cannot be built with these settings.
@@ -158,14 +162,24 @@ def compare(
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output` should be a folder, but {output} is a file")
 
+    executor_options = executor_options or {}
+    if executor is not None:
+        settings = settings_of_jobs(settings, executor, executor_options)
+    elif executor_options:
+        raise ValueError("`--executor_options` are given, but no `--executor`; choose one")
+
     def cell_of(method: str, seed: int) -> Cell:
-        config = resolve_config(method, seed, settings)
+        config = resolve_config(method, seed, settings, elsewhere=executor == "slurm")
         return Cell(method, seed, config, output / run_name(config))
 
     cells = [cell_of(method, seed) for method in methods for seed in seeds]
     lines = _MethodLines(
         methods, len(seeds), console or Console(stderr=True), measure=_measure(settings)
     )
+    if executor is not None:
+        with lines.live:
+            _run_elsewhere(cells, settings, executor, executor_options, output, lines)
+        return cells
     checked = False
     with lines.live:
         # Seed by seed, so that one stream and backbone at a time is in memory.
@@ -200,23 +214,41 @@ def _is_finished(cell: Cell) -> bool:
 def _run_cell(
     cell: Cell, settings: RunSettings, ingredients: Ingredients, lines: _MethodLines
 ) -> None:
-    try:
-        cell.results = run(
-            cell.method,
-            cell.seed,
-            settings,
-            cell.folder,
-            ingredients=ingredients,
-            progress=lambda now: lines.step(cell.method, now),
-            note=lambda text: lines.note(cell, text),
-        )
-    except Exception as error:
-        # Whatever goes wrong in one method must not cost the hours that the others took. The
-        # traceback is kept; the command ends with exit code 1.
-        message = " ".join(str(error).split())
-        cell.error = f"{type(error).__name__}: {message}"
-        if cell.folder.is_dir():
-            write_text(cell.folder / "error.txt", traceback.format_exc())
+    cell.error = attempt(
+        cell.method,
+        cell.seed,
+        settings,
+        cell.folder,
+        ingredients=ingredients,
+        progress=lambda now: lines.step(cell.method, now),
+        note=lambda text: lines.note(cell, text),
+    )
+    cell.results = finished_results(cell.folder, cell.config)
+
+
+def _run_elsewhere(
+    cells: Sequence[Cell],
+    settings: RunSettings,
+    executor: str,
+    options: Mapping[str, Any],
+    output: Path,
+    lines: _MethodLines,
+) -> None:
+    missing = []
+    for cell in cells:
+        cell.results = finished_results(cell.folder, cell.config)
+        cell.reused = cell.results is not None
+        if cell.reused:
+            lines.finish(cell)
+        else:
+            missing.append(cell)
+            lines.begin(cell.method, "submitted")
+    tasks = [(cell.method, cell.seed, settings, cell.folder.resolve()) for cell in missing]
+    for number, error in attempt_all(tasks, executor, options, output) if tasks else ():
+        cell = missing[number]
+        cell.error = error
+        cell.results = finished_results(cell.folder, cell.config)
+        lines.finish(cell)
 
 
 def train(
@@ -227,6 +259,7 @@ def train(
     *,
     console: Console | None = None,
     verbose: bool = False,
+    shard_backbone: bool = False,
 ) -> Cell:
     """One run with a live line; errors are the caller's.
 
@@ -236,6 +269,7 @@ def train(
     :param output: the run folder; by default one below `runs/train`, named after the run.
     :param console: where the live line goes; by default to standard error.
     :param verbose: Avalanche's `InteractiveLogger` in place of the live line.
+    :param shard_backbone: see :func:`~treelora_avalanche.runs.run`.
     """
     check_models([method], settings)
     config = resolve_config(method, seed, settings)
@@ -256,6 +290,7 @@ def train(
                 progress=lambda now: lines.step(method, now),
                 note=lambda text: lines.note(cell, text),
                 verbose=verbose,
+                shard_backbone=shard_backbone,
             )
         lines.finish(cell)
     return cell

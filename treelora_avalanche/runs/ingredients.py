@@ -18,10 +18,11 @@ from ..settings import DIGITS_VIT, RunSettings
 from .texts import TEXT_STREAMS, language_model
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, *, elsewhere: bool = False) -> torch.device:
     """The device of a run.
 
     :param name: auto, or one of torch's names.
+    :param elsewhere: whether the run is made on another machine, whose GPUs are not seen here.
     :raises ValueError: if torch does not know it, or sees none.
     """
     if name == "auto":
@@ -30,33 +31,36 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"`--device` is {name!r}, which torch does not know") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not elsewhere and not torch.cuda.is_available():
         raise ValueError(f"`--device` is {name!r}, but torch sees no GPU; use cpu")
     return device
 
 
-def resolve_config(method: str, seed: int, settings: RunSettings) -> dict[str, Any]:
+def resolve_config(
+    method: str, seed: int, settings: RunSettings, *, elsewhere: bool = False
+) -> dict[str, Any]:
     """The configuration of a run, with the device and the data folder named.
 
     :param method: name of the method.
     :param seed: the run's seed.
     :param settings: the settings.
+    :param elsewhere: see :func:`find_device`.
     """
     config = method_config(method, seed, settings)
-    config["device"] = str(find_device(settings.device))
+    device = find_device(settings.device, elsewhere=elsewhere)
+    config["device"] = str(device)
     if settings.data is not None:
         config["data"] = str(Path(settings.data).expanduser().resolve())
     if settings.on_language:
-        config["dtype"] = _dtype(settings)
+        config["dtype"] = _dtype(settings, device)
         folder = Path(config["model"]).expanduser()
         if folder.is_dir():  # and not a name on the hub
             config["model"] = str(folder.resolve())
     return config
 
 
-def _dtype(settings: RunSettings) -> str:
-    on_gpu = find_device(settings.device).type == "cuda"
-    return settings.dtype or ("bfloat16" if on_gpu else "float32")
+def _dtype(settings: RunSettings, device: torch.device) -> str:
+    return settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def prepare(seed: int, settings: RunSettings) -> Ingredients:
         return Ingredients(seed, benchmark, models.pretrained_digits_vit(seed))
     if settings.on_language:
         _data(settings)  # what is missing here is noticed before gigabytes are fetched
-        model = language_model(settings, _dtype(settings))
+        model = language_model(settings, _dtype(settings, find_device(settings.device)))
         return Ingredients(seed, TEXT_STREAMS[settings.scenario](settings, model), model)
     # The number of classes comes from the data, whose preprocessing comes from the model.
     unweighted = models.create_vit(

@@ -1,0 +1,156 @@
+"""Where the cells of a comparison run other than one after the other: processes, jobs of SLURM."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .names import check_known
+from .runs import run, write_text
+from .settings import RunSettings
+
+EXECUTORS = ("processes", "slurm")
+SUBMITIT = {"partition": "slurm_partition", "time": "timeout_min", "gpus_per_job": "gpus_per_node"}
+
+Task = tuple[str, int, RunSettings, Path]
+
+
+def attempt(
+    method: str, seed: int, settings: RunSettings, folder: Path, **options: Any
+) -> str | None:
+    """Make one run, whatever goes wrong: it must not cost the hours that others take.
+
+    :param method: name of the method.
+    :param seed: the run's seed.
+    :param settings: everything else.
+    :param folder: the run folder; ``error.txt`` is written there if the run fails.
+    :param options: further arguments of :func:`~treelora_avalanche.runs.run`.
+    :return: one line that says what went wrong; None if nothing did.
+    """
+    try:
+        run(method, seed, settings, folder, **options)
+    except Exception as error:
+        if folder.is_dir():
+            write_text(folder / "error.txt", traceback.format_exc())
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def settings_of_jobs(
+    settings: RunSettings, executor: str, options: Mapping[str, Any]
+) -> RunSettings:
+    """The settings with a device that does not depend on the machine that submits.
+
+    :param settings: the settings.
+    :param executor: a name in :data:`EXECUTORS`.
+    :param options: see :func:`attempt_all`.
+    :raises ValueError: if there is no such executor.
+    """
+    check_known("`--executor`", executor, EXECUTORS)
+    if executor == "slurm" and settings.device == "auto":
+        return replace(settings, device="cuda" if options.get("gpus_per_job", 1) else "cpu")
+    return settings
+
+
+def attempt_all(
+    tasks: Sequence[Task], executor: str, options: Mapping[str, Any], output: Path
+) -> Iterator[tuple[int, str | None]]:
+    """Make many runs, several at a time.
+
+    :param tasks: the arguments of :func:`attempt`, one tuple for each run.
+    :param executor: ``"processes"``, on this machine, each with a GPU of its own where there are
+        several; or ``"slurm"``, one job each.
+    :param options: of processes: ``workers``, how many at a time, by default as many as there are
+        GPUs, or one. Of SLURM: ``time``, the minutes after which a job is ended, which must be
+        given; ``partition``, ``gpus_per_job`` (1), and whatever else submitit's
+        ``update_parameters`` takes; ``cluster: local`` runs jobs without SLURM.
+    :param output: folder of the run folders; submitit's own files go to ``jobs`` there.
+    :return: the number of a task and what :func:`attempt` returns, as they end.
+    :raises ValueError: if the executor cannot be used, or does not know an option.
+    """
+    check_known("`--executor`", executor, EXECUTORS)
+    if executor == "slurm":
+        yield from _as_jobs(tasks, options, output / "jobs")
+    else:
+        yield from _in_processes(tasks, **_process_options(options))
+
+
+def _process_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        check_known("`--executor_options`", name, ("workers",))
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`workers` should be at least 1, but it is {value!r}")
+    return dict(options)
+
+
+def _in_processes(
+    tasks: Sequence[Task], workers: int | None = None
+) -> Iterator[tuple[int, str | None]]:
+    gpus = _visible_gpus(tasks[0][2].device)
+    workers = min(workers or max(1, len(gpus)), len(tasks))
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for worker in range(workers):
+        free.put(gpus[worker % len(gpus)] if gpus else None)
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_take_gpu, initargs=(free,)
+    ) as pool:
+        runs = {pool.submit(attempt, *task): number for number, task in enumerate(tasks)}
+        for done in as_completed(runs):
+            error = done.exception()  # the process itself has died
+            yield runs[done], done.result() if error is None else f"{type(error).__name__}: {error}"
+
+
+def _visible_gpus(device: str) -> list[str]:
+    """The GPUs among which runs are spread; none if the settings name one, or the CPU."""
+    if device not in ("auto", "cuda"):
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    n_gpus = torch.cuda.device_count()
+    return named.split(",")[:n_gpus] if named else [str(number) for number in range(n_gpus)]
+
+
+def _take_gpu(free: Any) -> None:
+    gpu = free.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before this process asks for one
+
+
+def _as_jobs(
+    tasks: Sequence[Task], options: Mapping[str, Any], folder: Path
+) -> Iterator[tuple[int, str | None]]:
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError(
+            "`--executor slurm` needs submitit, which is not installed; install it with "
+            "pip install 'treelora-avalanche[slurm]'"
+        ) from error
+    if "time" not in options:
+        raise ValueError(
+            "`--executor_options` has no `time`, the minutes after which SLURM ends a job; give it"
+        )
+    given = {"gpus_per_job": 1, **options}
+    cluster = given.pop("cluster", "slurm")
+    parameters = {SUBMITIT.get(name, name): value for name, value in given.items()}
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(name="treelora", **parameters)
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        raise ValueError(f"`--executor slurm` cannot be used here: {error}") from error
+    with executor.batch():  # one array of jobs
+        jobs = [executor.submit(attempt, *task) for task in tasks]
+    for number, job in enumerate(jobs):
+        error = job.exception()  # cancelled, out of time or memory
+        yield number, job.result() if error is None else f"{type(error).__name__}: {error}"
+
+
+__all__ = ["EXECUTORS", "attempt", "attempt_all", "settings_of_jobs"]
