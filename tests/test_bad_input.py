@@ -42,6 +42,7 @@ from treelora_avalanche.strategies import (
     FrozenGaussian,
     FrozenNCM,
     GEMLoRA,
+    HiDePrompt,
     SeqLoRA,
     TreeLoRAStrategy,
 )
@@ -264,6 +265,18 @@ def test_drift_read_from_images_all_alike_is_a_shift(n, seed):
     weight, bias = feature_drift(before, before + shift)
     old = torch.randn(6, generator=generator)
     torch.testing.assert_close(old + old @ weight + bias, old + shift, atol=1e-3, rtol=0)
+
+
+# ------------------------------------------------------------------------ a model of another kind
+
+
+@pytest.mark.parametrize("strategy_class", [FrozenNCM, FrozenGaussian, HiDePrompt])
+def test_what_takes_images_alone_refuses_a_language_model(make_language_model, strategy_class):
+    model = make_language_model()
+    takes = rf"`model` is a LanguageModel, and {strategy_class.__name__} takes .*vit_base_patch16"
+    with pytest.raises(ValueError, match=takes):
+        strategy_class(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 # ------------------------------------------------------------------ more classes than the head has

@@ -11,6 +11,7 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
+from treelora_avalanche.adapters import find_host
 from treelora_avalanche.models.features import (
     check_classes,
     classifier_of,
@@ -83,7 +84,7 @@ class _FrozenBackbone(Resumable, SupervisedTemplate):
     :param plugins: further plugins; the list is copied.
     :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
     :param base_kwargs: further arguments of the template.
-    :raises ValueError: if the model has no linear classifier.
+    :raises ValueError: if the model has no linear classifier; it is then as it was.
     """
 
     head_plugin: type[SupervisedPlugin]
@@ -98,6 +99,11 @@ class _FrozenBackbone(Resumable, SupervisedTemplate):
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         **base_kwargs: Any,
     ):
+        if find_host(model) is not None:
+            raise ValueError(
+                f"`model` is a {type(model).__name__}, and {type(self).__name__} takes image "
+                "models with a classifier, such as timm.create_model('vit_base_patch16_224')."
+            )
         head = classifier_of(model)  # raises where there is none
         model.requires_grad_(False)
         head.requires_grad_(True)
