@@ -134,19 +134,6 @@ def test_an_attention_of_one_task_is_its_adapter(trained, task):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prediction_does_not_depend_on_its_batch(trained):
-    tokens = rows(trained)
-    with torch.no_grad():
-        together = trained.model(tokens)
-        for row, answer in zip(tokens, together, strict=True):
-            real = row[row >= 0]
-            alone = trained.model(real[None])[0]
-            torch.testing.assert_close(answer[:, : len(real)], alone, rtol=1e-4, atol=1e-5)
-    one, many = (trained.model.generate(PROMPTS, 8, batch_size=size) for size in (1, 5))
-    assert one == many
-    assert len(set(one)) > 1
-
-
 def test_generates_by_the_attention_of_the_prompt(trained):
     """Token by token, without a cache, with the attention that the whole text's prompt has."""
     model = trained.model
