@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -47,4 +49,4 @@ def attend_by_products(model: nn.Module, dtype: torch.dtype | None, device: torc
     if dtype is torch.bfloat16 and device.type == "cpu":
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+                cast(Any, module).fused_attn = False
