@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from treelora_avalanche.metrics import AccuracyMatrix
 from treelora_avalanche.metrics.generation import GenerationScore
 from treelora_avalanche.models import LanguageModel
-from treelora_avalanche.plugins.data_parallel import DataParallelPlugin
+from treelora_avalanche.plugins import DataParallelPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche import strategies
 
@@ -121,6 +121,9 @@ for name, (kind, make_model, arguments) in KINDS.items():
         state["picks"] = strategy.selector.picks
         state["means"] = strategy.selector.search.means
         state["counts"] = strategy.selector.search.counts
+    for plugin in strategy.plugins:
+        if isinstance(plugin, TaskAdaptiveHeadPlugin):
+            state["class means"] = torch.stack([s.mean for s in plugin.statistics])
     torch.save(state, f"{folder}/{name}.{rank}")
     frozen = [
         p for _, p in torch.nn.Module.named_parameters(strategy.model) if not p.requires_grad
@@ -184,16 +187,18 @@ def load(folder: Path, name: str) -> dict[str, torch.Tensor]:
         ("texts", 1e-6),
         ("sharded", 1e-6),
         ("sharded texts", 1e-6),
-        # Adam has trained the head on statistics: its steps do not shrink with the gradient, nor
-        # does rounding.
-        ("head", 1e-4),
+        ("head", 1e-6),
     ],
 )
 def test_two_processes_learn_what_one_does(trained, method, tolerance):
     alone = load(trained / "one", f"{method}.0")
+    if method == "head":
+        # Adam has trained the classifier on the statistics: its steps do not shrink with the
+        # gradient, nor does rounding. In one process too, weights moved by 1e-7 move it by 0.008.
+        alone = {name: value for name, value in alone.items() if "modules_to_save" not in name}
     for rank in range(2):
         part = load(trained / "two", f"{method}.{rank}")
-        assert part.keys() == alone.keys()
+        assert part.keys() >= alone.keys()
         for name, value in alone.items():
             torch.testing.assert_close(part[name], value, rtol=tolerance, atol=tolerance, msg=name)
 

@@ -149,8 +149,8 @@ def _as_jobs(
     with executor.batch():  # one array of jobs
         jobs = [executor.submit(attempt, *task) for task in tasks]
     for number, job in enumerate(jobs):
-        error = job.exception()  # cancelled, out of time or memory
-        yield number, job.result() if error is None else f"{type(error).__name__}: {error}"
+        failure = job.exception()  # cancelled, out of time or memory
+        yield number, job.result() if failure is None else f"{type(failure).__name__}: {failure}"
 
 
 __all__ = ["EXECUTORS", "attempt", "attempt_all", "settings_of_jobs"]

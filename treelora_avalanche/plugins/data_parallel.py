@@ -150,7 +150,9 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         if not self.shard_backbone:
             return
         host, vit = find_host(model), find_transformer(model)
-        layers = decoder_layers(host) if isinstance(host, LanguageModel) else vit and vit.blocks
+        layers: Iterable[nn.Module] | None = None if vit is None else vit.blocks
+        if isinstance(host, LanguageModel):
+            layers = decoder_layers(host)
         if layers is None:
             raise ValueError(
                 f"`shard_backbone` is True, and the blocks of {type(model).__name__} are not "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .._version import __version__
 from .watch import ProgressPlugin
@@ -56,6 +57,8 @@ def stored_bytes(strategy: Any) -> int:
     """
 
     def storage(tensor: Tensor) -> tuple[int, int]:
+        if isinstance(tensor, DTensor):  # processes divide it
+            tensor = tensor.to_local()
         memory = tensor.untyped_storage()
         return memory.data_ptr(), memory.nbytes()
 
