@@ -232,7 +232,7 @@ def test_another_configuration_does_not_continue(ingredients, tmp_path):
     assert not (tmp_path / "adapters").exists()
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stderr.read()
