@@ -285,7 +285,7 @@ def test_runs_on_images_are_the_runs_they_were():
         "alpha": 10.0,
         "layers": "first:5",
         "target_modules": None,
-        "tree_lambda": 0.5,
+        "tree_lambda": None,  # what the strategy takes, by the kind of inference
         "selection": "lcb",
         "head": "task_adaptive",
         "depth": None,
