@@ -8,7 +8,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 
 from treelora_avalanche.models.in_context import Demonstrations, InContextLanguageModel
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings
 
 
 class DemonstrationsPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -69,12 +69,7 @@ class DemonstrationsPlugin(SupervisedPlugin, supports_distributed=True):  # type
         :raises ValueError: if it does not fit; nothing has changed then.
         """
         check_keys(state, self.state_dict(), "the state of DemonstrationsPlugin")
-        for name in ("n_demonstrations", "seed"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"`{name}` is {state[name]} in the state, and {getattr(self, name)} here; make "
-                    f"it with {name}={state[name]} to continue."
-                )
+        check_same_settings(state, {"n_demonstrations": self.n_demonstrations, "seed": self.seed})
         for task in state["tasks"]:
             check_keys(task, Demonstrations._fields, "the demonstrations of a task")
         self.model.tasks = [

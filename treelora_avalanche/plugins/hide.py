@@ -8,6 +8,7 @@ arXiv 2407.05229). Its other steps are plugins of their own: task-identity infer
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from treelora_avalanche.models.centroids import Centroids
 from treelora_avalanche.models.features import classifier_of
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings, forget
 
 
 def contrastive_regularisation(features: Tensor, centroids: Tensor, temperature: float) -> Tensor:
@@ -116,12 +117,7 @@ class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         :raises ValueError: if one differs.
         """
         check_keys(state, {"contrast", "temperature"}, "the state of ContrastivePlugin")
-        for name, value in state.items():
-            if value != getattr(self, name):
-                raise ValueError(
-                    f"`{name}` is {value} in the state, and {getattr(self, name)} here; make it "
-                    f"with {name}={value} to continue."
-                )
+        check_same_settings(state, {"contrast": self.contrast, "temperature": self.temperature})
 
 
 class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -150,9 +146,7 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
                 _, b = shape.split(row)
                 b[: shape.n_out // 3] = True
         if len(self.bank):
-            for pair in self._factors.parameters:
-                for parameter in pair:
-                    strategy.optimizer.state.pop(parameter, None)
+            forget(strategy.optimizer, chain.from_iterable(self._factors.parameters))
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Takes back what the step has done to the queries."""

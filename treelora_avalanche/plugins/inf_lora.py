@@ -11,7 +11,7 @@ from treelora_avalanche.adapters import PastAdapters, SubspaceMemory, lora_layer
 from treelora_avalanche.models.features import evaluating
 from treelora_avalanche.plugins.batches import experience_batches
 from treelora_avalanche.plugins.past_adapters import PastAdaptersPlugin
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings
 
 
 def input_covariances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -128,11 +128,7 @@ class InfLoRAPlugin(PastAdaptersPlugin):
         check_keys(
             state, {"past", "threshold", "n_tasks", "memories"}, "the state of InfLoRAPlugin"
         )
-        if state["threshold"] != self.threshold:
-            raise ValueError(
-                f"`threshold` is {state['threshold']} in the state, and {self.threshold} here; "
-                f"make it with threshold={state['threshold']} to continue."
-            )
+        check_same_settings(state, {"threshold": self.threshold})
         memories = []
         for kept in state["memories"]:
             memories.append(SubspaceMemory(kept["basis"].shape[-1]))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from treelora_avalanche.adapters import LoRAFactors
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings
 
 
 class L2AnchorPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -70,8 +70,4 @@ class L2AnchorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         :raises ValueError: if the strength differs.
         """
         check_keys(state, {"strength"}, "the state of L2AnchorPlugin")
-        if state["strength"] != self.strength:
-            raise ValueError(
-                f"`strength` is {state['strength']} in the state, and {self.strength} here; make "
-                f"it with strength={state['strength']} to continue."
-            )
+        check_same_settings(state, {"strength": self.strength})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treelora_avalanche.adapters import PastAdapters
 from treelora_avalanche.plugins.past_adapters import PastAdaptersPlugin
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings
 
 
 def overlap(past: Tensor, live: Tensor) -> Tensor:
@@ -81,10 +81,5 @@ class OLoRAPlugin(PastAdaptersPlugin):
         :raises ValueError: if it does not fit; nothing has changed then.
         """
         check_keys(state, {"past", "orthogonality"}, "the state of OLoRAPlugin")
-        if state["orthogonality"] != self.orthogonality:
-            raise ValueError(
-                f"`orthogonality` is {state['orthogonality']} in the state, and "
-                f"{self.orthogonality} here; make it with orthogonality={state['orthogonality']} "
-                "to continue."
-            )
+        check_same_settings(state, {"orthogonality": self.orthogonality})
         super().load_state_dict({"past": state["past"]})

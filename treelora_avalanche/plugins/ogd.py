@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from treelora_avalanche.adapters import new_directions, project_off
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
 from treelora_avalanche.plugins.batches import experience_batches
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings
 
 
 def ground_truth_outputs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -158,12 +158,9 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         :raises ValueError: if it does not fit; the basis is then as it was.
         """
         check_keys(state, self.state_dict(), "the state of OGDPlugin")
-        for name in ("samples_per_task", "memory_size"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"`{name}` is {state[name]} in the state, and {getattr(self, name)} here; make "
-                    f"it with {name}={state[name]} to continue."
-                )
+        check_same_settings(
+            state, {"samples_per_task": self.samples_per_task, "memory_size": self.memory_size}
+        )
         if len(state["basis"]) != sum(state["counts"]):
             raise ValueError(
                 f"the state has {len(state['basis'])} stored gradients and counts "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
 from treelora_avalanche.adapters import LoRAFactors, PastAdapters
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, forget
 
 
 class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -30,9 +31,7 @@ class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         self._factors = LoRAFactors(strategy.model)
         if any(b.detach().any() for _, b in self._factors.parameters):
             self.past.fold()
-            for parameters in self._factors.parameters:
-                for parameter in parameters:
-                    strategy.optimizer.state.pop(parameter, None)
+            forget(strategy.optimizer, chain.from_iterable(self._factors.parameters))
 
     def state_dict(self) -> dict[str, Any]:
         """The past adapters."""

@@ -8,7 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from treelora_avalanche.models.prompts import TaskPrompts
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings, forget
 
 
 @runtime_checkable
@@ -70,12 +70,7 @@ class KeyLossPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignor
         :raises ValueError: if the coefficient differs.
         """
         check_keys(state, {"sim_coefficient"}, "the state of KeyLossPlugin")
-        if state["sim_coefficient"] != self.sim_coefficient:
-            raise ValueError(
-                f"`sim_coefficient` is {state['sim_coefficient']} in the state, and "
-                f"{self.sim_coefficient} here; make it with "
-                f"sim_coefficient={state['sim_coefficient']} to continue."
-            )
+        check_same_settings(state, {"sim_coefficient": self.sim_coefficient})
 
 
 class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -96,8 +91,7 @@ class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         # Not where a task that was interrupted is trained again.
         if len(self.prompts) <= strategy.clock.train_exp_counter:
             self.prompts.fold()
-            for parameter in self.prompts.parameters():
-                strategy.optimizer.state.pop(parameter, None)
+            forget(strategy.optimizer, self.prompts.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The prompts and keys of the past tasks, and the weight that they have."""
@@ -110,9 +104,5 @@ class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         :raises ValueError: if it does not fit; the prompts are then as they were.
         """
         check_keys(state, {"past", "momentum"}, "the state of TaskPromptsPlugin")
-        if state["momentum"] != self.prompts.momentum:
-            raise ValueError(
-                f"`momentum` is {state['momentum']} in the state, and {self.prompts.momentum} "
-                f"here; make it with momentum={state['momentum']} to continue."
-            )
+        check_same_settings(state, {"momentum": self.prompts.momentum})
         self.prompts.load_past(state["past"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors
 from treelora_avalanche.models.attentive_language import SharedAttention, attention_scores
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings, forget
 
 
 def attention_divergence(old: Tensor, new: Tensor) -> Tensor:
@@ -57,8 +58,7 @@ class SAPTPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
         factors = LoRAFactors(strategy.model).parameters
         if any(b.detach().any() for _, b in factors):
             self.attention.fold()
-            for parameter in (self.attention.key, *(p for pair in factors for p in pair)):
-                strategy.optimizer.state.pop(parameter, None)
+            forget(strategy.optimizer, [self.attention.key, *chain.from_iterable(factors)])
         self._teacher = self.attention.teacher() if len(self.attention) else None
 
     def penalty(self) -> Tensor:
@@ -93,9 +93,5 @@ class SAPTPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
         :raises ValueError: if it does not fit; nothing has changed then.
         """
         check_keys(state, {"past", "distillation"}, "the state of SAPTPlugin")
-        if state["distillation"] != self.distillation:
-            raise ValueError(
-                f"`distillation` is {state['distillation']} in the state, and {self.distillation} "
-                f"here; make it with distillation={state['distillation']} to continue."
-            )
+        check_same_settings(state, {"distillation": self.distillation})
         self.attention.load_past_state(state["past"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.plugins.lcb_selector import SelectorPlugin
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings
 
 
 def proximal_step(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
@@ -120,8 +120,4 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         :raises ValueError: if the strength differs.
         """
         check_keys(state, {"tree_lambda"}, "the state of SparseUpdatePlugin")
-        if state["tree_lambda"] != self.tree_lambda:
-            raise ValueError(
-                f"`tree_lambda` is {state['tree_lambda']} in the state, and {self.tree_lambda} "
-                f"here; make it with tree_lambda={state['tree_lambda']} to continue."
-            )
+        check_same_settings(state, {"tree_lambda": self.tree_lambda})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.models.activations import activation_signature, stack_samples
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings, forget
 from treelora_avalanche.tree import AdapterTree
 
 
@@ -69,9 +70,7 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
             factors = LoRAFactors(strategy.model)
             factors.stack.copy_(self.bank[self.tree.adapter_of_task[nearest]])
             # What the optimizer has gathered led to where the adapter was.
-            for pair in factors.parameters:
-                for parameter in pair:
-                    strategy.optimizer.state.pop(parameter, None)
+            forget(strategy.optimizer, chain.from_iterable(factors.parameters))
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Files the signature."""
@@ -101,10 +100,5 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         """
         keys = {"signatures", "starts", "n_samples", "seed"}
         check_keys(state, keys, "the state of TaskStartPlugin")
-        for name in ("n_samples", "seed"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"`{name}` is {state[name]} in the state, and {getattr(self, name)} here; make "
-                    f"it with {name}={state[name]} to continue."
-                )
+        check_same_settings(state, {"n_samples": self.n_samples, "seed": self.seed})
         self.signatures, self.starts = list(state["signatures"]), list(state["starts"])

@@ -9,7 +9,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from treelora_avalanche.adapters import LoRAFactors
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings
 
 SMOOTHING = 0.85
 """Share of the past in the running means of sensitivity and of uncertainty: alpha_1 and alpha_2."""
@@ -138,11 +138,6 @@ class TaSLPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
         :raises ValueError: if it does not fit; the plugin is then as it was.
         """
         check_keys(state, self.state_dict(), "the state of TaSLPlugin")
-        for name, share in self._shares().items():
-            if state[name] != share:
-                raise ValueError(
-                    f"`{name}` is {state[name]} in the state, and {share} here; make it with "
-                    f"{name}={state[name]} to continue."
-                )
+        check_same_settings(state, self._shares())
         importance = state["importance"]
         self.importance = None if importance is None else importance.detach().clone()

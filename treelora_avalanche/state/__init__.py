@@ -22,10 +22,17 @@ from treelora_avalanche.state.fingerprint import backbone_fingerprint
 from treelora_avalanche.state.generators import check_random_state, random_state, set_random_state
 from treelora_avalanche.state.optimizer import (
     check_optimizer_state,
+    forget,
     load_optimizer_state,
     optimizer_state,
 )
-from treelora_avalanche.state.values import State, check_keys, check_same_tensors, clone_state
+from treelora_avalanche.state.values import (
+    State,
+    check_keys,
+    check_same_settings,
+    check_same_tensors,
+    clone_state,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,8 +43,10 @@ __all__ = [
     "check_keys",
     "check_optimizer_state",
     "check_random_state",
+    "check_same_settings",
     "check_same_tensors",
     "clone_state",
+    "forget",
     "has_state",
     "load_optimizer_state",
     "load_state",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -35,6 +35,16 @@ def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
             name_of[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()
         },
     }
+
+
+def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Lets go of what an optimizer has gathered of parameters that begin anew.
+
+    :param optimizer: the optimizer.
+    :param parameters: the parameters.
+    """
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
 
 
 def check_optimizer_state(

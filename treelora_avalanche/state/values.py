@@ -41,6 +41,21 @@ def check_keys(
         raise ValueError(f"{where} {' and '.join(parts)}. {remedy}".rstrip())
 
 
+def check_same_settings(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise an error that names an argument which was another one when the state was saved.
+
+    :param found: what was read; it may hold more.
+    :param here: the arguments of the object that is to take it over, by their names.
+    :raises ValueError: if one differs.
+    """
+    for name, value in here.items():
+        if found[name] != value:
+            raise ValueError(
+                f"`{name}` is {found[name]} in the state, and {value} here; make it with "
+                f"{name}={found[name]} to continue."
+            )
+
+
 def check_same_tensors(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, remedy: str
 ) -> None:
