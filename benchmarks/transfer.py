@@ -13,17 +13,20 @@ Uses of the pick:
 
 * ``start``: a task begins at the picked adapter. Every task keeps its adapter, and at inference a
   sample is routed to one by class statistics; there is no pull.
+* ``nodes``: as ``start``, and of every task's adapter the first layers are those of a large group
+  of tasks and the last ones its own (Figure 2): layer l is the mean over the node of level l on
+  the task's path through a tree of the signatures.
 * ``share``: a task begins at the picked adapter; the mean of all tasks' adapters, that of the
   tree's root, answers; there is no pull.
 * ``pull``: the sparse update of the paper towards the picked adapter; the live adapter answers.
 * ``both``: the pull, with the mean answering and every task beginning there: the library's default
   where the head is task-adaptive.
 
-Picks: ``tree``, found by descending the tree of signatures (for the pull: by the paper's LCB
-search); ``nearest``, the exact nearest by signature; ``random``; ``last``, the most recent one;
-``none``, for ``start`` the initial factors, for ``share`` the mean, for the others no pull. The
-signature is that of :class:`~treelora_avalanche.plugins.TaskStartPlugin`, for the pull that of the
-paper.
+Picks: ``tree``, found by descending the tree of signatures (``search_cost.py``; for the pull: by
+the paper's LCB search); ``nearest``, the exact nearest by signature; ``random``; ``last``, the most
+recent one; ``none``, for ``start`` the initial factors, for ``share`` the mean, for the pull none.
+The signature is that of :class:`~treelora_avalanche.plugins.TaskStartPlugin`, for the pull that of
+the paper.
 
 ``at once`` and ``1 epoch``: accuracy of the live adapter on the task's test images, among the
 task's classes, before the first step and after one epoch; ``epochs``: to the accuracy that plain
@@ -56,6 +59,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
+from search_cost import descend
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView
@@ -86,8 +90,9 @@ from treelora_avalanche.tree import AdapterTree
 
 DATA = os.environ.get("TREELORA_DATA", "../shared/data")
 WEIGHTS = "deit_tiny_patch16_224_in1k/model.fp16.safetensors"
-USES = ("start", "share", "pull", "both")
-STARTS = ("start", "share")
+USES = ("start", "nodes", "share", "pull", "both")
+STARTS = ("start", "nodes", "share")
+ROUTED = ("start", "nodes")
 PICKS = ("tree", "nearest", "random", "last", "none")
 
 # -------------------------------------------------------------------------------------- the streams
@@ -176,17 +181,27 @@ class InitialStart(SupervisedPlugin):
             strategy.optimizer.state.clear()
 
 
-def descend(tree: AdapterTree, signature: Tensor) -> tuple[int, int]:
-    """The task at the end of the path of nearer children, and the number of comparisons."""
-    node, comparisons = tree.root, 0
-    while node.children is not None:
-        layer = signature[node.level]
-        node = min(node.children, key=lambda child: float((child.mean - layer).abs().sum()))
-        comparisons += 2
-    if len(node.members) == 1:
-        return node.members[0], comparisons
-    distances = (tree.signatures[node.members] - signature).abs().sum((1, 2))
-    return node.members[int(distances.argmin())], comparisons + len(node.members)
+class NodeAdapters(SupervisedPlugin):
+    """Layer by layer the mean over ever smaller groups of tasks, down to the task itself.
+
+    :param start: has the signatures; comes before this plugin, and what files the adapter after.
+    """
+
+    def __init__(self, start: Start):
+        super().__init__()
+        self.start = start
+        self.learned: list[Tensor] = []
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Takes the means along the path of the task just learned."""
+        stack = LoRAFactors(strategy.model).stack
+        self.learned.append(stack.clone())
+        node = AdapterTree.build(torch.stack(self.start.signatures)).root
+        for layer in range(len(stack)):
+            stack[layer] = torch.stack([self.learned[k][layer] for k in node.members]).mean(0)
+            for child in node.children or ():
+                if len(self.learned) - 1 in child.members:
+                    node = child
 
 
 class LastSelector(SelectorPlugin):
@@ -252,17 +267,20 @@ def make(
 ) -> tuple[SeqLoRA, Start | None]:
     """A strategy with this use of this pick."""
     tree, bank = AdapterTree(), AdapterBank()
-    plugins: list[SupervisedPlugin] = [TreeBuilderPlugin(tree, bank)]
+    plugins: list[SupervisedPlugin] = []
     strategy: type[SeqLoRA] = SeqLoRA
     start = None
-    if use in ("share", "both"):
-        plugins.append(MergedAdapterPlugin())
     if use in STARTS and pick != "none":
         start = Start(pick, tree, bank, seed)
         plugins.append(start)
-    elif use == "start":
+    elif use in ROUTED:
         plugins.append(InitialStart())
-    if use == "start":
+    if use == "nodes" and start is not None:
+        plugins.append(NodeAdapters(start))
+    plugins.append(TreeBuilderPlugin(tree, bank))
+    if use in ("share", "both"):
+        plugins.append(MergedAdapterPlugin())
+    if use in ROUTED:
         plugins.append(RouterPlugin(tree, seed))
         strategy = type("Routed", (Routed,), {"bank": bank})
     if use not in STARTS and pick != "none":
@@ -462,50 +480,6 @@ def draw(runs: dict[tuple[str, str], dict[str, list[Outcome]]], path: Path) -> N
     pyplot.close(figure)
 
 
-# ----------------------------------------------------------------------------- the cost of a search
-
-
-def search_costs(sizes: tuple[int, ...] = (8, 64, 512, 4096)) -> None:
-    """Descent of the tree against the exact nearest, on signatures in a hierarchy of groups."""
-    generator = torch.Generator().manual_seed(0)
-    table = Table(title="one search, 5 layers of 192 numbers")
-    for column in ("tasks", "descent: comparisons", "ms", "exact: ms", "same group"):
-        table.add_column(column, justify="right")
-    comparisons, exact_times, descent_times = [], [], []
-    for n in sizes:
-        centres = torch.randn(max(2, n // 8), 5, 192, generator=generator)
-        group = torch.arange(n) % len(centres)
-        signatures = centres[group] + 0.5 * torch.randn(n, 5, 192, generator=generator)
-        tree = AdapterTree.build(signatures)
-        tree.root  # noqa: B018 (brings the thresholds up to date)
-        counts, hits, spent = [], [], [0.0, 0.0]
-        for _ in range(20):
-            own = int(torch.randint(len(centres), (), generator=generator))
-            query = centres[own] + 0.5 * torch.randn(5, 192, generator=generator)
-            began = time.perf_counter()
-            found, count = descend(tree, query)
-            middle = time.perf_counter()
-            (tree.signatures - query).abs().sum((1, 2)).argmin().item()
-            spent[0] += (middle - began) / 20
-            spent[1] += (time.perf_counter() - middle) / 20
-            counts.append(count)
-            hits.append(int(group[found]) == own)
-        comparisons.append(sum(counts) / len(counts))
-        descent_times.append(spent[0])
-        exact_times.append(spent[1])
-        row = (comparisons[-1], 1e3 * spent[0], 1e3 * spent[1], sum(hits) / len(hits))
-        table.add_row(f"{n:,}", f"{row[0]:.1f}", *(f"{value:.2f}" for value in row[1:]))
-    Console().print(table)
-    for what, values in (
-        ("comparisons of the descent", comparisons),
-        ("its time", descent_times),
-        ("time of the exact nearest", exact_times),
-    ):
-        x, y = torch.tensor(sizes).log(), torch.tensor(values).log()
-        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-        print(f"{what}: tasks ** {slope:.2f}")
-
-
 # ------------------------------------------------------------------------------------------ the run
 
 
@@ -518,20 +492,18 @@ def transfer(
     batch_size: int = 16,
     lr: float = 0.003,
     data: str = DATA,
-    search: bool = True,
     figure: str | None = None,
 ) -> list[str]:
     """Trains on the streams with every use of every pick.
 
     :param streams: domains, returning, pairs, unrelated, pacs, caltech101.
-    :param uses: start, share, pull, both.
+    :param uses: start, nodes, share, pull, both.
     :param picks: tree, nearest, random, last, none; ``last`` is always there.
     :param seeds: number of orders of each stream.
     :param epochs: epochs per task.
     :param batch_size: images per step.
     :param lr: learning rate of Adam.
     :param data: folder with ``pacs``, ``caltech101`` and the weights of DeiT-Tiny.
-    :param search: whether to measure the cost of a search too.
     :param figure: where to draw the curves of the first use, a PNG file.
     :return: the targets that were missed.
     """
@@ -542,8 +514,6 @@ def transfer(
         check_known("`uses`", use, USES)
     missed: list[str] = []
     everything: dict[tuple[str, str], dict[str, list[Outcome]]] = {}
-    if search:
-        search_costs()
     for name in streams:
         for use in uses:
             runs: dict[str, list[Outcome]] = {pick: [] for pick in dict.fromkeys((*picks, "last"))}
