@@ -27,6 +27,7 @@ from treelora_avalanche.adapters import (
     add_lora,
     find_classifier,
     lora_layers,
+    merged_weights,
     save_adapter,
 )
 from treelora_avalanche.models import LanguageModel, TokenCrossEntropy, create_language_model
@@ -471,3 +472,57 @@ def test_published_model_goes_on_with_a_story(data_root):
     (story,) = model.generate(["Once upon a time, there was a"], 40)
     # From the folder's README: what the conversion of these weights was checked against.
     assert story.startswith("little girl named Lily. She loved to play outside in the p")
+
+
+# ------------------------------------------------------------------- the adapter in the weights
+
+
+def trained_somewhere(model):
+    """A model with LoRA that answers otherwise than without."""
+    add_lora(model)
+    generator = torch.Generator().manual_seed(1)
+    stack = LoRAFactors(model).stack
+    stack.copy_(0.3 * torch.randn(stack.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_weights_answer_the_same_and_leave_every_bit_as_it_was(make_model, family):
+    model = trained_somewhere(make_model(family))
+    tokens = rows(9, 30)
+    plain = model(tokens)
+    before = copy.deepcopy(model.state_dict())
+    with merged_weights(model):
+        torch.testing.assert_close(model(tokens), plain, rtol=1e-4, atol=1e-5)
+        for layer in lora_layers(model).values():
+            adapter = layer.active_adapters[0]
+            layer.lora_B[adapter].weight.data.zero_()  # has no part in the answer now
+        torch.testing.assert_close(model(tokens), plain, rtol=1e-4, atol=1e-5)
+        for name, layer in lora_layers(model).items():
+            weight = layer.lora_B[layer.active_adapters[0]].weight
+            weight.data.copy_(before[f"{name}.lora_B.default.weight"])
+    assert not any(layer.merged for layer in lora_layers(model).values())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(model(tokens), plain)
+
+
+def test_merged_weights_are_taken_back_where_answering_fails(make_model):
+    model = trained_somewhere(make_model())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"), merged_weights(model):
+        raise RuntimeError("out of memory")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_layers_that_would_answer_otherwise_are_not_merged(make_model):
+    model = trained_somewhere(make_model())
+    first, *others = lora_layers(model).values()
+    first.get_base_layer().to(torch.bfloat16)
+    listener = others[0].lora_A["default"].register_forward_hook(lambda *_: None)
+    with merged_weights(model):
+        assert [layer.merged for layer in lora_layers(model).values()] == [False, False, True, True]
+    listener.remove()
+    with merged_weights(model):
+        assert [layer.merged for layer in lora_layers(model).values()] == [False, True, True, True]

@@ -26,6 +26,7 @@ from treelora_avalanche.adapters.attach import (
 from treelora_avalanche.adapters.bank import AdapterBank, merge_factors
 from treelora_avalanche.adapters.factors import LayerShape, LoRAFactors, SignatureSketch
 from treelora_avalanche.adapters.folders import load_adapter, save_adapter
+from treelora_avalanche.adapters.merging import merged_weights
 from treelora_avalanche.adapters.past import PastAdapters
 from treelora_avalanche.adapters.subspaces import SubspaceMemory, new_directions, project_off
 
@@ -53,6 +54,7 @@ __all__ = [
     "lora_defaults",
     "lora_layers",
     "merge_factors",
+    "merged_weights",
     "new_directions",
     "project_off",
     "save_adapter",

@@ -25,7 +25,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from ..adapters import AdapterHost
+from ..adapters import AdapterHost, merged_weights
 from .features import evaluating
 from .hub import from_folder_or_hub
 from .text_prompts import encode_prompt, end_token
@@ -151,7 +151,7 @@ class LanguageModel(AdapterHost):
         batch_size: int = 8,
         progress: Callable[[int], object] | None = None,
     ) -> list[str]:
-        """Continue prompts greedily, with a cache of keys and values.
+        """Continue prompts greedily, with a cache of keys and values, the adapter in the weights.
 
         :param prompts: texts, put into the tokenizer's chat template if there is one; or token ids,
             taken as they are. What is longer than ``max_length``, or than the context less
@@ -171,7 +171,7 @@ class LanguageModel(AdapterHost):
         answers = [""] * len(rows)
         # The longest first: what does not fit into memory is known at once.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        with evaluating(self):
+        with evaluating(self), merged_weights(self.network):
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 texts = self._generate_batch([rows[i] for i in batch], max_new_tokens)
