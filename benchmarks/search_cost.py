@@ -3,8 +3,8 @@
 By descending the tree, against looking at all. Past tasks are drawn in groups of eight: around the
 centre of each group, Gaussian in every number, with half the standard deviation of the centres.
 
-* Search, once per task: signatures of 5 layers x 192 numbers. ``descent`` keeps the three best nodes
-  of every level and compares the members of the leaves where it ends; ``exact`` compares all.
+* Search, once per task: signatures of 5 layers x 192 numbers. ``descent`` keeps the three best
+  nodes of every level and compares the members of the leaves where it ends; ``exact`` compares all.
   ``own group`` is the share of 20 searches that end in the group of the task searched for.
 * Routing, for every batch of images: 256 features of 192 numbers, one class of each task.
   ``product`` is the library's router: one matrix product with all of them

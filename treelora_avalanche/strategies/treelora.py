@@ -48,9 +48,9 @@ class TreeLoRAStrategy(SeqLoRA):
     training a bandit search on that tree (lower confidence bounds) looks at one past task per layer
     and step, and a sparse update keeps the adapter close, in most coordinates exactly, to the one
     it picks. With ``tree_lambda=0`` and ``inference="last"`` this is :class:`SeqLoRA`, bit for bit.
-    Stores per task, on the host, one adapter, a signature of 256 numbers per adapted matrix, and two
-    nodes of the tree of 256 numbers each; with ``inference="routed"`` class statistics beside them.
-    On the device lies one adapter's worth of picked factors. Task labels are unused.
+    Stores per task, on the host, one adapter, and per adapted matrix a signature of 256 numbers;
+    two nodes of the tree, of 256 numbers each; with ``inference="routed"`` class statistics. On the
+    device lies one adapter's worth of picked factors. Task labels are unused.
 
     :param model: a pretrained model, see :class:`SeqLoRA`.
     :param tree_lambda: strength lambda of the pull (Eq. 3). The paper's is 0.1 for ViTs and 0.5 for
