@@ -11,8 +11,10 @@ from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.scenarios import SplitDigits, SplitImageFolder
 from treelora_avalanche.scenarios.relations import (
     CALTECH101_GROUPS,
+    TEXT_GROUPS,
     DomainDigits,
     GroupedImageFolder,
+    GroupedTexts,
     ReturningTasks,
 )
 
@@ -183,3 +185,36 @@ def test_the_groups_of_caltech101_are_classes_of_it(data_root):
     benchmark = SplitImageFolder(root, 1, classes=names, preprocessing=TINY, cache_bytes=0)
     assert benchmark.class_names == list(names)
     assert len(set(names)) == len(names)
+
+
+# ------------------------------------------------------------------------------------------- texts
+
+
+@pytest.fixture
+def o_lora(data_root):
+    if not (data_root / "CL_Benchmark").is_dir():
+        pytest.skip(f"{data_root / 'CL_Benchmark'} is missing")
+    return data_root / "CL_Benchmark"
+
+
+def test_texts_of_a_group_are_asked_the_same(o_lora, make_tokenizer):
+    stream = GroupedTexts(o_lora, make_tokenizer(), limit=2, seed=3)
+    names = stream.task_names
+    assert sorted(names) == sorted(name for of_group in TEXT_GROUPS.values() for name in of_group)
+    assert all(name in TEXT_GROUPS[group] for name, group in zip(names, stream.groups, strict=True))
+    asked = {}
+    for group, experience in zip(stream.groups, stream.train_stream, strict=True):
+        instructions = {prompt.split("\n")[0] for prompt in experience.prompts}
+        assert asked.setdefault(group, instructions) == instructions
+    assert len(set(map(frozenset, asked.values()))) == len(TEXT_GROUPS)
+
+
+def test_order_of_the_texts_is_drawn_by_the_seed(o_lora, make_tokenizer):
+    groups = {"one": ("CB", "RTE"), "other": ("SST-2",)}
+    orders = {
+        tuple(GroupedTexts(o_lora, make_tokenizer(), groups, limit=1, seed=seed).task_names)
+        for seed in [*range(12), *range(12)]
+    }
+    assert 1 < len(orders) <= 6
+    with pytest.raises(ValueError, match="Yelp"):
+        GroupedTexts(o_lora, make_tokenizer(), {"one": ("Yelp",)})

@@ -5,7 +5,14 @@ from .cub200 import SplitCUB200
 from .digits import SplitDigits, digits_images
 from .domains import DomainImageFolder
 from .imagenet_r import SplitImageNetR
-from .relations import CALTECH101_GROUPS, DomainDigits, GroupedImageFolder, ReturningTasks
+from .relations import (
+    CALTECH101_GROUPS,
+    TEXT_GROUPS,
+    DomainDigits,
+    GroupedImageFolder,
+    GroupedTexts,
+    ReturningTasks,
+)
 from .text_classes import TextClasses
 from .text_classification import LongSequence, OLoRAOrder
 from .text_tasks import TextTasks
@@ -16,11 +23,13 @@ __all__ = [
     "CALTECH101_GROUPS",
     "FULL_EPOCHS",
     "LORA_EPOCHS",
+    "TEXT_GROUPS",
     "TRACE",
     "TREELORA_EPOCHS",
     "DomainDigits",
     "DomainImageFolder",
     "GroupedImageFolder",
+    "GroupedTexts",
     "LongSequence",
     "MathLLM",
     "OLoRAOrder",

@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.benchmarks import GenericCLScenario, NCScenario, dataset_benchmark
+from avalanche.benchmarks import (
+    CLScenario,
+    GenericCLScenario,
+    NCScenario,
+    dataset_benchmark,
+)
 from torch import Tensor
 
 from ..models.digits import load_digits
 from ..models.vision import ImagePreprocessing
 from ..names import check_known
 from .digits import _LabelledImages
+from .text_classification import classification_tasks
+from .text_tasks import text_benchmark
 from .vision import SplitImageFolder
 
 ORDERS = ("shuffled", "rounds")
@@ -37,6 +44,13 @@ CALTECH101_GROUPS = {
     ),
 }  # fmt: skip
 """Classes of Caltech-101 by what they show, for :func:`GroupedImageFolder`."""
+
+TEXT_GROUPS = {
+    "sentiment": ("amazon", "IMDB", "SST-2"),
+    "topic": ("agnews", "dbpedia"),
+    "inference": ("MNLI", "RTE", "CB"),
+}
+"""Tasks of O-LoRA's benchmark by what they ask, for :func:`GroupedTexts`."""
 
 
 def ReturningTasks(
@@ -123,6 +137,35 @@ def GroupedImageFolder(
         **kwargs,
     )
     benchmark.groups = [group for group, _ in tasks]
+    return benchmark
+
+
+def GroupedTexts(
+    data_root: str | Path,
+    model: Any,
+    groups: Mapping[str, Sequence[str]] = TEXT_GROUPS,
+    *,
+    limit: int | None = None,
+    max_length: int = 1024,
+    seed: int | None = None,
+) -> CLScenario:
+    """O-LoRA's text classifications in random order, some of which ask the same of their texts.
+
+    :param data_root: see :func:`~treelora_avalanche.scenarios.OLoRAOrder`.
+    :param model: see :func:`~treelora_avalanche.scenarios.OLoRAOrder`.
+    :param groups: the tasks of each group.
+    :param limit: see :func:`~treelora_avalanche.scenarios.OLoRAOrder`.
+    :param max_length: see :func:`~treelora_avalanche.scenarios.OLoRAOrder`.
+    :param seed: seed of the order; None draws it from the global random state.
+    :return: the benchmark, with ``task_names`` and ``groups``, one name for each experience.
+    :raises FileNotFoundError: if a task is missing.
+    :raises ValueError: if there is no such task, or a file does not hold its records.
+    """
+    tasks = [(group, name) for group, names in groups.items() for name in names]
+    drawn = [tasks[i] for i in torch.randperm(len(tasks), generator=_generator(seed)).tolist()]
+    built = classification_tasks(data_root, [name for _, name in drawn])
+    benchmark = text_benchmark(built, model, limit=limit, max_length=max_length)
+    benchmark.groups = [group for group, _ in drawn]
     return benchmark
 
 
