@@ -17,8 +17,9 @@ $(VENV)/installed: setup.cfg pyproject.toml
 demo: install  ## TreeLoRA beside plain LoRA and an Avalanche built-in, on embedded data
 	$(BIN)/treelora compare
 
-test: install  ## the whole test suite
-	$(BIN)/python -m pytest
+# A file stays in one process: its tests share what they have trained.
+test: install  ## the whole test suite, on all cores
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
