@@ -1,10 +1,12 @@
-"""What benchmarks share: their command line, and the clock."""
+"""What benchmarks share: their command line, the clock, and the exponent of a growth."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from statistics import linear_regression
 
 from jsonargparse import ArgumentParser
 
@@ -18,6 +20,16 @@ def chosen_clock(cpu_time: bool) -> Clock:
         work too.
     """
     return time.process_time if cpu_time else time.perf_counter
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The power of the size that the values grow by: the slope in logarithms, by least squares.
+
+    :param sizes: what grows.
+    :param values: what was measured at each size.
+    """
+    x, y = ([math.log(number) for number in numbers] for numbers in (sizes, values))
+    return linear_regression(x, y).slope
 
 
 def run(benchmark: Callable[..., list[str]]) -> None:

@@ -31,7 +31,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from _command import run
+from _command import exponent, run
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -110,14 +110,6 @@ def without_levels(tree: FlatTree, n_arms: int) -> FlatTree:
     return tree._replace(delta=torch.where(torch.arange(len(tree.delta)) < n_arms, 0.0, math.inf))
 
 
-def fitted_exponent(sizes: list[int], regrets: list[float]) -> float:
-    """Slope of log regret against log log2 N, by least squares."""
-    x = torch.tensor([math.log(math.log2(n)) for n in sizes], dtype=torch.float64)
-    y = torch.tensor(regrets, dtype=torch.float64).log()
-    x = x - x.mean()
-    return float((x * y).sum() / x.square().sum())
-
-
 def mean_and_std(values: Tensor) -> str:
     digits = 1 if values.mean() < 100 else 0
     return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
@@ -167,14 +159,15 @@ def bandit_regret(
     console.print(table)
 
     exponents = {
-        noise: fitted_exponent(
-            list(sizes), [float(of_tree[n_tasks, noise].regret.mean()) for n_tasks in sizes]
+        noise: exponent(
+            [math.log2(n_tasks) for n_tasks in sizes],
+            [float(of_tree[n_tasks, noise].regret.mean()) for n_tasks in sizes],
         )
         for noise in noises
         if len(sizes) > 1
     }
-    for noise, exponent in exponents.items():
-        console.print(f"noise {noise}: tree regret ~ (log2 N)^{exponent:.2f}")
+    for noise, power in exponents.items():
+        console.print(f"noise {noise}: tree regret ~ (log2 N)^{power:.2f}")
     missed = []
     result = of_tree.get((512, 0.1))
     if result is not None:
@@ -183,9 +176,9 @@ def bandit_regret(
             missed.append(f"regret at 512 tasks, noise 0.1: {regret:.1f}, above {MAX_REGRET}")
         if found < MIN_FOUND:
             missed.append(f"nearest found there: {found:.2f}, below {MIN_FOUND}")
-    exponent = exponents.get(0.1, 0.0)
-    if exponent > MAX_EXPONENT:
-        missed.append(f"exponent at noise 0.1: {exponent:.2f}, above {MAX_EXPONENT}")
+    power = exponents.get(0.1, 0.0)
+    if power > MAX_EXPONENT:
+        missed.append(f"exponent at noise 0.1: {power:.2f}, above {MAX_EXPONENT}")
     return missed
 
 

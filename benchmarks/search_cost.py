@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _command import run
+from _command import exponent, run
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -108,10 +108,8 @@ def route(n: int, generator: torch.Generator) -> tuple[float, float, float, floa
     tree = AdapterTree.build(means[:, None].expand(n, n.bit_length(), DIM))
     flat = tree.flatten()
     # Inner nodes are numbered after the arms, parents first; no leaf holds more than two.
-    centres = [*means]
-    for node in (node for node in tree.root.walk() if len(node.members) > 1):
-        centres.append(means[node.members].mean(0))
-    nodes = torch.stack(centres)
+    groups = [node.members for node in tree.root.walk() if len(node.members) > 1]
+    nodes = torch.stack([*means, *(means[members].mean(0) for members in groups)])
     rows = torch.arange(len(features))
 
     def by_descent() -> Tensor:
@@ -130,12 +128,6 @@ def route(n: int, generator: torch.Generator) -> tuple[float, float, float, floa
         descents.append(spent)
     hits = [(by == own).float().mean().item() for by in (chosen, descended)]
     return median(products), median(descents), hits[0], hits[1]
-
-
-def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
-    """Of the power of the size that fits the values best."""
-    x, y = torch.tensor(sizes).log(), torch.tensor(values).log()
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
 def search_cost(sizes: tuple[int, ...] = (8, 64, 512, 4096)) -> list[str]:

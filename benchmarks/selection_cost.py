@@ -12,12 +12,11 @@ line fitted to the logarithms of time and size.
 
 from __future__ import annotations
 
-import math
 import statistics
 from types import SimpleNamespace
 
 import torch
-from _command import Clock, chosen_clock, run
+from _command import Clock, chosen_clock, exponent, run
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -87,12 +86,6 @@ def milliseconds_per_step(
     return statistics.quantiles(times[steps // 10 :], n=10)[0]
 
 
-def exponent(sizes: list[int], times: list[float]) -> float:
-    """The power of the size that the time grows by."""
-    x, y = ([math.log(value) for value in values] for values in (sizes, times))
-    return statistics.linear_regression(x, y).slope
-
-
 def selection_cost_table(
     past: tuple[int, ...], many: tuple[int, ...], device: str, cpu_time: bool
 ) -> tuple[Table, list[str]]:
@@ -116,7 +109,7 @@ def selection_cost_table(
     missed = []
     for name, (sizes, setting) in series.items():
         times = [milliseconds_per_step(*setting(n), device, chosen_clock(cpu_time)) for n in sizes]
-        slope = exponent(list(sizes), times)
+        slope = exponent(sizes, times)
         table.add_row(
             name,
             ", ".join(f"{n:,}" for n in sizes),

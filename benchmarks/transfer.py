@@ -48,7 +48,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,7 @@ from torch import Tensor, nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView
 from treelora_avalanche.models import create_vit, image_preprocessing, pretrained_digits_vit
+from treelora_avalanche.models.activations import stack_samples
 from treelora_avalanche.models.features import evaluating
 from treelora_avalanche.models.routed import RoutedAdapters
 from treelora_avalanche.names import check_known
@@ -233,28 +234,37 @@ class Routed(SeqLoRA):
 
 
 class Curve(SupervisedPlugin):
-    """Accuracy of the live adapter on the task that is learned, after every epoch."""
+    """How well the task that is learned is known, before its first step and after every epoch.
 
-    def __init__(self, tests: list[tuple[Tensor, Tensor]]):
+    :param tests: inputs and targets of every task.
+    :param measure: what is known of a task, of the strategy and the task's test.
+    """
+
+    def __init__(self, tests: Sequence[Sequence[Tensor]], measure: Callable[..., float]):
         super().__init__()
         self.tests = tests
+        self.measure = measure
         self.curves: list[list[float]] = []
 
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """The start."""
         if strategy.clock.train_exp_epochs == 0:
-            self.curves.append([self._accuracy(strategy)])
+            self.curves.append([self._measured(strategy)])
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """An epoch."""
-        self.curves[-1].append(self._accuracy(strategy))
+        self.curves[-1].append(self._measured(strategy))
 
-    def _accuracy(self, strategy: Any) -> float:
-        images, targets = self.tests[strategy.clock.train_exp_counter]
-        with evaluating(strategy.model):
-            logits = torch.cat([strategy.model.live(batch) for batch in images.split(256)])
-        classes = targets.unique()
-        return accuracy(classes[logits[:, classes].argmax(1)], targets)
+    def _measured(self, strategy: Any) -> float:
+        return self.measure(strategy, *self.tests[strategy.clock.train_exp_counter])
+
+
+def live_accuracy(strategy: Any, images: Tensor, targets: Tensor) -> float:
+    """Of the live adapter, among the classes of the task."""
+    with evaluating(strategy.model):
+        logits = torch.cat([strategy.model.live(batch) for batch in images.split(256)])
+    classes = targets.unique()
+    return accuracy(classes[logits[:, classes].argmax(1)], targets)
 
 
 def accuracy(predicted: Tensor, targets: Tensor) -> float:
@@ -310,36 +320,47 @@ class Outcome(NamedTuple):
 
 def measure(use: str, pick: str, stream: Stream, seed: int, **training: Any) -> Outcome:
     """Trains on the stream."""
-    tests = [tensors(experience.dataset) for experience in stream.benchmark.test_stream]
-    curve = Curve(tests)
+    tests = [one_batch(experience.dataset) for experience in stream.benchmark.test_stream]
+    curve = Curve(tests, live_accuracy)
     strategy, start = make(use, pick, stream, curve, seed, **training)
     learned = []
     for task, experience in enumerate(stream.benchmark.train_stream):
         strategy.train(experience)
         learned.append(answered(strategy, *tests[task]))
     final = [answered(strategy, *test) for test in tests]
-    groups = stream.groups
-    counted = [i for i in range(len(groups)) if groups[i] in groups[:i]]
-    counted = counted or list(range(1, len(groups)))
-    starts = start.starts if start is not None else []
-    hits = [groups[starts[i] or 0] == groups[i] for i in counted] if starts else [math.nan]
-    chance = [groups[:i].count(groups[i]) / i for i in counted]
+    counted, own_group, chance = recovery(stream.groups, start)
     sizes = torch.tensor([len(e.dataset) for e in stream.benchmark.train_stream])[counted]
     n_samples = start.n_samples if start is not None and pick in ("tree", "nearest") else 0
     return Outcome(
         torch.tensor(curve.curves)[counted],
         sum(final) / len(final),
         sum(a - b for a, b in zip(learned, final, strict=True)) / len(final),
-        sum(hits) / len(hits),
-        sum(chance) / len(chance),
+        own_group,
+        chance,
         sizes.clamp(max=n_samples) / (2 * sizes),
     )
 
 
-def tensors(dataset: Any) -> tuple[Tensor, Tensor]:
-    """A test set as one batch."""
-    images, targets = zip(*((x, int(y)) for x, y, *_ in dataset), strict=True)
-    return torch.stack(images), torch.tensor(targets)
+def recovery(groups: list[str], start: Start | None) -> tuple[list[int], float, float]:
+    """The tasks that come after one of their group, and whether they began in it.
+
+    :param groups: of every task; where none comes twice, all tasks but the first are counted.
+    :param start: where they began; None where nothing was picked.
+    :return: the tasks; the share of them that began in their group, not a number where nothing was
+        picked; and that of a random pick.
+    """
+    related = [i for i in range(len(groups)) if groups[i] in groups[:i]]
+    counted = related or list(range(1, len(groups)))
+    own_group = math.nan
+    if start is not None:
+        own_group = sum(groups[start.starts[i] or 0] == groups[i] for i in counted) / len(counted)
+    chance = sum(groups[:i].count(groups[i]) / i for i in counted) / len(counted)
+    return counted, own_group, chance
+
+
+def one_batch(dataset: Any) -> list[Tensor]:
+    """Inputs and targets of a test set."""
+    return stack_samples(dataset, range(len(dataset)))
 
 
 def answered(strategy: SeqLoRA, images: Tensor, targets: Tensor) -> float:
@@ -399,17 +420,26 @@ def report(name: str, use: str, runs: dict[str, list[Outcome]], epochs: int) -> 
     for pick, of_pick in runs.items():
         cells = []
         for number in NUMBERS:
-            values, controls = values_of(runs, pick, number), values_of(runs, "last", number)
-            cell = f"{sum(values) / len(values):.1f}"
-            if pick != "last":
-                pairs = [a - b for a, b in zip(values, controls, strict=True)]
-                cell += f" ± {interval(pairs):.1f}"
-            cells.append(cell)
-        own = torch.tensor([run.own_group for run in of_pick]).mean().item()
-        chance = torch.tensor([run.chance for run in of_pick]).mean().item()
-        cells.append("–" if math.isnan(own) else f"{own:.2f} ({chance:.2f})")
+            controls = None if pick == "last" else values_of(runs, "last", number)
+            cells.append(beside(values_of(runs, pick, number), controls, digits=1))
+        cells.append(shares([run.own_group for run in of_pick], [run.chance for run in of_pick]))
         table.add_row(pick, *cells)
     Console(width=140).print(table)
+
+
+def beside(values: list[float], controls: list[float] | None, digits: int) -> str:
+    """The mean over seeds, and half the width of the interval of the difference to controls."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    if controls is None:
+        return mean
+    pairs = [a - b for a, b in zip(values, controls, strict=True)]
+    return f"{mean} ± {interval(pairs):.{digits}f}"
+
+
+def shares(own_group: list[float], chance: list[float]) -> str:
+    """Means over seeds of the share of picks in the own group, and of that of random picks."""
+    own = sum(own_group) / len(own_group)
+    return "–" if math.isnan(own) else f"{own:.2f} ({sum(chance) / len(chance):.2f})"
 
 
 def values_of(runs: dict[str, list[Outcome]], pick: str, number: str) -> list[float]:

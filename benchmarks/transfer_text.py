@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 from _command import run
-from avalanche.training.plugins import SupervisedPlugin
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transfer import DATA, Start, interval
+from transfer import DATA, Curve, Start, beside, one_batch, recovery, shares
 
 from treelora_avalanche.adapters import AdapterBank
 from treelora_avalanche.models import TokenCrossEntropy, create_language_model
@@ -44,45 +43,20 @@ from treelora_avalanche.tree import AdapterTree
 PICKS = ("nearest", "random", "last", "none")
 
 
-class LossCurve(SupervisedPlugin):
-    """Loss of the live adapter on the task that is learned, before and after every epoch."""
-
-    def __init__(self, tests: list[tuple[Tensor, Tensor]]):
-        super().__init__()
-        self.tests = tests
-        self.curves: list[list[float]] = []
-
-    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """The start."""
-        if strategy.clock.train_exp_epochs == 0:
-            self.curves.append([self._loss(strategy)])
-
-    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """An epoch."""
-        self.curves[-1].append(self._loss(strategy))
-
-    def _loss(self, strategy: Any) -> float:
-        return answer_loss(strategy, *self.tests[strategy.clock.train_exp_counter])
-
-
 def answer_loss(strategy: Any, tokens: Tensor, targets: Tensor) -> float:
     """Nats per token of the answers, under the live adapter."""
     with evaluating(strategy.model):
         return float(TokenCrossEntropy()(strategy.model(tokens), targets))
 
 
-def rows_of(dataset: Any) -> tuple[Tensor, Tensor]:
-    """A data set of texts as one batch."""
-    tokens, targets, *_ = zip(*dataset, strict=True)
-    return torch.stack(tokens), torch.stack(targets)
-
-
-def learn(pick: str, folder: Path, model: Path, seed: int, limit: int, **training: Any) -> Tensor:
+def learn(
+    pick: str, folder: Path, model: Path, seed: int, limit: int, **training: Any
+) -> list[float]:
     """Losses at once, after every epoch, and final; the share of picks in the group, and chance."""
     language_model = create_language_model(model, max_length=480)
     stream = GroupedTexts(folder, language_model, limit=limit, seed=seed)
-    tests = [rows_of(experience.dataset) for experience in stream.test_stream]
-    tree, bank, curve = AdapterTree(), AdapterBank(), LossCurve(tests)
+    tests = [one_batch(experience.dataset) for experience in stream.test_stream]
+    tree, bank, curve = AdapterTree(), AdapterBank(), Curve(tests, answer_loss)
     start = None if pick == "none" else Start(pick, tree, bank, seed)
     starts = [] if start is None else [start]
     torch.manual_seed(seed)
@@ -94,15 +68,10 @@ def learn(pick: str, folder: Path, model: Path, seed: int, limit: int, **trainin
     )
     for experience in stream.train_stream:
         strategy.train(experience)
-    groups = stream.groups
-    counted = [i for i in range(len(groups)) if groups[i] in groups[:i]]
+    counted, own_group, chance = recovery(stream.groups, start)
     curves = torch.tensor(curve.curves)[counted].mean(0)
     final = sum(answer_loss(strategy, *test) for test in tests) / len(tests)
-    chance = sum(groups[:i].count(groups[i]) / i for i in counted) / len(counted)
-    own = float("nan")
-    if start is not None:
-        own = sum(groups[start.starts[i] or 0] == groups[i] for i in counted) / len(counted)
-    return torch.tensor([*curves.tolist(), final, own, chance])
+    return [*curves.tolist(), final, own_group, chance]
 
 
 def transfer_text(
@@ -129,7 +98,7 @@ def transfer_text(
     if not folder.is_dir() or not weights.is_dir():
         print(f"skipped: {folder} or {weights} is missing (set TREELORA_DATA)")
         return []
-    found: dict[str, list[Tensor]] = {pick: [] for pick in PICKS}
+    found: dict[str, list[list[float]]] = {pick: [] for pick in PICKS}
     for seed in range(seeds):
         for pick, outcomes in found.items():
             training = {
@@ -142,16 +111,10 @@ def transfer_text(
     columns = ["at once", *(f"epoch {i + 1}" for i in range(epochs)), "final"]
     table = Table("pick", *columns, "own group", title=f"{weights.name}, {seeds} orders")
     for pick, outcomes in found.items():
-        cells = []
-        for i in range(len(columns)):
-            values = [outcome[i].item() for outcome in outcomes]
-            cells.append(f"{sum(values) / seeds:.3f}")
-            if pick != "last":
-                pairs = zip(values, found["last"], strict=True)
-                cells[-1] += f" ± {interval([value - last[i].item() for value, last in pairs]):.3f}"
-        own, chance = torch.stack(outcomes).mean(0)[-2:].tolist()
-        cells.append("–" if pick == "none" else f"{own:.2f} ({chance:.2f})")
-        table.add_row(pick, *cells)
+        *losses, own_group, chance = map(list, zip(*outcomes, strict=True))
+        controls = [None] * len(losses) if pick == "last" else zip(*found["last"], strict=True)
+        cells = [beside(*pair, digits=3) for pair in zip(losses, controls, strict=False)]
+        table.add_row(pick, *cells, shares(own_group, chance))
     Console(width=120).print(table)
     return []
 

@@ -43,6 +43,15 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def o_lora(data_root: Path) -> Path:
+    """The folder of O-LoRA's text classifications; skips the test where it is missing."""
+    folder = data_root / "CL_Benchmark"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing")
+    return folder
+
+
 @pytest.fixture
 def tiny_vit() -> Callable[..., VisionTransformer]:
     """Makes a timm ViT of three blocks, with the same random weights at every call."""

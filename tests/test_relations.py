@@ -190,13 +190,6 @@ def test_the_groups_of_caltech101_are_classes_of_it(data_root):
 # ------------------------------------------------------------------------------------------- texts
 
 
-@pytest.fixture
-def o_lora(data_root):
-    if not (data_root / "CL_Benchmark").is_dir():
-        pytest.skip(f"{data_root / 'CL_Benchmark'} is missing")
-    return data_root / "CL_Benchmark"
-
-
 def test_texts_of_a_group_are_asked_the_same(o_lora, make_tokenizer):
     stream = GroupedTexts(o_lora, make_tokenizer(), limit=2, seed=3)
     names = stream.task_names

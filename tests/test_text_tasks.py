@@ -23,14 +23,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def o_lora(data_root):
-    folder = data_root / "CL_Benchmark"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing")
-    return folder
-
-
 def test_both_layouts_side_by_side(folder, make_tokenizer):
     benchmark = TextTasks(folder, make_tokenizer())
     assert benchmark.task_names == ["drawn", "given"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from avalanche.benchmarks import (
@@ -26,6 +26,8 @@ from .digits import _LabelledImages
 from .text_classification import classification_tasks
 from .text_tasks import text_benchmark
 from .vision import SplitImageFolder
+
+T = TypeVar("T")
 
 ORDERS = ("shuffled", "rounds")
 
@@ -82,7 +84,7 @@ def ReturningTasks(
     if order == "rounds":
         tasks = [task for part in range(times) for task in tasks[part::times]]
     else:
-        tasks = [tasks[i] for i in torch.randperm(len(tasks), generator=generator).tolist()]
+        tasks = _shuffled(tasks, generator)
     groups, train_sets, test_sets = zip(*tasks, strict=True)
     returning = dataset_benchmark(train_sets, test_sets)
     returning.groups = list(groups)
@@ -122,11 +124,11 @@ def GroupedImageFolder(
                 f"`classes_per_task` is {classes_per_task}, which does not divide the "
                 f"{len(names)} classes of {group!r}; add or leave out some of them."
             )
-        drawn = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+        drawn = _shuffled(names, generator)
         tasks += [
             (group, drawn[i : i + classes_per_task]) for i in range(0, len(names), classes_per_task)
         ]
-    tasks = [tasks[i] for i in torch.randperm(len(tasks), generator=generator).tolist()]
+    tasks = _shuffled(tasks, generator)
     benchmark = SplitImageFolder(
         dataset_root,
         len(tasks),
@@ -162,10 +164,10 @@ def GroupedTexts(
     :raises ValueError: if there is no such task, or a file does not hold its records.
     """
     tasks = [(group, name) for group, names in groups.items() for name in names]
-    drawn = [tasks[i] for i in torch.randperm(len(tasks), generator=_generator(seed)).tolist()]
-    built = classification_tasks(data_root, [name for _, name in drawn])
+    tasks = _shuffled(tasks, _generator(seed))
+    built = classification_tasks(data_root, [name for _, name in tasks])
     benchmark = text_benchmark(built, model, limit=limit, max_length=max_length)
-    benchmark.groups = [group for group, _ in drawn]
+    benchmark.groups = [group for group, _ in tasks]
     return benchmark
 
 
@@ -209,6 +211,10 @@ def DomainDigits(*, seed: int = 0) -> GenericCLScenario:
 
 def _generator(seed: int | None) -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
+
+
+def _shuffled(items: Sequence[T], generator: torch.Generator) -> list[T]:
+    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
 
 def _name(benchmark: Any, i: int) -> str:
