@@ -27,7 +27,10 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
     :param sizes: what grows.
     :param values: what was measured at each size.
+    :return: not a number if there is one size only.
     """
+    if len(sizes) < 2:
+        return math.nan
     x, y = ([math.log(number) for number in numbers] for numbers in (sizes, values))
     return linear_regression(x, y).slope
 

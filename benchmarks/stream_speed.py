@@ -50,12 +50,14 @@ from treelora_avalanche.adapters import TrainableView, add_lora
 from treelora_avalanche.metrics import AccuracyMatrix, overall_performance
 from treelora_avalanche.models import create_vit, image_preprocessing
 from treelora_avalanche.names import check_known
+from treelora_avalanche.plugins import FirstSessionPlugin
 from treelora_avalanche.runs.account import git_hash, hardware, versions
 from treelora_avalanche.scenarios import SplitImageFolder
 from treelora_avalanche.strategies import L2P, HiDeLoRA, SeqLoRA, TreeLoRAStrategy
 
 BASE, EQUAL = "SeqLoRA, all layers", "TreeLoRA, all layers"
 FASTEST, COMPILED = "... and bf16", "... and compiled"
+FIRST_SESSION = "... and bf16, all layers in the first task"
 HIDE, HIDE_BF16 = "HiDeLoRA, first 5 layers", "HiDeLoRA, bf16"
 TARGET_BARE, TARGET_STEP, TARGET_STREAM, TARGET_HIDE = 1.05, 1.03, 3.0, 5.0
 TARGET_POINTS = 1.0  # of accuracy, between all layers and the fastest
@@ -68,6 +70,11 @@ def _plain(layers: str) -> Callable[[nn.Module], nn.Module]:
 
 def _tree(**kwargs: Any) -> Callable[..., Any]:
     return lambda vit, **shared: TreeLoRAStrategy(vit, layers="last:5", **kwargs, **shared)
+
+
+def _first_session(vit: nn.Module, plugins: list[Any], **shared: Any) -> Any:
+    own = [*plugins, FirstSessionPlugin(5)]
+    return TreeLoRAStrategy(vit, layers="all", precision="bf16", plugins=own, **shared)
 
 
 def _hide(**kwargs: Any) -> Callable[..., Any]:
@@ -88,6 +95,7 @@ ROWS: dict[str, tuple[Callable[..., Any], str]] = {
     "... and the class token alone": (_tree(cache=None), "last:5"),
     "... and frozen blocks kept": (_tree(), "last:5"),
     FASTEST: (_tree(precision="bf16"), "last:5"),
+    FIRST_SESSION: (_first_session, "last:5"),
     COMPILED: (_tree(precision="bf16", compile=True), "last:5"),
     HIDE: (_hide(), "all"),
     HIDE_BF16: (_hide(precision="bf16"), "all"),
@@ -202,10 +210,11 @@ def _built(
     batch_size: int,
     epochs: int,
     lr: float,
+    seed: int,
     device: torch.device,
     clock: Clock,
 ) -> Measured:
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     build, layers = ROWS[name]
     watch, matrix = Watch(clock), AccuracyMatrix()
     strategy = build(
@@ -244,6 +253,7 @@ def stream_speed(
     per_task: int = 96,
     epochs: int = 5,
     lr: float = 0.003,
+    seed: int = 0,
     data: Path | None = None,
     exclude_classes: tuple[str, ...] = (),
     checkpoint: Path | None = None,
@@ -263,6 +273,7 @@ def stream_speed(
     :param per_task: training images per task, if they are random; a quarter as many for the test.
     :param epochs: epochs per task.
     :param lr: Adam's learning rate.
+    :param seed: of the order of classes of ``data``, and of the adapters.
     :param data: a folder with one folder of images per class, in ``train`` and in ``test``. The
         images are read before the clock starts, as whoever reads them first pays for all; and the
         bare loop, which needs no images, is left out.
@@ -301,7 +312,7 @@ def stream_speed(
             n_tasks,
             preprocessing=image_preprocessing(backbone(0)),
             classes=classes[: len(classes) - len(classes) % n_tasks],
-            seed=0,
+            seed=seed,
         )
         train, test = list(benchmark.train_stream), list(benchmark.test_stream)
         n_classes = benchmark.n_classes
@@ -309,7 +320,7 @@ def stream_speed(
             for _ in experience.dataset:
                 pass
     measured = {
-        name: _built(name, backbone(n_classes), batch_size, epochs, lr, where, now)
+        name: _built(name, backbone(n_classes), batch_size, epochs, lr, seed, where, now)
         for name in names
     }
     bare = add_lora(backbone(n_classes), layers="all").to(where)
@@ -394,19 +405,24 @@ def _missed(measured: dict[str, Measured], loop: float, accuracy: bool) -> list[
         if ratio < target:
             missed.append(f"{what} is {ratio:.2f}, below {target}")
 
-    base, equal, fastest = (measured.get(name) for name in (BASE, EQUAL, FASTEST))
+    base, equal, fastest, first_session = (
+        measured.get(name) for name in (BASE, EQUAL, FASTEST, FIRST_SESSION)
+    )
     if base is not None and not math.isnan(loop):
         at_most("an epoch of SeqLoRA over the bare loop's", base.epoch / loop, TARGET_BARE)
     if base is not None and equal is not None:
         at_most("TreeLoRA's step over SeqLoRA's, all layers", equal.ms / base.ms, TARGET_STEP)
-    if base is not None and fastest is not None:
-        at_least("SeqLoRA's stream over TreeLoRA's", base.stream / fastest.stream, TARGET_STREAM)
+    # A first session is a third of a stream of three tasks: it is for whole streams, of real data.
+    for name, row in ((FASTEST, fastest), *([(FIRST_SESSION, first_session)] if accuracy else [])):
+        if base is not None and row is not None:
+            ratio = base.stream / row.stream
+            at_least(f"SeqLoRA's stream over TreeLoRA's ({name})", ratio, TARGET_STREAM)
     if HIDE in measured and fastest is not None:
         ratio = measured[HIDE].stream / fastest.stream
         at_least("HiDeLoRA's stream over TreeLoRA's", ratio, TARGET_HIDE)
-    if accuracy and equal is not None and fastest is not None:
+    if accuracy and equal is not None and first_session is not None:
         lost = overall_performance(equal.matrix.result()) - overall_performance(
-            fastest.matrix.result()
+            first_session.matrix.result()
         )
         at_most("points of accuracy lost to all layers", 100 * lost, TARGET_POINTS)
     return missed

@@ -120,12 +120,15 @@ class PrefixView(TrainableView):
                 f"`module` ({type(module).__name__}) has no timm VisionTransformer with timm's own "
                 "forward pass; use TrainableView."
             )
+        self.n_settled = 0
+        """Blocks below the suffix though they have trained parameters: they are trained no more."""
         self.n_frozen = frozen_blocks(vit)
         """Blocks of the prefix, see :func:`frozen_blocks`; told anew when the mode is set."""
 
     def train(self, mode: bool = True) -> PrefixView:
         """Sets the mode, see :meth:`torch.nn.Module.train`, and finds the prefix again."""
-        self.n_frozen = frozen_blocks(self.transformer)
+        n_frozen = frozen_blocks(self.transformer)
+        self.n_frozen = None if n_frozen is None else max(n_frozen, self.n_settled)
         super().train(mode)
         return self
 
@@ -134,6 +137,11 @@ class PrefixView(TrainableView):
         """The transformer inside the peft model."""
         # Not kept: as a second submodule it would give every parameter a second name.
         return cast(VisionTransformer, find_transformer(self.module))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, from the input side to the output side."""
+        return list(self.transformer.blocks)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -33,24 +33,24 @@ def decoder_layers(model: LanguageModel) -> nn.ModuleList | None:
     return None
 
 
-def frozen_layers(model: LanguageModel) -> int:
+def frozen_layers(model: LanguageModel) -> int | None:
     """Number of decoder layers below the lowest one with a trained parameter.
 
     :param model: a language model.
-    :return: 0 also where something else is trained beside layers and output layer, as what lies
-        below them may be.
+    :return: None where something else is trained beside layers and output layer, as what lies below
+        them may be.
     """
     layers = decoder_layers(model)
     if layers is None:
-        return 0
+        return None
 
     def trained(module: nn.Module) -> set[nn.Parameter]:
         return {p for p in module.parameters() if p.requires_grad}
 
     if trained(model.base) - trained(layers) - trained(model.base.get_output_embeddings()):
-        return 0
+        return None
     if trained(model.base.get_input_embeddings()):  # tied to the output layer
-        return 0
+        return None
     return next((n for n, layer in enumerate(layers) if trained(layer)), 0)
 
 
@@ -90,13 +90,16 @@ class LanguagePrefixView(TrainableView):
 
     def __init__(self, module: LanguageModel):
         super().__init__(module)
+        self.n_settled = 0
+        """Layers below the suffix though they have trained parameters: they are trained no more."""
         self.n_frozen = frozen_layers(module)
         """Layers of the prefix, see :func:`frozen_layers`; told anew when the mode is set."""
         self._in_tuple = False
 
     def train(self, mode: bool = True) -> LanguagePrefixView:
         """Sets the mode, see :meth:`torch.nn.Module.train`, and finds the prefix again."""
-        self.n_frozen = frozen_layers(self.module)
+        n_frozen = frozen_layers(self.module)
+        self.n_frozen = None if n_frozen is None else max(n_frozen, self.n_settled)
         super().train(mode)
         return self
 
@@ -107,6 +110,11 @@ class LanguagePrefixView(TrainableView):
         """
         for layer in decoder_layers(self.module) or ():
             layer.compile(*args, **kwargs)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder layers, from the input side to the output side."""
+        return list(decoder_layers(self.module) or ())
 
     @property
     def dtype(self) -> torch.dtype:

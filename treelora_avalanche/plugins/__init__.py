@@ -4,6 +4,7 @@ from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
 from treelora_avalanche.plugins.data_parallel import DataParallelPlugin
 from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
+from treelora_avalanche.plugins.first_session import FirstSessionPlugin
 from treelora_avalanche.plugins.hide import ContrastivePlugin, TaskAdaptersPlugin
 from treelora_avalanche.plugins.inf_lora import InfLoRAPlugin
 from treelora_avalanche.plugins.l2_anchor import L2AnchorPlugin
@@ -34,6 +35,7 @@ __all__ = [
     "DataParallelPlugin",
     "DemonstrationsPlugin",
     "FiniteLossPlugin",
+    "FirstSessionPlugin",
     "InfLoRAPlugin",
     "KeyLossPlugin",
     "L2AnchorPlugin",

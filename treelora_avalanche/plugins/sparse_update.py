@@ -17,8 +17,7 @@ from treelora_avalanche.state import check_keys, check_same_settings
 def proximal_step(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
     """Proximal step of ``threshold * ||factors - anchor||_1``: soft thresholding around the anchor.
 
-    theta <- theta_k + sign(theta - theta_k) max(|theta - theta_k| - threshold, 0), which is the
-    point between theta - threshold and theta + threshold that is nearest to theta_k. A coordinate
+    theta <- theta_k + sign(theta - theta_k) max(|theta - theta_k| - threshold, 0). A coordinate
     within the threshold lands on the anchor exactly, which a subgradient step never does.
 
     :param factors: theta, ``(n_layers, dim)``.
@@ -26,18 +25,21 @@ def proximal_step(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
     :param threshold: learning rate times lambda, at least 0.
     :return: the new factors, of the same shape.
     """
-    return proximal_step_(factors.clone(), anchor, threshold, torch.empty_like(factors))
+    return proximal_step_(factors.clone(), anchor, threshold)
 
 
-def proximal_step_(factors: Tensor, anchor: Tensor, threshold: float, room: Tensor) -> Tensor:
-    """:func:`proximal_step` in place, in three passes and without memory of its own.
+def proximal_step_(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
+    """:func:`proximal_step` in place, in three passes over two tensors.
 
-    :param room: any values, of the same shape; they are lost.
+    Fresh memory of the adapter's size, asked for at every step, would cost a CPU more than the
+    arithmetic, so the shrinkage, which :mod:`torch.nn.functional` has not in place, is called by
+    its name among PyTorch's operators.
+
     :return: ``factors``.
     """
-    least = torch.sub(factors, threshold, out=room)
-    most = factors.add_(threshold)
-    return torch.clamp(anchor, least, most, out=factors)
+    difference = factors.sub_(anchor)
+    torch.ops.aten.softshrink.out(difference, threshold, out=difference)
+    return difference.add_(anchor)
 
 
 class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -69,7 +71,6 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         """Finds the live adapter and the part of the optimizer that moves it."""
         self._factors = LoRAFactors(strategy.model)
         self._anchor = None
-        self._room = torch.empty_like(self._factors.stack)
         a, _ = self._factors.parameters[0]
         self._group = next(
             group
@@ -87,9 +88,7 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         if self.tree_lambda > 0 and self.selector.picks is not None:
             self._anchor = self.bank.receive()
             threshold = float(self._group["lr"]) * self.tree_lambda
-            # Fresh memory of the adapter's size, asked for at every step, would cost the CPU more
-            # than the arithmetic.
-            proximal_step_(self._factors.stack, self._anchor, threshold, self._room)
+            proximal_step_(self._factors.stack, self._anchor, threshold)
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Publishes the penalty and the sparsity that it has reached."""
