@@ -112,17 +112,19 @@ def make_tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_language_model(make_tokenizer) -> Callable[..., Any]:
-    """Makes a Llama of two blocks that reads characters, the same random weights at every call."""
+    """Makes a Llama that reads characters, with the same random weights at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from treelora_avalanche.models import LanguageModel
 
-    def make(max_length: int = 48, context: int = 64, **options: Any) -> LanguageModel:
+    def make(
+        max_length: int = 48, context: int = 64, n_layers: int = 2, **options: Any
+    ) -> LanguageModel:
         config = LlamaConfig(
             vocab_size=98,
             hidden_size=16,
             intermediate_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=n_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=context,

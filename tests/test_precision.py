@@ -4,9 +4,11 @@ import pytest
 import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
+from treelora_avalanche.methods import LANGUAGE, METHODS
 from treelora_avalanche.models.frozen_prefix import PrefixView
 from treelora_avalanche.models.precision import autocast_dtype
 from treelora_avalanche.plugins import PrefixCachePlugin
+from treelora_avalanche.settings import RunSettings
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -47,6 +49,24 @@ class Watch(SupervisedPlugin):
         self.losses[-1] = strategy.loss.item()
 
 
+class Losses(SupervisedPlugin):
+    """Losses of all steps, and the precisions of the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.dtypes = [], set()
+
+    def before_backward(self, strategy, **kwargs):
+        self.losses.append(strategy.loss.detach().float().clone())
+        self.dtypes.add(strategy.mb_output.dtype)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
 def test_bf16_computes_in_half_the_bits_and_keeps_weights_in_all(tiny_vit, tiny_benchmark):
     losses = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -78,6 +98,58 @@ def test_features_and_answers_are_float32(tiny_vit, tiny_benchmark):
     strategy.model.eval()
     with torch.no_grad():
         assert strategy.model(images).dtype == torch.float32
+
+
+METHODS_AT_WORK = [
+    (kind, name)
+    for name, method in METHODS.items()
+    for kind in sorted(method.models)
+    if not method.frozen
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS_AT_WORK)
+def test_every_method_learns_nearly_the_same_in_bf16(
+    kind, name, tiny_vit, tiny_benchmark, make_language_model, tiny_texts
+):
+    on_text = kind == LANGUAGE
+    stream = (tiny_texts if on_text else tiny_benchmark).train_stream[:2]
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        settings = (
+            RunSettings(scenario="text_tasks", data="-", model="tiny", precision=precision)
+            if on_text
+            else RunSettings(scenario="domains", data="-", precision=precision, rank=2)
+        )
+        torch.manual_seed(1)
+        seen = Losses()
+        strategy = METHODS[name].build(
+            make_language_model(max_length=40, context=72, n_layers=5)
+            if on_text
+            else tiny_vit(depth=5),
+            settings,
+            0.001,
+            0,
+            {
+                "train_mb_size": 4 if on_text else 16,
+                "train_epochs": 1,
+                "eval_mb_size": 16,
+                "device": "cpu",
+                "plugins": [seen],
+                "evaluator": EvaluationPlugin(loggers=[]),
+            },
+        )
+        assert strategy.model.autocast == (torch.bfloat16 if precision == "bf16" else None)
+        torch.manual_seed(2)
+        strategy.train(stream)
+        strategy.eval(stream)
+        assert {p.dtype for p in strategy.model.parameters()} == {torch.float32}
+        if not on_text:
+            assert seen.dtypes == {torch.float32}
+        losses[precision] = torch.stack(seen.losses)
+    assert losses["bf16"].isfinite().all()
+    assert not torch.equal(losses["bf16"], losses["fp32"])
+    torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.1, atol=0.1)
 
 
 def test_bf16_attention_on_a_cpu_is_that_of_float64(tiny_vit):

@@ -22,7 +22,7 @@ Build = Callable[["nn.Module", RunSettings, float, int, dict[str, Any]], "Superv
 
 TREE_OPTIONS = frozenset({"tree_lambda", "selection", "depth", "max_adapters"})
 LORA_OPTIONS = frozenset({"rank", "alpha", "layers", "target_modules"})
-TRAINING_OPTIONS = frozenset({"head", "epochs", "lr"})
+TRAINING_OPTIONS = frozenset({"head", "epochs", "lr", "precision"})
 
 WITHOUT_CONSEQUENCE = frozenset({"download"})
 
@@ -134,6 +134,7 @@ def _our_lora(name: str, **fixed: Any) -> Build:
             model=model,
             optimizer=_optimizer(settings, lr),
             accumulation_steps=settings.accumulation_steps,
+            precision=settings.precision,
             **_lora_arguments(settings),
             **fixed,
             **{**shared, "plugins": plugins},
@@ -158,6 +159,7 @@ def _our_prompts(name: str) -> Build:
             model=model,
             optimizer=_optimizer(settings, lr),
             accumulation_steps=settings.accumulation_steps,
+            precision=settings.precision,
             **{**shared, "plugins": [*_head(settings), *shared["plugins"]]},
         )
         return strategy
@@ -182,6 +184,7 @@ def _hide(name: str, *options: str) -> Build:
             model=model,
             optimizer=_optimizer(settings, lr),
             accumulation_steps=settings.accumulation_steps,
+            precision=settings.precision,
             seed=seed,
             **own,
             **shared,
@@ -224,6 +227,7 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
         from avalanche import training
 
         from .adapters import TrainableView, add_lora
+        from .models.precision import set_precision
         from .plugins import CosineSchedulePlugin, FiniteLossPlugin
         from .strategies.defaults import LANGUAGE_TRAINING, VISION_TRAINING
 
@@ -233,18 +237,18 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
                 "makes a step of every batch; leave it out, and raise `--batch_size` as far as "
                 "memory allows"
             )
-        if lora:
-            model = TrainableView(add_lora(model, **_lora_arguments(settings)))
+        view = TrainableView(add_lora(model, **_lora_arguments(settings)) if lora else model)
+        set_precision(view, settings.precision, shared["device"])
         # On its device now: an optimizer made of parameters that move later would train copies.
-        model.to(shared["device"])
+        view.to(shared["device"])
         head = [] if joint else _head(settings)
         plugins = [*head, *shared["plugins"], FiniteLossPlugin()]
         defaults = LANGUAGE_TRAINING if settings.on_language else VISION_TRAINING
         if defaults.schedule == "cosine":
             plugins.append(CosineSchedulePlugin())
         strategy: SupervisedTemplate = getattr(training, name)(
-            model=model,
-            optimizer=_optimizer(settings, lr)(model.parameters()),
+            model=view,
+            optimizer=_optimizer(settings, lr)(view.parameters()),
             criterion=defaults.criterion(),
             **fixed,
             **{**shared, "plugins": plugins},

@@ -13,6 +13,7 @@ IMAGE_MODEL = "vit_base_patch16_224"
 SELECTIONS = ("lcb", "nearest", "random")
 HEADS = ("linear", "task_adaptive")
 DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("fp32", "bf16", "auto")
 VARIANTS = ("500", "1000", "5000")
 METRICS = ("accuracy", "rouge_l", "edit_similarity", "sari")
 EQUAL_EPOCHS, PAPER_EPOCHS = "equal", "paper"
@@ -128,6 +129,13 @@ class RunSettings:
             "GPU, else float32"
         ),
     )
+    precision: str = field(
+        default="fp32",
+        metadata=_help(
+            "of the forward pass: fp32, the weights' own; bf16, while weights and optimizer keep "
+            "theirs; auto, bf16 where the device has instructions for it"
+        ),
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata=_help("compute activations twice, to save memory (texts)")
     )
@@ -212,6 +220,7 @@ class RunSettings:
         check_known("`--head`", self.head, HEADS)
         check_known("`--variant`", self.variant, VARIANTS)
         check_known("`--metric`", self.metric, METRICS)
+        check_known("`--precision`", self.precision, PRECISIONS)
         if self.dtype is not None:
             check_known("`--dtype`", self.dtype, DTYPES)
         self._check_ranges()

@@ -276,7 +276,15 @@ class TrainableView(nn.Module):
     def live(self, *args: Any, **kwargs: Any) -> Any:
         """The answer of the live adapter; a view may have others, and choose among them."""
         with self.autocasting():
-            return self.module(*args, **kwargs)
+            return self.full_precision(self.module(*args, **kwargs))
+
+    def full_precision(self, logits: Any) -> Any:
+        """Logits of classes in full precision, as losses want them; those of texts as they are.
+
+        :param logits: what the model answers.
+        """
+        of_classes = self.autocast is not None and logits.ndim == 2
+        return logits.float() if of_classes else logits
 
     def autocasting(self) -> AbstractContextManager[Any]:
         """A context in which the model computes in the precision of :attr:`autocast`."""

@@ -196,8 +196,7 @@ class PrefixView(TrainableView):
             them, ``(batch, n_tokens, dim)``.
         """
         with self.autocasting():
-            logits = self.transformer.forward_head(self.suffix(self.hidden(x)))
-        return logits.float() if self.autocast is not None else logits
+            return self.full_precision(self.transformer.forward_head(self.suffix(self.hidden(x))))
 
     def hidden(self, x: Tensor) -> Tensor:
         """What the prefix makes of images, or has made of them already.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
 
+from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.names import check_known
 
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -36,16 +36,19 @@ def _computes_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def attend_by_products(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Takes attention apart into matrix products where these are faster than PyTorch's fused one.
+def set_precision(view: TrainableView, precision: str, device: torch.device | str) -> None:
+    """Sets in which precision a view computes.
 
-    That is so on a CPU in bf16, whose fused backward pass is slow. timm's own switch.
+    On a CPU in bf16 attention is taken apart into matrix products, by timm's own switch, as the
+    backward pass of PyTorch's fused one is slow there.
 
-    :param model: a model with attention of timm; another is left as it is.
-    :param dtype: precision of the forward pass, see :func:`autocast_dtype`.
+    :param view: the view of a model.
+    :param precision: see :func:`autocast_dtype`.
     :param device: where the model is trained.
+    :raises ValueError: if the precision is not known.
     """
-    if dtype is torch.bfloat16 and device.type == "cpu":
-        for module in model.modules():
+    view.autocast = autocast_dtype(precision, device)
+    if view.autocast is not None and torch.device(device).type == "cpu":
+        for module in view.modules():
             if hasattr(module, "fused_attn"):
                 cast(Any, module).fused_attn = False

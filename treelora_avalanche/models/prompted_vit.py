@@ -284,7 +284,7 @@ class RoutedPrompts(RoutedView):
     def routed(self, images: Tensor, router: Router) -> Tensor:
         with self.autocasting():
             chosen = router(self.module.query(images))
-            return self.module(images, self.module.prompts.stacked()[chosen])
+            return self.full_precision(self.module(images, self.module.prompts.stacked()[chosen]))
 
     def frozen_features(self, images: Tensor) -> Tensor:
         with self.autocasting():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters import PastAdapters, SubspaceMemory, lora_layers
@@ -27,7 +28,8 @@ def input_covariances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
 
     def observe(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().float().flatten(0, -2)  # (n_tokens, n_in)
-        covariances[layer] = covariances[layer] + x.T @ x if layer in covariances else x.T @ x
+        with torch.autocast(x.device.type, enabled=False):  # the model may compute in fewer bits
+            covariances[layer] = covariances[layer] + x.T @ x if layer in covariances else x.T @ x
 
     layers: list[Any] = list(lora_layers(model).values())
     hooks = [layer.register_forward_pre_hook(observe) for layer in layers]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from treelora_avalanche.adapters import TrainableView, find_host
 from treelora_avalanche.models.features import check_classes
+from treelora_avalanche.models.precision import PRECISIONS, set_precision
 from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import (
     CosineSchedulePlugin,
@@ -63,6 +64,8 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         is that of one batch of all their samples.
     :param schedule: ``"constant"`` or ``"cosine"``, the learning rate within an experience; see
         :class:`~treelora_avalanche.plugins.CosineSchedulePlugin`.
+    :param precision: of the forward pass, ``"fp32"``, ``"bf16"`` or ``"auto"``: see
+        :func:`~treelora_avalanche.models.precision.autocast_dtype`.
     :param device: where to train.
     :param head: ``"linear"``, a classifier trained by the loss alone; ``"task_adaptive"``, one that
         is re-trained after every task, for class-incremental streams: see
@@ -85,6 +88,7 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         eval_mb_size: int | None = None,
         accumulation_steps: int = 1,
         schedule: str | None = None,
+        precision: str = "fp32",
         device: str | torch.device = "cpu",
         head: str = "linear",
         plugins: Sequence[SupervisedPlugin] | None = None,
@@ -96,6 +100,7 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
             model,
             head=head,
             schedule=schedule,
+            precision=precision,
             accumulation_steps=accumulation_steps,
             plugins=plugins,
         )
@@ -105,6 +110,7 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         parallel = [p for p in plugins or () if isinstance(p, DataParallelPlugin)]
         for plugin in parallel:
             plugin.shard(model, device)
+        set_precision(model, precision, device)
         # On its device now: an optimizer made of parameters that move later would train copies.
         model.to(device)
         if optimizer is None:
@@ -161,6 +167,7 @@ def check_training(
     *,
     head: str = "linear",
     schedule: str | None = None,
+    precision: str = "fp32",
     accumulation_steps: int = 1,
     plugins: Sequence[SupervisedPlugin] | None = None,
     **_: Any,
@@ -172,6 +179,7 @@ def check_training(
     :raises ValueError: if an argument is out of range, or does not go with the model.
     """
     check_known("`head`", head, HEADS)
+    check_known("`precision`", precision, PRECISIONS)
     if schedule is not None:
         check_known("`schedule`", schedule, SCHEDULES)
     check_accumulation(accumulation_steps, plugins or ())

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from avalanche.training.plugins import SupervisedPlugin
 from peft import PeftModel
 from torch import nn
@@ -20,7 +19,6 @@ from treelora_avalanche.adapters import (
 )
 from treelora_avalanche.models.frozen_prefix import trainable_view
 from treelora_avalanche.models.language_prefix import LanguagePrefixView, takes_parts
-from treelora_avalanche.models.precision import attend_by_products, autocast_dtype
 from treelora_avalanche.plugins import PrefixCachePlugin
 from treelora_avalanche.strategies.parameter_efficient import (
     ParameterEfficientStrategy,
@@ -53,12 +51,10 @@ class SeqLoRA(ParameterEfficientStrategy):
     :param head: see :class:`ParameterEfficientStrategy`.
     :param cache: bytes of memory in which to keep what the blocks below the adapter make of the
         samples, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
-    :param precision: ``"fp32"``, ``"bf16"`` or ``"auto"``, see
-        :func:`~treelora_avalanche.models.precision.autocast_dtype`.
     :param compile: whether to compile the model by ``torch.compile``.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`ParameterEfficientStrategy`: optimizer, criterion, batch
-        sizes, epochs, device and evaluator.
+        sizes, epochs, precision, device and evaluator.
     :raises ValueError: if an argument is out of range or the model cannot be adapted; the model is
         then as it was.
     """
@@ -73,15 +69,12 @@ class SeqLoRA(ParameterEfficientStrategy):
         target_modules: Sequence[str] | None = None,
         head: str = "linear",
         cache: int | str | None = "auto",
-        precision: str = "fp32",
         compile: bool = False,
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
         check_training(model, head=head, plugins=plugins, **kwargs)
         _check_answers_with_logits(model)
-        device = torch.device(kwargs.get("device", "cpu"))
-        autocast = autocast_dtype(precision, device)
         prefix_cache = PrefixCachePlugin(cache)
         if not lora_layers(model):
             model = add_lora(
@@ -89,8 +82,6 @@ class SeqLoRA(ParameterEfficientStrategy):
             )
         logger.info("LoRA adapts %s", ", ".join(lora_layers(model)))
         view = model if isinstance(model, TrainableView) else self._view(model)
-        view.autocast = autocast
-        attend_by_products(view, autocast, device)
         if compile:
             view.compile()
         plugins = [*(plugins or ()), prefix_cache]
