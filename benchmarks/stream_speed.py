@@ -5,15 +5,19 @@ on the tasks so far. They take turns task by task, so that a slow spell of the m
 them, and what counts are ratios. By default the images are random (speed does not depend on what
 they show); with ``--data`` they are a folder of classes, and accuracy is reported too.
 
-* ``ms/step``: median of a training step; ``s/epoch``: of an epoch, data loading included;
+* ``ms/step``: median of a training step, and images per second of it; ``s/epoch``: of an epoch,
+  data loading included;
 * ``train``, ``eval``: seconds of the whole stream, with everything that a method does around its
   steps (statistics, heads, what is kept of the frozen blocks);
 * ``faster``: the stream of SeqLoRA with all layers, over this one;
 * ``of the limit``: one forward pass of the bare backbone and a backward pass down to the lowest
-  adapted block, measured, over a step. What is not computed at all can take it above 1.
+  adapted block, measured, over a step. What is not computed at all can take it above 1;
+* ``peak``: memory that the training of a task allocates at most, beyond the model and what is
+  stored, see ``method_cost.py``.
 
-Two tables follow: what selection, pull and bookkeeping add to a step by the number of past tasks,
-and a stream of many tasks (``selection_cost.py``, ``long_stream.py``).
+Three tables follow: what selection, pull and bookkeeping add to a step by the number of past tasks,
+a whole step by layers, rank and tokens, and a stream of many tasks (``selection_cost.py``,
+``step_scaling.py``, ``long_stream.py``).
 
     python benchmarks/stream_speed.py --check --write docs/performance.md
     python benchmarks/stream_speed.py --data ../shared/data/caltech101 \\
@@ -39,10 +43,11 @@ import torch
 from _command import Clock, chosen_clock, run
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from long_stream import long_stream_table
-from method_cost import stream
+from method_cost import peak_bytes, stream
 from rich.console import Console
 from rich.table import Table
 from selection_cost import selection_cost_table
+from step_scaling import step_scaling_table
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -51,6 +56,7 @@ from treelora_avalanche.metrics import AccuracyMatrix, overall_performance
 from treelora_avalanche.models import create_vit, image_preprocessing
 from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import FirstSessionPlugin
+from treelora_avalanche.reports.table import short_bytes
 from treelora_avalanche.runs.account import git_hash, hardware, versions
 from treelora_avalanche.scenarios import SplitImageFolder
 from treelora_avalanche.strategies import L2P, HiDeLoRA, SeqLoRA, TreeLoRAStrategy
@@ -155,6 +161,7 @@ class Measured:
     matrix: AccuracyMatrix
     train: float = 0.0
     eval: float = 0.0
+    peak: int = 0
 
     @property
     def stream(self) -> float:
@@ -347,6 +354,9 @@ def stream_speed(
             times += [limit(vit, layers, images, now) for _ in range(5)]
         for row in measured.values():
             _learn(row, experience, test[: task + 1])
+    for row in measured.values():
+        row.strategy.train_epochs = 1
+        row.peak = peak_bytes(row.strategy, train[-1])
     bare_epoch = statistics.median(loop) if loop else math.nan
     table = _table(
         measured,
@@ -359,12 +369,13 @@ def stream_speed(
     missed = _missed(measured, bare_epoch, accuracy=data is not None)
     tables = [table]
     if parts:
-        for part, missed_there in (
-            selection_cost_table((8, 32, 128), (8, 128, 1024), device, cpu_time),
-            long_stream_table(1000, device, cpu_time),
-        ):
-            tables.append(part)
-            missed += missed_there
+        selection, missed_there = selection_cost_table(
+            (8, 64, 512), (8, 512, 10_000), device, cpu_time
+        )
+        tables += [selection, step_scaling_table(model, max(1, batch_size // 4), device, cpu_time)]
+        many_tasks, missed_later = long_stream_table(1000, device, cpu_time)
+        tables.append(many_tasks)
+        missed += missed_there + missed_later
     for each in tables:
         Console(width=130).print(each)
     if write is not None:
@@ -380,22 +391,25 @@ def _table(
     accuracy: bool,
 ) -> Table:
     table = Table(title=title)
-    headers = ["ms/step", "s/epoch", "train s", "eval s", "faster", "of the limit"]
+    headers = ["ms/step", "images/s", "s/epoch", "train s", "eval s", "faster", "of the limit"]
+    headers += ["peak"]
     headers += ["accuracy"] if accuracy else []
     table.add_column("method")
     for header in headers:
         table.add_column(header, justify="right")
     if not math.isnan(loop):
-        table.add_row("PyTorch loop, LoRA in all layers", "", f"{loop:.2f}")
+        table.add_row("PyTorch loop, LoRA in all layers", "", "", f"{loop:.2f}")
     base = measured.get(BASE)
     for name, row in measured.items():
         cells = [
             f"{row.ms:.1f}",
+            f"{1e3 * row.strategy.train_mb_size / row.ms:.0f}",
             f"{row.epoch:.2f}",
             f"{row.train:.1f}",
             f"{row.eval:.1f}",
             "" if base is None else f"{base.stream / row.stream:.2f}",
             f"{limits[row.layers] / row.ms:.2f}",
+            short_bytes(row.peak),
         ]
         if accuracy:
             cells.append(f"{row.accuracy:.1f}")
