@@ -20,7 +20,12 @@ from treelora_avalanche.scenarios import TextTasks
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]
+COMMANDS = [
+    line
+    for kind, text in BLOCKS
+    if kind == "console"
+    for line in text.replace("\\\n", "").splitlines()
+]
 EXAMPLES = [text for kind, text in BLOCKS if kind == "python"]
 
 
@@ -85,7 +90,9 @@ def tiny_texts(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("example", EXAMPLES, ids=["strategy", "plugins", "language"])
+@pytest.mark.parametrize(
+    "example", EXAMPLES, ids=["strategy", "first session", "plugins", "language"]
+)
 def test_python_examples_run(example, monkeypatch, tiny_benchmark, tiny_texts, make_tokenizer):
     # The names of the example, on a stream and a model that need no download.
     def tiny_language_model(name, *, dtype):
@@ -103,7 +110,7 @@ def test_python_examples_run(example, monkeypatch, tiny_benchmark, tiny_texts, m
     def tiny_model(name, *, pretrained, num_classes):
         assert timm.is_model(name)
         return VisionTransformer(
-            img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=6, num_heads=2
+            img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=7, num_heads=2
         )
 
     monkeypatch.setattr(timm, "create_model", tiny_model)
