@@ -32,7 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from treelora_avalanche.metrics import AccuracyMatrix
 from treelora_avalanche.metrics.generation import GenerationScore
 from treelora_avalanche.models import LanguageModel
-from treelora_avalanche.plugins import DataParallelPlugin, TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins import (
+    DataParallelPlugin, FirstSessionPlugin, TaskAdaptiveHeadPlugin
+)
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche import strategies
 
@@ -85,6 +87,7 @@ KINDS = {
     "EWCLoRA": (strategies.EWCLoRA, vit, {}),
     "GEMLoRA": (strategies.GEMLoRA, vit, {}),
     "texts": (strategies.TreeLoRAStrategy, llama, {}),
+    "first session": (strategies.TreeLoRAStrategy, vit, {"layers": "all"}),
     "sharded": (strategies.TreeLoRAStrategy, vit, {}),
     "sharded texts": (strategies.TreeLoRAStrategy, llama, {}),
 }
@@ -94,13 +97,16 @@ for name, (kind, make_model, arguments) in KINDS.items():
     plugins = []
     if accelerator.num_processes > 1:
         plugins = [DataParallelPlugin(accelerator, shard_backbone="sharded" in name)]
+    if name == "first session":
+        plugins.append(FirstSessionPlugin(1))
     on_text = make_model is llama
     stream = texts if on_text else benchmark
     matrix = GenerationScore() if on_text else AccuracyMatrix()
     first_block.clear()
     strategy = kind(
-        model, layers="last:2", rank=2, train_mb_size=7, train_epochs=2, eval_mb_size=16,
-        plugins=plugins, evaluator=EvaluationPlugin(matrix, loggers=[]), **arguments,
+        model, rank=2, train_mb_size=7, train_epochs=2, eval_mb_size=16,
+        plugins=plugins, evaluator=EvaluationPlugin(matrix, loggers=[]),
+        **{"layers": "last:2", **arguments},
         optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9), schedule="constant",
     )
     if rank:  # what processes start with is made alike
@@ -185,6 +191,7 @@ def load(folder: Path, name: str) -> dict[str, torch.Tensor]:
         ("EWCLoRA", 1e-6),
         ("GEMLoRA", 1e-6),
         ("texts", 1e-6),
+        ("first session", 1e-6),
         ("sharded", 1e-6),
         ("sharded texts", 1e-6),
         ("head", 1e-6),
@@ -203,7 +210,7 @@ def test_two_processes_learn_what_one_does(trained, method, tolerance):
             torch.testing.assert_close(part[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("method", ["TreeLoRA", "head", "texts", "sharded"])
+@pytest.mark.parametrize("method", ["TreeLoRA", "head", "texts", "first session", "sharded"])
 def test_both_processes_have_the_same_statistics_bit_for_bit(trained, method):
     first, second = (load(trained / "two", f"{method}.{rank}") for rank in range(2))
     for name, value in first.items():
