@@ -262,7 +262,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         ):
             self._say("a sample read again differs (random augmentation, or two transforms)")
             return False
-        some = torch.stack(images[:8]).to(device)
+        some = torch.stack(images[:2]).to(device)
         if isinstance(view, LanguagePrefixView):
             some = crop(some)
             if not view.agrees(crop(some[:1])):
