@@ -35,7 +35,7 @@ class FirstSessionPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     :raises ValueError: if ``n_blocks`` is below 1.
     """
 
-    def __init__(self, n_blocks: int = 5):
+    def __init__(self, n_blocks: int = 6):
         super().__init__()
         if n_blocks < 1:
             raise ValueError(f"`n_blocks` must be at least 1, and is {n_blocks}.")
