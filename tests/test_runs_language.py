@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -292,6 +293,9 @@ def test_runs_on_images_are_the_runs_they_were():
         "max_adapters": None,
         "device": "auto",
     }
+    in_bf16 = method_config("TreeLoRA", 1, replace(images, precision="bf16"))
+    assert in_bf16["precision"] == "bf16"
+    assert "precision" not in method_config("FrozenNCM", 1, replace(images, precision="bf16"))
 
 
 @pytest.mark.parametrize(

@@ -584,6 +584,8 @@ def method_config(method: str, seed: int, settings: RunSettings) -> dict[str, An
     for name in ("epochs", "epochs_per_task"):  # one stands in place of the other
         if config.get(name, 0) is None:
             del config[name]
+    if config.get("precision") == "fp32":  # so the runs of before there was a choice are the same
+        del config["precision"]
     if "n_experiences" in config:
         config["n_experiences"] = settings.number_of_experiences
     if "lr" in config and settings.lr is None:
