@@ -18,6 +18,7 @@ from treelora_avalanche.strategies import (
     L2Anchor,
     OLoRA,
     SeqLoRA,
+    TaSL,
     TreeLoRAStrategy,
 )
 
@@ -170,6 +171,12 @@ def test_where_blocks_cannot_settle(build, message, tiny_vit, tiny_benchmark):
     with pytest.raises(ValueError, match=message):
         strategy.train(tiny_benchmark.train_stream[0])
     assert equal(before, all_weights(strategy))
+
+
+def test_an_adapter_that_is_consolidated_cannot_settle(make_language_model, tiny_texts):
+    strategy = TaSL(make_language_model(), plugins=[FirstSessionPlugin(1)])
+    with pytest.raises(ValueError, match="consolidates all of it"):
+        strategy.train(tiny_texts.train_stream[0])
 
 
 def test_a_trained_embedding_keeps_blocks_from_settling(tiny_vit, tiny_benchmark):
