@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import timm
@@ -74,6 +75,54 @@ def with_past_tasks(strategy: TreeLoRAStrategy, n_tasks: int) -> TreeLoRAStrateg
     return strategy
 
 
+def watched(
+    kind: type[SeqLoRA],
+    model: str,
+    img_size: int,
+    batch_size: int,
+    device: str,
+    clock: Clock = time.perf_counter,
+    **kwargs: Any,
+) -> tuple[Any, StepTimes]:
+    """A strategy on a ViT with random weights, and the times of its steps.
+
+    :param kind: class of the strategy.
+    :param model: name of a timm ViT.
+    :param img_size: pixels on a side.
+    :param batch_size: images per step.
+    :param device: where to train.
+    :param clock: seconds of some kind.
+    :param kwargs: further arguments of the strategy.
+    """
+    torch.manual_seed(0)
+    watch = StepTimes(clock)
+    return kind(
+        timm.create_model(model, img_size=img_size, num_classes=100),
+        train_mb_size=batch_size,
+        train_epochs=1,
+        device=device,
+        plugins=[watch],
+        evaluator=None,
+        **kwargs,
+    ), watch
+
+
+def take_turns(rows: Iterable[tuple[Any, StepTimes]], experience: Any, bursts: int) -> list[float]:
+    """Medians of the steps of several strategies, which train in turns.
+
+    :param rows: strategies and their watches.
+    :param experience: one burst of steps.
+    :param bursts: per strategy; the first is not counted.
+    """
+    rows = list(rows)
+    for burst in range(bursts):
+        for strategy, watch in rows:
+            strategy.train(experience)
+            if burst == 0:
+                watch.times.clear()
+    return [statistics.median(watch.times) for _, watch in rows]
+
+
 def step_overhead(
     model: str = "deit_tiny_patch16_224",
     img_size: int = 112,
@@ -97,36 +146,19 @@ def step_overhead(
     warnings.simplefilter("ignore")
     experience = random_stream(batch_size * steps_per_round, img_size)[0]
 
-    def make(strategy_class: type[SeqLoRA]) -> tuple[SeqLoRA, StepTimes]:
-        torch.manual_seed(0)
-        watch = StepTimes()
-        return strategy_class(
-            timm.create_model(model, img_size=img_size, num_classes=100),
-            train_mb_size=batch_size,
-            train_epochs=1,
-            device=device,
-            plugins=[watch],
-            evaluator=None,
-        ), watch
-
-    rows: dict[str, tuple[SeqLoRA, StepTimes]] = {"SeqLoRA": make(SeqLoRA)}
+    shared = (model, img_size, batch_size, device)
+    rows = {"SeqLoRA": watched(SeqLoRA, *shared)}
     for n_tasks in past_tasks:
-        strategy, watch = make(TreeLoRAStrategy)
+        strategy, watch = watched(TreeLoRAStrategy, *shared)
         rows[f"TreeLoRA, {n_tasks} past"] = (with_past_tasks(strategy, n_tasks), watch)
 
-    for burst in range(rounds):
-        for strategy, watch in rows.values():
-            strategy.train(experience)
-            if burst == 0:
-                watch.times.clear()
-
-    base = statistics.median(rows["SeqLoRA"][1].times)
+    medians = dict(zip(rows, take_turns(rows.values(), experience, rounds), strict=True))
+    base = medians["SeqLoRA"]
     table = Table(title=f"{model} at {img_size} px, batch {batch_size}, {device}")
     for column in ("strategy", "ms/step (median)", "over SeqLoRA"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     ratios = {}
-    for name, (_, watch) in rows.items():
-        median = statistics.median(watch.times)
+    for name, median in medians.items():
         ratios[name] = median / base
         table.add_row(name, f"{median:.2f}", f"{ratios[name]:.3f}")
     Console().print(table)

@@ -12,16 +12,13 @@ past tasks is shown by ``selection_cost.py`` and ``long_stream.py``.
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from typing import Any
 
-import timm
-import torch
 from _command import Clock, chosen_clock, exponent, run
 from rich.console import Console
 from rich.table import Table
-from step_overhead import StepTimes, random_stream, with_past_tasks
+from step_overhead import StepTimes, random_stream, take_turns, watched, with_past_tasks
 
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
 
@@ -58,31 +55,16 @@ def milliseconds(
     :param bursts: of steps, per method; the first is not counted.
     :param steps: of a burst.
     """
-    experience = random_stream(batch_size * steps, side * PATCH)[0]
 
     def make(kind: type[SeqLoRA]) -> tuple[Any, StepTimes]:
-        torch.manual_seed(0)
-        watch = StepTimes(now)
-        return kind(
-            timm.create_model(model, img_size=side * PATCH, num_classes=100),
-            layers=f"last:{layers}",
-            rank=rank,
-            cache=None,
-            train_mb_size=batch_size,
-            train_epochs=1,
-            device=device,
-            plugins=[watch],
-            evaluator=None,
-        ), watch
+        shape = {"layers": f"last:{layers}", "rank": rank}
+        return watched(kind, model, side * PATCH, batch_size, device, now, cache=None, **shape)
 
     ours, plain = make(TreeLoRAStrategy), make(SeqLoRA)
     with_past_tasks(ours[0], PAST)
-    for burst in range(bursts):
-        for strategy, watch in (ours, plain):
-            strategy.train(experience)
-            if burst == 0:
-                watch.times.clear()
-    return statistics.median(ours[1].times), statistics.median(plain[1].times)
+    experience = random_stream(batch_size * steps, side * PATCH)[0]
+    of_ours, of_plain = take_turns((ours, plain), experience, bursts)
+    return of_ours, of_plain
 
 
 def step_scaling_table(model: str, batch_size: int, device: str, cpu_time: bool) -> Table:

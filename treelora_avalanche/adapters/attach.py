@@ -278,13 +278,13 @@ class TrainableView(nn.Module):
         with self.autocasting():
             return self.full_precision(self.module(*args, **kwargs))
 
-    def full_precision(self, logits: Any) -> Any:
-        """Logits of classes in full precision, as losses want them; those of texts as they are.
+    def full_precision(self, answer: Any) -> Any:
+        """Logits of classes and features in full precision; logits of texts as they are.
 
-        :param logits: what the model answers.
+        :param answer: ``(batch, n_values)``, or of texts ``(batch, length, n_values)``.
         """
-        of_classes = self.autocast is not None and logits.ndim == 2
-        return logits.float() if of_classes else logits
+        of_samples = self.autocast is not None and answer.ndim == 2
+        return answer.float() if of_samples else answer
 
     def autocasting(self) -> AbstractContextManager[Any]:
         """A context in which the model computes in the precision of :attr:`autocast`."""

@@ -157,7 +157,7 @@ class PrefixView(TrainableView):
         trained = torch.is_grad_enabled() and self.n_frozen is None
         with torch.set_grad_enabled(trained), self.autocasting():
             hidden = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-            for block in list(vit.blocks)[: self.n_frozen or 0]:
+            for block in self.blocks[: self.n_frozen or 0]:
                 hidden = block(hidden)
         return hidden
 
@@ -167,7 +167,7 @@ class PrefixView(TrainableView):
         :param hidden: what :meth:`prefix` returned, in any precision.
         """
         vit = self.transformer
-        blocks = list(vit.blocks)[self.n_frozen or 0 :]
+        blocks = self.blocks[self.n_frozen or 0 :]
         last = blocks.pop() if blocks and answers_by_class_token(vit) else None
         # Kept in fewer bits, perhaps; the residual stream has those of the weights.
         hidden = hidden.to(next(vit.parameters()).dtype)
@@ -187,7 +187,7 @@ class PrefixView(TrainableView):
         """
         with self.autocasting():
             features = self.transformer.forward_head(self.suffix(self.hidden(x)), pre_logits=True)
-        return features.float() if self.autocast is not None else features
+            return self.full_precision(features)
 
     def live(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Logits of the live adapter, ``(batch, n_classes)``.

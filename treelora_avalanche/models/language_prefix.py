@@ -108,7 +108,7 @@ class LanguagePrefixView(TrainableView):
 
         The arguments are those of :meth:`torch.nn.Module.compile`.
         """
-        for layer in decoder_layers(self.module) or ():
+        for layer in self.blocks:
             layer.compile(*args, **kwargs)
 
     @property
@@ -133,7 +133,7 @@ class LanguagePrefixView(TrainableView):
 
         :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
         """
-        layers = list(decoder_layers(self.module) or ())
+        layers = self.blocks
         reached: list[Tensor] = []
 
         def hand_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
@@ -171,7 +171,7 @@ class LanguagePrefixView(TrainableView):
         def given(*_: Any, **__: Any) -> Any:
             return self._form(hidden)
 
-        layers = list(decoder_layers(self.module) or ())
+        layers = self.blocks
         tokens = real.long() - 1  # any token: 0, or padding
         with self.autocasting(), replaced(layers[: self.n_frozen], given):
             return self.module.logits(tokens, last)
