@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from ._version import __version__
-from .methods import METHODS
-from .names import check_known
-from .recipes import RECIPES, describe_recipe
-from .settings import SCENARIOS, RunSettings
+from treelora_avalanche._version import __version__
+from treelora_avalanche.methods import METHODS
+from treelora_avalanche.names import check_known
+from treelora_avalanche.recipes import RECIPES, describe_recipe
+from treelora_avalanche.settings import SCENARIOS, RunSettings
 
 LISTS = ("methods", "scenarios", "recipes")
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
@@ -202,10 +202,10 @@ def _train(options: Any) -> int:
     settings = _settings(options)
     check_known("method", options.method, METHODS)
     _before_heavy_imports(settings)
-    from .compare import train
-    from .plugins import NonFiniteLossError
-    from .reports.table import rich_table
-    from .runs.distributed import is_first, one_folder
+    from treelora_avalanche.compare import train
+    from treelora_avalanche.plugins import NonFiniteLossError
+    from treelora_avalanche.reports.table import rich_table
+    from treelora_avalanche.runs.distributed import is_first, one_folder
 
     try:
         with one_folder(options.output, settings.device) as output:
@@ -236,9 +236,9 @@ def _compare(options: Any) -> int:
     for method in options.methods:
         check_known("method", method, METHODS)
     _before_heavy_imports(settings)
-    from .compare import compare
-    from .reports.figures import write_figures
-    from .reports.table import rich_table, write_table
+    from treelora_avalanche.compare import compare
+    from treelora_avalanche.reports.figures import write_figures
+    from treelora_avalanche.reports.table import rich_table, write_table
 
     output = Path(options.output)
     cells = compare(

@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveLines
 
-from .executors import attempt, attempt_all, settings_of_jobs
-from .methods import check_models
-from .runs import (
+from treelora_avalanche.executors import attempt, attempt_all, settings_of_jobs
+from treelora_avalanche.methods import check_models
+from treelora_avalanche.runs import (
     Ingredients,
     Progress,
     check_arguments,
@@ -29,7 +29,7 @@ from .runs import (
     run,
     run_name,
 )
-from .settings import RunSettings
+from treelora_avalanche.settings import RunSettings
 
 
 @dataclass

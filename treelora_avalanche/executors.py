@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .names import check_known
-from .runs import run, write_text
-from .settings import RunSettings
+from treelora_avalanche.names import check_known
+from treelora_avalanche.runs import run, write_text
+from treelora_avalanche.settings import RunSettings
 
 EXECUTORS = ("processes", "slurm")
 SUBMITIT = {"partition": "slurm_partition", "time": "timeout_min", "gpus_per_job": "gpus_per_node"}

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .names import check_known
-from .settings import SCENARIOS, RunSettings
+from treelora_avalanche.names import check_known
+from treelora_avalanche.settings import SCENARIOS, RunSettings
 
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate
@@ -105,7 +105,7 @@ def _lora_arguments(settings: RunSettings) -> dict[str, Any]:
 
 
 def _head(settings: RunSettings) -> list[Any]:
-    from .plugins import TaskAdaptiveHeadPlugin
+    from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
 
     return [TaskAdaptiveHeadPlugin()] if settings.head == "task_adaptive" else []
 
@@ -126,7 +126,7 @@ def _our_lora(name: str, **fixed: Any) -> Build:
     def build(
         model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
     ) -> SupervisedTemplate:
-        from . import strategies
+        from treelora_avalanche import strategies
 
         # The head first, the same for all methods: it takes its statistics before anything else.
         plugins = [*_head(settings), *shared["plugins"]]
@@ -153,7 +153,7 @@ def _our_prompts(name: str) -> Build:
     def build(
         model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
     ) -> SupervisedTemplate:
-        from . import strategies
+        from treelora_avalanche import strategies
 
         strategy: SupervisedTemplate = getattr(strategies, name)(
             model=model,
@@ -177,7 +177,7 @@ def _hide(name: str, *options: str) -> Build:
     def build(
         model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
     ) -> SupervisedTemplate:
-        from . import strategies
+        from treelora_avalanche import strategies
 
         own = {option: getattr(settings, option) for option in options}
         strategy: SupervisedTemplate = getattr(strategies, name)(
@@ -226,10 +226,10 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
     ) -> SupervisedTemplate:
         from avalanche import training
 
-        from .adapters import TrainableView, add_lora
-        from .models.precision import set_precision
-        from .plugins import CosineSchedulePlugin, FiniteLossPlugin
-        from .strategies.defaults import LANGUAGE_TRAINING, VISION_TRAINING
+        from treelora_avalanche.adapters import TrainableView, add_lora
+        from treelora_avalanche.models.precision import set_precision
+        from treelora_avalanche.plugins import CosineSchedulePlugin, FiniteLossPlugin
+        from treelora_avalanche.strategies.defaults import LANGUAGE_TRAINING, VISION_TRAINING
 
         if settings.accumulation_steps > 1:
             raise ValueError(
@@ -261,7 +261,7 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
 def _replay(
     model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
 ) -> SupervisedTemplate:
-    from .plugins import MemoryDrawsPlugin
+    from treelora_avalanche.plugins import MemoryDrawsPlugin
 
     builder = _avalanches("Replay", mem_size=REPLAY_SAMPLES)
     plugins = [*shared["plugins"], MemoryDrawsPlugin()]
@@ -277,7 +277,7 @@ def _our_frozen(name: str) -> Build:
     def build(
         model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
     ) -> SupervisedTemplate:
-        from . import strategies
+        from treelora_avalanche import strategies
 
         kept = {k: v for k, v in shared.items() if k not in ("train_mb_size", "train_epochs")}
         strategy: SupervisedTemplate = getattr(strategies, name)(model=model, **kept)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .names import check_known
-from .streams import SCENARIO_OPTIONS, SCENARIOS, Scenario
+from treelora_avalanche.names import check_known
+from treelora_avalanche.streams import SCENARIO_OPTIONS, SCENARIOS, Scenario
 
 DIGITS_VIT = "digits_vit"
 IMAGE_MODEL = "vit_base_patch16_224"

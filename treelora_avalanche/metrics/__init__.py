@@ -1,12 +1,12 @@
 """Metrics of continual learning as Avalanche metric plugins, and the arithmetic behind them."""
 
-from .accuracy_matrix import (
+from treelora_avalanche.metrics.accuracy_matrix import (
     AccuracyMatrix,
     BackwardTransfer,
     OverallPerformance,
     continual_metrics,
 )
-from .generation import (
+from treelora_avalanche.metrics.generation import (
     GenerationBackwardTransfer,
     GenerationOverallPerformance,
     GenerationScore,
@@ -15,14 +15,14 @@ from .generation import (
     find_text_generator,
     generation_metrics,
 )
-from .score_matrix import (
+from treelora_avalanche.metrics.score_matrix import (
     ScoreMatrix,
     backward_transfer,
     forgetting,
     overall_performance,
 )
-from .text_scores import accuracy, edit_similarity, mean_score, rouge_l, sari
-from .training import EpochAccuracy, EpochLoss
+from treelora_avalanche.metrics.text_scores import accuracy, edit_similarity, mean_score, rouge_l, sari
+from treelora_avalanche.metrics.training import EpochAccuracy, EpochLoss
 
 __all__ = [
     "AccuracyMatrix",

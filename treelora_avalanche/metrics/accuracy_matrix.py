@@ -14,7 +14,7 @@ from torch import Tensor
 
 from treelora_avalanche.state import check_keys
 
-from .score_matrix import (
+from treelora_avalanche.metrics.score_matrix import (
     NumberOfMatrix,
     ScoreMatrix,
     backward_transfer,

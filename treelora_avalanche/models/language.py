@@ -25,10 +25,10 @@ from transformers import (
     GenerationConfig,
 )
 
-from ..adapters import AdapterHost, merged_weights
-from .features import evaluating
-from .hub import from_folder_or_hub
-from .text_prompts import encode_prompt, end_token
+from treelora_avalanche.adapters import AdapterHost, merged_weights
+from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.models.hub import from_folder_or_hub
+from treelora_avalanche.models.text_prompts import encode_prompt, end_token
 
 logger = logging.getLogger(__name__)
 

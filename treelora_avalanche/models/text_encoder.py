@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from ..adapters import ENCODER_LORA
-from .hub import from_folder_or_hub
-from .language import PADDING, crop
+from treelora_avalanche.adapters import ENCODER_LORA
+from treelora_avalanche.models.hub import from_folder_or_hub
+from treelora_avalanche.models.language import PADDING, crop
 
 
 class TextEncoder(nn.Module):

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ..runs import to_json, write_text
+from treelora_avalanche.runs import to_json, write_text
 
 
 @dataclass(frozen=True)

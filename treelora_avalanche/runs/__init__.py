@@ -10,11 +10,11 @@ state/                    while it runs: where an interrupted run continues
 results.json              last; its presence says that the run is finished
 """
 
-from .account import git_hash, stored_bytes
-from .folder import SCHEMA_VERSION, finished_results, run_name, to_json, write_text
-from .ingredients import Ingredients, prepare, resolve_config
-from .training import check_arguments, run
-from .watch import JsonLinesLogger, Progress, ProgressPlugin
+from treelora_avalanche.runs.account import git_hash, stored_bytes
+from treelora_avalanche.runs.folder import SCHEMA_VERSION, finished_results, run_name, to_json, write_text
+from treelora_avalanche.runs.ingredients import Ingredients, prepare, resolve_config
+from treelora_avalanche.runs.training import check_arguments, run
+from treelora_avalanche.runs.watch import JsonLinesLogger, Progress, ProgressPlugin
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -17,8 +17,8 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .._version import __version__
-from .watch import ProgressPlugin
+from treelora_avalanche._version import __version__
+from treelora_avalanche.runs.watch import ProgressPlugin
 
 VERSIONED = ("torch", "avalanche-lib", "timm", "peft", "transformers", "numpy")
 

@@ -78,7 +78,7 @@ def parallel_plugins(device: str, *, shard_backbone: bool = False) -> list[Any]:
                 "several with torchrun or accelerate launch"
             )
         return []
-    from ..plugins import DataParallelPlugin
+    from treelora_avalanche.plugins import DataParallelPlugin
 
     accelerator = _accelerator(device == "cpu")
     return [DataParallelPlugin(accelerator, shard_backbone=shard_backbone)]

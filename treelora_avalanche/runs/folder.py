@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from safetensors.torch import save_file
 
-from .._version import __version__
+from treelora_avalanche._version import __version__
 
 SCHEMA_VERSION = 2
 STATE = "state"

@@ -19,7 +19,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from rich.console import Console
 from torch import Tensor
 
-from ..metrics import (
+from treelora_avalanche.metrics import (
     AccuracyMatrix,
     BackwardTransfer,
     EpochAccuracy,
@@ -31,10 +31,10 @@ from ..metrics import (
     generation_metrics,
     overall_performance,
 )
-from ..models.language import PADDING
-from .distributed import is_first
-from .folder import to_json, write_text
-from .watch import JsonLinesLogger
+from treelora_avalanche.models.language import PADDING
+from treelora_avalanche.runs.distributed import is_first
+from treelora_avalanche.runs.folder import to_json, write_text
+from treelora_avalanche.runs.watch import JsonLinesLogger
 
 
 @dataclass(frozen=True)

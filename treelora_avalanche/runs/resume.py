@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .._version import __version__
-from ..state import check_keys, has_state, load_state, save_state
-from ..strategies.resumable import strategy_state
-from .folder import SCHEMA_VERSION, STATE, is_unfinished
+from treelora_avalanche._version import __version__
+from treelora_avalanche.state import check_keys, has_state, load_state, save_state
+from treelora_avalanche.strategies.resumable import strategy_state
+from treelora_avalanche.runs.folder import SCHEMA_VERSION, STATE, is_unfinished
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from .. import models, scenarios
-from ..adapters import lora_layers
-from ..methods import Method
-from ..settings import EQUAL_EPOCHS, RunSettings
-from ..tree import MAX_DEPTH
+from treelora_avalanche import models, scenarios
+from treelora_avalanche.adapters import lora_layers
+from treelora_avalanche.methods import Method
+from treelora_avalanche.settings import EQUAL_EPOCHS, RunSettings
+from treelora_avalanche.tree import MAX_DEPTH
 
 
 def language_model(settings: RunSettings, dtype: str) -> nn.Module:

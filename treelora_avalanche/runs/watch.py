@@ -13,8 +13,8 @@ from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import MaxRAM
 from avalanche.logging import BaseLogger
 
-from .distributed import is_first
-from .folder import to_json
+from treelora_avalanche.runs.distributed import is_first
+from treelora_avalanche.runs.folder import to_json
 
 
 @dataclass(frozen=True)

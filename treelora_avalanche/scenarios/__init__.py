@@ -1,11 +1,11 @@
 """Benchmarks: streams of tasks, in Avalanche's form."""
 
-from .cifar100 import SplitCIFAR100
-from .cub200 import SplitCUB200
-from .digits import SplitDigits, digits_images
-from .domains import DomainImageFolder
-from .imagenet_r import SplitImageNetR
-from .relations import (
+from treelora_avalanche.scenarios.cifar100 import SplitCIFAR100
+from treelora_avalanche.scenarios.cub200 import SplitCUB200
+from treelora_avalanche.scenarios.digits import SplitDigits, digits_images
+from treelora_avalanche.scenarios.domains import DomainImageFolder
+from treelora_avalanche.scenarios.imagenet_r import SplitImageNetR
+from treelora_avalanche.scenarios.relations import (
     CALTECH101_GROUPS,
     TEXT_GROUPS,
     DomainDigits,
@@ -13,11 +13,11 @@ from .relations import (
     GroupedTexts,
     ReturningTasks,
 )
-from .text_classes import TextClasses
-from .text_classification import LongSequence, OLoRAOrder
-from .text_tasks import TextTasks
-from .trace import FULL_EPOCHS, LORA_EPOCHS, TRACE, TREELORA_EPOCHS, MathLLM
-from .vision import SplitImageFolder
+from treelora_avalanche.scenarios.text_classes import TextClasses
+from treelora_avalanche.scenarios.text_classification import LongSequence, OLoRAOrder
+from treelora_avalanche.scenarios.text_tasks import TextTasks
+from treelora_avalanche.scenarios.trace import FULL_EPOCHS, LORA_EPOCHS, TRACE, TREELORA_EPOCHS, MathLLM
+from treelora_avalanche.scenarios.vision import SplitImageFolder
 
 __all__ = [
     "CALTECH101_GROUPS",

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-from ..models.vision import ImagePreprocessing
-from .by_class import split_by_class
-from .folders import _choose_classes
-from .vision import _File, _fits, _stacked, _stamp
+from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.scenarios.by_class import split_by_class
+from treelora_avalanche.scenarios.folders import _choose_classes
+from treelora_avalanche.scenarios.vision import _File, _fits, _stacked, _stamp
 
 
 def SplitCIFAR100(

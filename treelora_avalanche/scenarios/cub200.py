@@ -9,11 +9,11 @@ from typing import Any
 from avalanche.benchmarks import NCScenario
 from torch import Tensor
 
-from ..models.vision import ImagePreprocessing
-from .archives import CUB_200_2011, published_folder
-from .by_class import split_by_class
-from .folders import _choose_classes, _Image
-from .vision import _datasets
+from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.scenarios.archives import CUB_200_2011, published_folder
+from treelora_avalanche.scenarios.by_class import split_by_class
+from treelora_avalanche.scenarios.folders import _choose_classes, _Image
+from treelora_avalanche.scenarios.vision import _datasets
 
 TEXT_FILES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
 

@@ -8,8 +8,8 @@ from avalanche.benchmarks import NCScenario
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..models.digits import load_digits
-from .by_class import split_by_class
+from treelora_avalanche.models.digits import load_digits
+from treelora_avalanche.scenarios.by_class import split_by_class
 
 
 class _LabelledImages(Dataset):

@@ -12,9 +12,9 @@ import torch
 from avalanche.benchmarks import GenericCLScenario, dataset_benchmark
 from torch import Tensor
 
-from ..models.vision import ImagePreprocessing
-from .folders import _choose_classes, _class_folders, _draw_split, _Image, _images_of
-from .vision import _datasets
+from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.scenarios.folders import _choose_classes, _class_folders, _draw_split, _Image, _images_of
+from treelora_avalanche.scenarios.vision import _datasets
 
 LAYOUTS = (
     "Accepted are <root>/train/<domain>/<class>/<image> with <root>/test/<domain>/<class>/<image>, "

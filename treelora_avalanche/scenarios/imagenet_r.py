@@ -10,11 +10,11 @@ from typing import Any
 from avalanche.benchmarks import NCScenario
 from torch import Tensor
 
-from ..models.vision import ImagePreprocessing
-from .archives import IMAGENET_R, published_folder
-from .by_class import split_by_class
-from .folders import _class_folders
-from .vision import _datasets, _list_images
+from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.scenarios.archives import IMAGENET_R, published_folder
+from treelora_avalanche.scenarios.by_class import split_by_class
+from treelora_avalanche.scenarios.folders import _class_folders
+from treelora_avalanche.scenarios.vision import _datasets, _list_images
 
 N_IMAGES = 30_000
 

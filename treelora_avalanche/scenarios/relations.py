@@ -19,13 +19,13 @@ from avalanche.benchmarks import (
 )
 from torch import Tensor
 
-from ..models.digits import load_digits
-from ..models.vision import ImagePreprocessing
-from ..names import check_known
-from .digits import _LabelledImages
-from .text_classification import classification_tasks
-from .text_tasks import text_benchmark
-from .vision import SplitImageFolder
+from treelora_avalanche.models.digits import load_digits
+from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.names import check_known
+from treelora_avalanche.scenarios.digits import _LabelledImages
+from treelora_avalanche.scenarios.text_classification import classification_tasks
+from treelora_avalanche.scenarios.text_tasks import text_benchmark
+from treelora_avalanche.scenarios.vision import SplitImageFolder
 
 T = TypeVar("T")
 

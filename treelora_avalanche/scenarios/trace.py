@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from avalanche.benchmarks import CLScenario
 
-from ..names import check_known
-from .text_records import read_records
-from .text_tasks import TextTask, arranged, text_benchmark
+from treelora_avalanche.names import check_known
+from treelora_avalanche.scenarios.text_records import read_records
+from treelora_avalanche.scenarios.text_tasks import TextTask, arranged, text_benchmark
 
 VARIANTS = ("500", "1000", "5000")
 

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..models.vision import ImagePreprocessing
-from .by_class import split_by_class
-from .folders import (
+from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.scenarios.by_class import split_by_class
+from treelora_avalanche.scenarios.folders import (
     LAYOUTS,
     _choose_classes,
     _class_folders,
