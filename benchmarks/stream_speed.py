@@ -52,12 +52,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from treelora_avalanche.adapters import TrainableView, add_lora
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.metrics import AccuracyMatrix, overall_performance
 from treelora_avalanche.models import create_vit, image_preprocessing
-from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import FirstSessionPlugin
+from treelora_avalanche.provenance import git_hash, hardware, versions
 from treelora_avalanche.reports.table import short_bytes
-from treelora_avalanche.runs.account import git_hash, hardware, versions
 from treelora_avalanche.scenarios import SplitImageFolder
 from treelora_avalanche.strategies import L2P, HiDeLoRA, SeqLoRA, TreeLoRAStrategy
 

@@ -50,9 +50,9 @@ from torch.utils.data import Dataset
 
 from treelora_avalanche.adapters import LoRAFactors, SignatureSketch
 from treelora_avalanche.bandit import LCBSearch
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.models import create_vit, image_preprocessing, pretrained_digits_vit
 from treelora_avalanche.models.digits import load_digits
-from treelora_avalanche.names import check_known
 from treelora_avalanche.scenarios import CALTECH101_GROUPS, DomainImageFolder, SplitImageFolder
 from treelora_avalanche.strategies import SeqLoRA
 from treelora_avalanche.tree import AdapterTree

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from treelora_avalanche.plugins.data_parallel import PartOfBatches
-from treelora_avalanche.plugins.processes import Processes
+from treelora_avalanche.processes import Processes
 from treelora_avalanche.runs.distributed import one_folder, parallel_plugins
 
 # Run by two processes with gloo, and by one alone.

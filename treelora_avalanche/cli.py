@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from treelora_avalanche._version import __version__
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.methods import METHODS
-from treelora_avalanche.names import check_known
 from treelora_avalanche.recipes import RECIPES, describe_recipe
 from treelora_avalanche.settings import SCENARIOS, RunSettings
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from treelora_avalanche.names import check_known
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.runs import run, write_text
 from treelora_avalanche.settings import RunSettings
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from treelora_avalanche.names import check_known
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.settings import SCENARIOS, RunSettings
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from treelora_avalanche.names import check_known
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.streams import SCENARIO_OPTIONS, SCENARIOS, Scenario
 
 DIGITS_VIT = "digits_vit"

@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from treelora_avalanche.names import did_you_mean
+from treelora_avalanche.choices import did_you_mean
 
 LayerChoice = str | Sequence[int]
 

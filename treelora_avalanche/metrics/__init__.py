@@ -21,7 +21,13 @@ from treelora_avalanche.metrics.score_matrix import (
     forgetting,
     overall_performance,
 )
-from treelora_avalanche.metrics.text_scores import accuracy, edit_similarity, mean_score, rouge_l, sari
+from treelora_avalanche.metrics.text_scores import (
+    accuracy,
+    edit_similarity,
+    mean_score,
+    rouge_l,
+    sari,
+)
 from treelora_avalanche.metrics.training import EpochAccuracy, EpochLoss
 
 __all__ = [

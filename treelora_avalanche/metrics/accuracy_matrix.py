@@ -12,8 +12,6 @@ from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricResult
 from torch import Tensor
 
-from treelora_avalanche.state import check_keys
-
 from treelora_avalanche.metrics.score_matrix import (
     NumberOfMatrix,
     ScoreMatrix,
@@ -21,6 +19,7 @@ from treelora_avalanche.metrics.score_matrix import (
     forgetting,
     overall_performance,
 )
+from treelora_avalanche.state import check_keys
 
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate

@@ -18,10 +18,15 @@ from avalanche.evaluation.metric_utils import get_metric_name, stream_type
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from treelora_avalanche.names import check_known
-from treelora_avalanche.plugins.data_parallel import shared_work
-from treelora_avalanche.metrics.score_matrix import NumberOfMatrix, ScoreMatrix, backward_transfer, overall_performance
+from treelora_avalanche.choices import check_known
+from treelora_avalanche.metrics.score_matrix import (
+    NumberOfMatrix,
+    ScoreMatrix,
+    backward_transfer,
+    overall_performance,
+)
 from treelora_avalanche.metrics.text_scores import SCORES, mean_score
+from treelora_avalanche.processes import shared_work
 
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate

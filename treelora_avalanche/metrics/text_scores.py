@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rapidfuzz import fuzz
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from treelora_avalanche.names import check_known
+from treelora_avalanche.choices import check_known
 
 _ROUGE_EPSILON = 1e-8  # of the `rouge` package: a perfect match scores 0.999999995
 _SARI_MAX_N = 4

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from treelora_avalanche.adapters import TrainableView, find_classifier
 
 if TYPE_CHECKING:
-    from treelora_avalanche.plugins.processes import Processes
+    from treelora_avalanche.processes import Processes
 
 
 def classifier_of(model: nn.Module) -> nn.Linear:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 
 from treelora_avalanche.adapters import TrainableView
-from treelora_avalanche.names import check_known
+from treelora_avalanche.choices import check_known
 
 PRECISIONS = ("fp32", "bf16", "auto")
 

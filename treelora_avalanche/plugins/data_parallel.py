@@ -19,7 +19,7 @@ from treelora_avalanche.adapters import find_host
 from treelora_avalanche.models.frozen_prefix import find_transformer
 from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.language_prefix import decoder_layers
-from treelora_avalanche.plugins.processes import Processes
+from treelora_avalanche.processes import Processes, whole_batches
 
 IGNORED_TARGET = -100  # PyTorch's `ignore_index`
 
@@ -81,25 +81,6 @@ class PartLoader:
             num_workers=whole.num_workers,
             pin_memory=whole.pin_memory,
         )
-
-
-def whole_batches(loader: Any) -> None:
-    """Keeps Avalanche from dividing a loader's data itself, with repeated samples at the end.
-
-    :param loader: any loader.
-    """
-    if isinstance(loader, MultiDatasetDataLoader):
-        loader.distributed_sampling = False
-
-
-def shared_work(strategy: Any) -> Processes | None:
-    """The processes that divide a strategy's passes without gradients; None if it is alone.
-
-    :param strategy: a strategy.
-    """
-    plugin = next((p for p in strategy.plugins if isinstance(p, DataParallelPlugin)), None)
-    # Divided weights come together in every pass, so that all have to make the same passes.
-    return None if plugin is None or plugin.shard_backbone else plugin.processes
 
 
 class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -165,6 +146,12 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         for block in layers:  # each by itself: views call blocks, and not always the model
             trained = {p for p in block.parameters() if p.requires_grad}
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+
+    @property
+    def shared_processes(self) -> Processes | None:
+        """The processes that divide passes without gradients; None if each makes all of them."""
+        # Sharded weights come together in every pass, so that all have to make the same passes.
+        return None if self.shard_backbone else self.processes
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Makes the processes alike, and gives each its part of the batches."""

@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from treelora_avalanche.models.frozen_prefix import PrefixView
 from treelora_avalanche.models.language import crop, real_tokens
 from treelora_avalanche.models.language_prefix import LanguagePrefixView
-from treelora_avalanche.plugins.data_parallel import shared_work
 from treelora_avalanche.plugins.hidden_rows import HiddenRows, like, rows_of
-from treelora_avalanche.plugins.processes import Processes
+from treelora_avalanche.processes import Processes, shared_work
 from treelora_avalanche.state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from treelora_avalanche.models.pseudo_features import (
     train_head,
 )
 from treelora_avalanche.models.routed import RoutedView
-from treelora_avalanche.plugins.data_parallel import shared_work
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
+from treelora_avalanche.processes import shared_work
 from treelora_avalanche.state import check_keys
 
 

@@ -10,8 +10,15 @@ state/                    while it runs: where an interrupted run continues
 results.json              last; its presence says that the run is finished
 """
 
-from treelora_avalanche.runs.account import git_hash, stored_bytes
-from treelora_avalanche.runs.folder import SCHEMA_VERSION, finished_results, run_name, to_json, write_text
+from treelora_avalanche.provenance import git_hash
+from treelora_avalanche.runs.account import stored_bytes
+from treelora_avalanche.runs.folder import (
+    SCHEMA_VERSION,
+    finished_results,
+    run_name,
+    to_json,
+    write_text,
+)
 from treelora_avalanche.runs.ingredients import Ingredients, prepare, resolve_config
 from treelora_avalanche.runs.training import check_arguments, run
 from treelora_avalanche.runs.watch import JsonLinesLogger, Progress, ProgressPlugin

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Iterator
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
 from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from treelora_avalanche._version import __version__
 from treelora_avalanche.runs.watch import ProgressPlugin
-
-VERSIONED = ("torch", "avalanche-lib", "timm", "peft", "transformers", "numpy")
 
 _CODE = (type, FunctionType, MethodType, ModuleType)
 
@@ -106,59 +96,6 @@ def _samples_bytes(store: Any) -> int:
     return sum(int(sample[0].nbytes + sample[1].nbytes) for sample in store)
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python, of this package and of what it stands on; None where not installed."""
-
-    def version_of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "python": platform.python_version(),
-        "treelora-avalanche": __version__,
-        **{package: version_of(package) for package in VERSIONED},
-    }
-
-
-@cache
-def git_hash() -> str | None:
-    """The commit of this package's checkout; None where it was installed otherwise."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here.parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
-    try:
-        # An installed copy may lie inside somebody else's checkout, which does not track it.
-        git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """On what a run ran.
-
-    :param device: where the model was.
-    """
-    return {
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-    }
-
-
 def count_parameters(model: nn.Module, *, trained: bool = True) -> dict[str, int]:
     """Numbers of parameters, also where the model shows the trainable ones alone.
 
@@ -173,4 +110,4 @@ def count_parameters(model: nn.Module, *, trained: bool = True) -> dict[str, int
     }
 
 
-__all__ = ["count_parameters", "git_hash", "hardware", "stored_bytes", "versions"]
+__all__ = ["count_parameters", "stored_bytes"]

@@ -12,10 +12,10 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from torch import nn
 
 from treelora_avalanche import models, scenarios
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.methods import method_config
-from treelora_avalanche.names import check_known
-from treelora_avalanche.settings import DIGITS_VIT, RunSettings
 from treelora_avalanche.runs.texts import TEXT_STREAMS, language_model
+from treelora_avalanche.settings import DIGITS_VIT, RunSettings
 
 
 def find_device(name: str, *, elsewhere: bool = False) -> torch.device:

@@ -16,9 +16,8 @@ from avalanche.training.plugins import EvaluationPlugin
 from treelora_avalanche.adapters import save_adapter
 from treelora_avalanche.methods import Method, find_method
 from treelora_avalanche.models.features import check_classes
-from treelora_avalanche.settings import RunSettings
-from treelora_avalanche.strategies.resumable import load_strategy_state, plugins_without_state
-from treelora_avalanche.runs.account import count_parameters, git_hash, hardware, stored_bytes, versions
+from treelora_avalanche.provenance import git_hash, hardware, versions
+from treelora_avalanche.runs.account import count_parameters, stored_bytes
 from treelora_avalanche.runs.distributed import parallel_plugins
 from treelora_avalanche.runs.folder import (
     SCHEMA_VERSION,
@@ -31,10 +30,20 @@ from treelora_avalanche.runs.folder import (
     write_tree,
 )
 from treelora_avalanche.runs.ingredients import Ingredients, find_device, prepare, resolve_config
-from treelora_avalanche.runs.record import Record, Stage, append_drawing, describe, plain_tree, scores_of, task_names
+from treelora_avalanche.runs.record import (
+    Record,
+    Stage,
+    append_drawing,
+    describe,
+    plain_tree,
+    scores_of,
+    task_names,
+)
 from treelora_avalanche.runs.resume import Interrupted, Progressed, find_interrupted, save_progress
 from treelora_avalanche.runs.texts import epochs_per_task, training_in_words
 from treelora_avalanche.runs.watch import PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
+from treelora_avalanche.settings import RunSettings
+from treelora_avalanche.strategies.resumable import load_strategy_state, plugins_without_state
 
 
 class CannotContinueError(ValueError):

@@ -16,7 +16,13 @@ from treelora_avalanche.scenarios.relations import (
 from treelora_avalanche.scenarios.text_classes import TextClasses
 from treelora_avalanche.scenarios.text_classification import LongSequence, OLoRAOrder
 from treelora_avalanche.scenarios.text_tasks import TextTasks
-from treelora_avalanche.scenarios.trace import FULL_EPOCHS, LORA_EPOCHS, TRACE, TREELORA_EPOCHS, MathLLM
+from treelora_avalanche.scenarios.trace import (
+    FULL_EPOCHS,
+    LORA_EPOCHS,
+    TRACE,
+    TREELORA_EPOCHS,
+    MathLLM,
+)
 from treelora_avalanche.scenarios.vision import SplitImageFolder
 
 __all__ = [

@@ -13,7 +13,13 @@ from avalanche.benchmarks import GenericCLScenario, dataset_benchmark
 from torch import Tensor
 
 from treelora_avalanche.models.vision import ImagePreprocessing
-from treelora_avalanche.scenarios.folders import _choose_classes, _class_folders, _draw_split, _Image, _images_of
+from treelora_avalanche.scenarios.folders import (
+    _choose_classes,
+    _class_folders,
+    _draw_split,
+    _Image,
+    _images_of,
+)
 from treelora_avalanche.scenarios.vision import _datasets
 
 LAYOUTS = (

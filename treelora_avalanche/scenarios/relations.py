@@ -19,9 +19,9 @@ from avalanche.benchmarks import (
 )
 from torch import Tensor
 
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.models.vision import ImagePreprocessing
-from treelora_avalanche.names import check_known
 from treelora_avalanche.scenarios.digits import _LabelledImages
 from treelora_avalanche.scenarios.text_classification import classification_tasks
 from treelora_avalanche.scenarios.text_tasks import text_benchmark

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from avalanche.benchmarks import CLScenario
 
-from treelora_avalanche.names import check_known
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.scenarios.text_records import read_records
 from treelora_avalanche.scenarios.text_tasks import TextTask, arranged, text_benchmark
 

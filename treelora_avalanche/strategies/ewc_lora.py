@@ -8,7 +8,7 @@ from typing import Any
 from avalanche.training.plugins import EWCPlugin, SupervisedPlugin
 from torch import nn
 
-from treelora_avalanche.names import check_known
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.strategies.positional_model import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from treelora_avalanche.adapters import TrainableView, find_host
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.models.features import check_classes
 from treelora_avalanche.models.precision import PRECISIONS, set_precision
-from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import (
     CosineSchedulePlugin,
     DataParallelPlugin,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -18,8 +16,8 @@ from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from treelora_avalanche._version import __version__
 from treelora_avalanche.plugins.built_in import has_state, item_state, load_item_state
+from treelora_avalanche.provenance import versions
 from treelora_avalanche.state import (
     State,
     backbone_fingerprint,
@@ -46,7 +44,6 @@ from treelora_avalanche.strategies.built_in import (
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "avalanche-lib", "peft", "timm", "transformers", "numpy")
 _SAME = "Build the strategy with the same arguments, plugins and metrics."
 
 
@@ -77,7 +74,7 @@ def strategy_state(strategy: Any) -> State:
         )
     return {
         "strategy": type(strategy).__name__,
-        "versions": _versions(),
+        "versions": versions(),
         "backbone": backbone_fingerprint(strategy.model),
         **_collect(strategy),
     }
@@ -127,9 +124,9 @@ def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -
         if hasattr(plugin, "prepare_loaded"):
             plugin.prepare_loaded(strategy)
     changed = [
-        f"{name} {saved} (now {_versions().get(name)})"
+        f"{name} {saved} (now {versions().get(name)})"
         for name, saved in state["versions"].items()
-        if saved != _versions().get(name)
+        if saved != versions().get(name)
     ]
     if changed:
         logger.warning(
@@ -339,19 +336,6 @@ def _undo_steps(strategy: Any) -> Iterable[Callable[[], None]]:
     yield restore_optimizer
     nothing = {"prepared": ids is not None, "state": None}
     yield partial(_apply, strategy, {**before, "optimizer": nothing})
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "treelora-avalanche": __version__,
-    }
-    for library in _LIBRARIES:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            versions[library] = None
-    return versions
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -14,8 +14,8 @@ from treelora_avalanche.adapters import (
     find_adaptable_layers,
     lora_layers,
 )
+from treelora_avalanche.choices import check_known
 from treelora_avalanche.models.routed import RoutedAdapters
-from treelora_avalanche.names import check_known
 from treelora_avalanche.plugins import (
     LCBSelectorPlugin,
     MergedAdapterPlugin,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import socket
 import tempfile
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from avalanche.benchmarks.utils.data_loader import MultiDatasetDataLoader
 from torch import Tensor
 
 Item = TypeVar("Item")
@@ -100,3 +101,22 @@ class Processes:
             tensor = torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
             self.of_all("opened")
         return tensor
+
+
+def whole_batches(loader: Any) -> None:
+    """Keeps Avalanche from dividing a loader's data itself, with repeated samples at the end.
+
+    :param loader: any loader.
+    """
+    if isinstance(loader, MultiDatasetDataLoader):
+        loader.distributed_sampling = False
+
+
+def shared_work(strategy: Any) -> Processes | None:
+    """The processes that divide a strategy's passes without gradients; None if it is alone.
+
+    :param strategy: a strategy.
+    """
+    plugin = next((p for p in strategy.plugins if hasattr(p, "shared_processes")), None)
+    processes: Processes | None = plugin.shared_processes if plugin else None
+    return processes
