@@ -38,13 +38,13 @@ from torch.nn.functional import cross_entropy, normalize
 from transfer import DATA, STREAMS
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
+from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.models.activations import (
     activation_signature,
     features_of,
     stack_samples,
 )
-from treelora_avalanche.models.features import classifier_of
 
 
 def features(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ from torch import Tensor
 from transfer import DATA, Curve, Start, beside, one_batch, recovery, shares
 
 from treelora_avalanche.adapters import AdapterBank
+from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models import TokenCrossEntropy, create_language_model
-from treelora_avalanche.models.features import evaluating
 from treelora_avalanche.plugins import MergedAdapterPlugin, TreeBuilderPlugin
 from treelora_avalanche.scenarios import GroupedTexts
 from treelora_avalanche.strategies import SeqLoRA

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from treelora_avalanche.models.features import classifier_of
+from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.prompts import PromptPool
 from treelora_avalanche.plugins import KeyLossPlugin
 from treelora_avalanche.runs import stored_bytes

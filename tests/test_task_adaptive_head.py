@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from treelora_avalanche.adapters import TrainableView, add_lora
+from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.metrics import AccuracyMatrix, overall_performance
-from treelora_avalanche.models.features import classifier_of, extract_features
+from treelora_avalanche.models.features import extract_features
 from treelora_avalanche.models.pseudo_features import (
     ClassStatistics,
     PseudoFeatures,

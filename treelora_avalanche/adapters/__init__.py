@@ -7,28 +7,29 @@ does with them is one tensor operation for all layers.
 """
 
 from treelora_avalanche.adapters.attach import (
-    DEFAULT_LAYERS,
-    ENCODER_LORA,
-    LANGUAGE_LORA,
-    VISION_LORA,
     AdapterHost,
     LayerChoice,
-    LoRADefaults,
-    TrainableView,
     add_lora,
-    classifier_name,
     find_adaptable_layers,
-    find_classifier,
     find_host,
     lora_defaults,
     lora_layers,
 )
 from treelora_avalanche.adapters.bank import AdapterBank, merge_factors
+from treelora_avalanche.adapters.classifier import classifier_name, find_classifier
+from treelora_avalanche.adapters.defaults import (
+    DEFAULT_LAYERS,
+    ENCODER_LORA,
+    LANGUAGE_LORA,
+    VISION_LORA,
+    LoRADefaults,
+)
 from treelora_avalanche.adapters.factors import LayerShape, LoRAFactors, SignatureSketch
 from treelora_avalanche.adapters.folders import load_adapter, save_adapter
 from treelora_avalanche.adapters.merging import merged_weights
 from treelora_avalanche.adapters.past import PastAdapters
 from treelora_avalanche.adapters.subspaces import SubspaceMemory, new_directions, project_off
+from treelora_avalanche.adapters.trainable_view import TrainableView
 
 __all__ = [
     "DEFAULT_LAYERS",

@@ -2,71 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from treelora_avalanche.adapters.classifier import classifier_name
+from treelora_avalanche.adapters.defaults import LANGUAGE_LORA, VISION_LORA, LoRADefaults
 from treelora_avalanche.choices import did_you_mean
 
 LayerChoice = str | Sequence[int]
-
-
-class LoRADefaults(NamedTuple):
-    """What LoRA is for one kind of model where the user says nothing.
-
-    :param rank: rank of the factors.
-    :param alpha: their product is scaled by ``alpha / rank``.
-    :param layers: which blocks, see :func:`find_adaptable_layers`.
-    :param target_modules: kinds of linear layers inside a block, one set per family of models; the
-        first set that a model has is taken.
-    """
-
-    rank: int
-    alpha: float
-    layers: str
-    target_modules: tuple[tuple[str, ...], ...]
-
-
-VISION_LORA = LoRADefaults(10, 10, "first:5", (("qkv",),))
-"""timm's transformers; rank and scaling are HiDeLoRA's bottleneck."""
-
-LANGUAGE_LORA = LoRADefaults(
-    8,
-    32,
-    "all",
-    (
-        ("q_proj", "v_proj"),  # Llama, Mistral, Gemma, Qwen, OPT, GPT-J
-        ("c_attn",),  # GPT-2: queries, keys and values in one
-        ("query_key_value",),  # GPT-NeoX, Falcon, BLOOM
-        ("qkv_proj",),  # Phi-3
-    ),
-)
-"""Causal language models: queries and values, as TreeLoRA adapts them (Table 4: 64 matrices of a
-Llama-2-7B), with the rank and the scaling of TRACE."""
-
-ENCODER_LORA = LoRADefaults(
-    8,
-    32,
-    "all",
-    (
-        ("query", "value"),  # BERT, RoBERTa, ELECTRA
-        ("query_proj", "value_proj"),  # DeBERTa
-        ("q_lin", "v_lin"),  # DistilBERT
-        *LANGUAGE_LORA.target_modules,
-    ),
-)
-"""Text encoders: the same of language models."""
-
-DEFAULT_LAYERS = VISION_LORA.layers
 
 
 class AdapterHost(nn.Module):
@@ -221,88 +169,6 @@ def _network(model: nn.Module) -> nn.Module:
     return model.network if isinstance(model, AdapterHost) else model
 
 
-def classifier_name(model: nn.Module) -> str | None:
-    """Name of a plain model's linear classifier: timm tells; else the usual names are tried."""
-    get_classifier = getattr(model, "get_classifier", None)
-    head: object = get_classifier() if callable(get_classifier) else None
-    for name, module in model.named_modules():
-        if module is head and isinstance(module, nn.Linear):
-            return str(name)
-    usual = ("classifier", "score", "head", "fc")
-    return next((n for n in usual if isinstance(getattr(model, n, None), nn.Linear)), None)
-
-
-def find_classifier(model: nn.Module) -> nn.Linear | None:
-    """The linear classifier that is in use: the trained copy where peft keeps one.
-
-    :param model: a plain model, or one with LoRA; with or without a :class:`TrainableView`.
-    :return: None where the model has no linear classifier.
-    """
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            live = module.modules_to_save[module.active_adapters[0]]
-            return live if isinstance(live, nn.Linear) else None
-    plain = model.module if isinstance(model, TrainableView) else model
-    name = classifier_name(plain)
-    found = plain.get_submodule(name) if name else None
-    return found if isinstance(found, nn.Linear) else None
-
-
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The LoRA layers of a model by name, from the input side to the output side."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-
-
-class TrainableView(nn.Module):
-    """A model seen through its trainable parameters alone.
-
-    ``parameters()`` and ``named_parameters()`` yield only what requires a gradient, and a deep copy
-    shares the frozen tensors and buffers. So strategies that keep something per parameter (EWC, SI,
-    GEM) or copy the model (LwF) cost the size of the adapter and not that of the backbone.
-
-    :param module: the model, usually a :class:`peft.PeftModel`.
-    """
-
-    autocast: torch.dtype | None = None
-    """Precision of the forward pass; None is that of the weights."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.live(*args, **kwargs)
-
-    def live(self, *args: Any, **kwargs: Any) -> Any:
-        """The answer of the live adapter; a view may have others, and choose among them."""
-        with self.autocasting():
-            return self.full_precision(self.module(*args, **kwargs))
-
-    def full_precision(self, answer: Any) -> Any:
-        """Logits of classes and features in full precision; logits of texts as they are.
-
-        :param answer: ``(batch, n_values)``, or of texts ``(batch, length, n_values)``.
-        """
-        of_samples = self.autocast is not None and answer.ndim == 2
-        return answer.float() if of_samples else answer
-
-    def autocasting(self) -> AbstractContextManager[Any]:
-        """A context in which the model computes in the precision of :attr:`autocast`."""
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(next(self.module.parameters()).device.type, self.autocast)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of what is trained; see :meth:`torch.nn.Module.named_parameters`."""
-        for name, parameter in super().named_parameters(*args, **kwargs):
-            if parameter.requires_grad:
-                yield name, parameter
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainableView:
-        shared = [p for p in self.module.parameters() if not p.requires_grad]
-        memo.update((id(tensor), tensor) for tensor in (*shared, *self.module.buffers()))
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin.__dict__["_compiled_call_impl"] = None  # it would run this module, not the twin
-        return twin

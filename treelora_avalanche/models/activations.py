@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, lora_layers
-from treelora_avalanche.models.features import classifier_of, evaluating
+from treelora_avalanche.adapters.classifier import classifier_of
+from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import real_tokens
 
 

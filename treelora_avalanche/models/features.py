@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from treelora_avalanche.adapters import TrainableView, find_classifier
+from treelora_avalanche.adapters import TrainableView
+from treelora_avalanche.adapters.classifier import classifier_of
+from treelora_avalanche.adapters.trainable_view import evaluating
 
 if TYPE_CHECKING:
     from treelora_avalanche.processes import Processes
-
-
-def classifier_of(model: nn.Module) -> nn.Linear:
-    """The linear classifier of a model.
-
-    :param model: a model with a linear classifier, with or without LoRA.
-    :raises ValueError: if it has none.
-    """
-    classifier = find_classifier(model)
-    if classifier is None:
-        raise ValueError(
-            f"`model` ({type(model).__name__}) has no linear classifier whose inputs could be its "
-            "features; make it with num_classes above 0."
-        )
-    return classifier
-
-
-def check_classes(model: nn.Module, experience: Any) -> None:
-    """Raise an error if an experience has classes for which the classifier has no output.
-
-    Said before the loss does: on a GPU, that ends the process and names neither.
-
-    :param model: any model; one without a linear classifier, as a language model, is not looked at.
-    :param experience: an experience to train or evaluate.
-    :raises ValueError: if the classifier is too small.
-    """
-    classifier = find_classifier(model)
-    if classifier is None:
-        return
-    largest = max(experience.classes_in_this_experience, default=-1)
-    if largest >= classifier.out_features:
-        raise ValueError(
-            f"experience {experience.current_experience} has class {largest}, and the model's "
-            f"classifier {classifier.out_features} outputs; make the model with "
-            f"num_classes={largest + 1} or more."
-        )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model is in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def extract_features(

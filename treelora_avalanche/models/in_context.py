@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import LanguageModel
 
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from treelora_avalanche.adapters import AdapterHost, merged_weights
-from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.hub import from_folder_or_hub
 from treelora_avalanche.models.text_prompts import encode_prompt, end_token
 

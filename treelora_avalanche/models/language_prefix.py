@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters import TrainableView
-from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import PADDING, LanguageModel, crop, real_tokens
 
 

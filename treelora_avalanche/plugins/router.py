@@ -8,7 +8,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
-from treelora_avalanche.models.features import evaluating
+from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.pseudo_features import (
     Gaussians,
     StatisticsKind,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treelora_avalanche.models.features import classifier_of, extract_features
+from treelora_avalanche.adapters.classifier import classifier_of
+from treelora_avalanche.models.features import extract_features
 from treelora_avalanche.models.pseudo_features import (
     Gaussians,
     StatisticsKind,

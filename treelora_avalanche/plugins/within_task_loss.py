@@ -8,7 +8,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from treelora_avalanche.models.features import check_classes
+from treelora_avalanche.adapters.classifier import check_classes
 
 
 class WithinTaskLoss(nn.Module):

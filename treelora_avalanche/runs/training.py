@@ -14,8 +14,8 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 
 from treelora_avalanche.adapters import save_adapter
+from treelora_avalanche.adapters.classifier import check_classes
 from treelora_avalanche.methods import Method, find_method
-from treelora_avalanche.models.features import check_classes
 from treelora_avalanche.provenance import git_hash, hardware, versions
 from treelora_avalanche.runs.account import count_parameters, stored_bytes
 from treelora_avalanche.runs.distributed import parallel_plugins

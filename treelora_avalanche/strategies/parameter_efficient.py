@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from treelora_avalanche.adapters import TrainableView, find_host
+from treelora_avalanche.adapters.classifier import check_classes
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.models.features import check_classes
 from treelora_avalanche.models.precision import PRECISIONS, set_precision
 from treelora_avalanche.plugins import (
     CosineSchedulePlugin,
