@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.cli import main
 from treelora_avalanche.metrics import AccuracyMatrix
 from treelora_avalanche.models.centroids import Centroids
@@ -46,7 +47,6 @@ from treelora_avalanche.strategies import (
     SeqLoRA,
     TreeLoRAStrategy,
 )
-from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified", "ignore:Plugin .*implements")
 

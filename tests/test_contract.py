@@ -12,6 +12,7 @@ import torch
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
+from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.methods import LANGUAGE, METHODS, VISION, find_method, method_config
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models import TokenCrossEntropy
@@ -19,7 +20,6 @@ from treelora_avalanche.runs import prepare, stored_bytes
 from treelora_avalanche.scenarios.text_tasks import TokenRows
 from treelora_avalanche.scenarios.vision import _Images
 from treelora_avalanche.settings import RunSettings
-from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
@@ -406,7 +406,7 @@ import json, sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_contract import KINDS, Watch, build, logits_of, texts_of
-from treelora_avalanche.strategies.resumable import load_strategy
+from treelora_avalanche.checkpoint import load_strategy
 for kind, method, folder, prompts in json.loads(sys.argv[3]):
     inputs, targets = torch.load(f"{folder}.asked", weights_only=True)
     strategy, benchmark = build(method, KINDS[kind].settings(Path(sys.argv[2])), [Watch()])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from treelora_avalanche.adapters import TrainableView
+from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.metrics import (
     AccuracyMatrix,
     GenerationBackwardTransfer,
@@ -23,7 +24,6 @@ from treelora_avalanche.metrics import (
 )
 from treelora_avalanche.models import create_language_model
 from treelora_avalanche.state import load_state, save_state
-from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 
 TASKS = {
     "letters": {

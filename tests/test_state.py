@@ -29,6 +29,7 @@ from torch import nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.bandit import LCBSearch
+from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.metrics import AccuracyMatrix, continual_metrics
 from treelora_avalanche.plugins import (
     FiniteLossPlugin,
@@ -57,7 +58,6 @@ from treelora_avalanche.strategies import (
     SeqLoRA,
     TreeLoRAStrategy,
 )
-from treelora_avalanche.strategies.resumable import load_strategy, save_strategy
 from treelora_avalanche.tree import AdapterTree
 
 pytestmark = [

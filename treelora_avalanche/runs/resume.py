@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from treelora_avalanche._version import __version__
+from treelora_avalanche.checkpoint import strategy_state
 from treelora_avalanche.runs.folder import SCHEMA_VERSION, STATE, is_unfinished
 from treelora_avalanche.state import check_keys, has_state, load_state, save_state
-from treelora_avalanche.strategies.resumable import strategy_state
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Interrupted:
 
     progress: Progressed
     strategy: dict[str, Any]
-    """ For :func:`~treelora_avalanche.strategies.resumable.load_strategy_state`. """
+    """ For :func:`~treelora_avalanche.checkpoint.load_strategy_state`. """
 
 
 def save_progress(folder: Path, strategy: Any, progress: Progressed) -> None:

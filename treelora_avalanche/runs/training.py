@@ -15,6 +15,7 @@ from avalanche.training.plugins import EvaluationPlugin
 
 from treelora_avalanche.adapters import save_adapter
 from treelora_avalanche.adapters.classifier import check_classes
+from treelora_avalanche.checkpoint import load_strategy_state, plugins_without_state
 from treelora_avalanche.methods import Method, find_method
 from treelora_avalanche.provenance import git_hash, hardware, versions
 from treelora_avalanche.runs.account import count_parameters, stored_bytes
@@ -43,7 +44,6 @@ from treelora_avalanche.runs.resume import Interrupted, Progressed, find_interru
 from treelora_avalanche.runs.texts import epochs_per_task, training_in_words
 from treelora_avalanche.runs.watch import PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
 from treelora_avalanche.settings import RunSettings
-from treelora_avalanche.strategies.resumable import load_strategy_state, plugins_without_state
 
 
 class CannotContinueError(ValueError):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from treelora_avalanche.adapters import find_host
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
+from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.models.features import extract_features
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys
 from treelora_avalanche.strategies.positional_model import positional_model
-from treelora_avalanche.strategies.resumable import Resumable
 
 
 class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]

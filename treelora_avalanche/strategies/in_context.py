@@ -11,13 +11,13 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
 from treelora_avalanche.adapters import TrainableView
+from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.models.in_context import InContextLanguageModel
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
 from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.strategies.defaults import LANGUAGE_TRAINING, language_evaluator
 from treelora_avalanche.strategies.language_only import check_language_model
 from treelora_avalanche.strategies.positional_model import positional_model
-from treelora_avalanche.strategies.resumable import Resumable
 from treelora_avalanche.strategies.token_batches import TokenBatches
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from treelora_avalanche.adapters import TrainableView, find_host
 from treelora_avalanche.adapters.classifier import check_classes
+from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.models.precision import PRECISIONS, set_precision
 from treelora_avalanche.plugins import (
@@ -30,7 +31,6 @@ from treelora_avalanche.strategies.defaults import (
     VISION_TRAINING,
     OptimizerFactory,
 )
-from treelora_avalanche.strategies.resumable import Resumable
 from treelora_avalanche.strategies.token_batches import TokenBatches
 
 logger = logging.getLogger(__name__)
