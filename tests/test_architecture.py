@@ -27,7 +27,6 @@ LAYERS = {
     "streams": 4,
     "runs": 4,
     "compare": 5,
-    "executors": 5,
     "reports": 5,
     "cli": 6,
 }

@@ -6,22 +6,17 @@ are not run again, and an interrupted one continues; a cell that fails leaves th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as LiveLines
 
-from treelora_avalanche.executors import attempt, attempt_all, settings_of_jobs
+from treelora_avalanche.compare.cells import Cell, MethodLines
+from treelora_avalanche.compare.executors import attempt, attempt_all, settings_of_jobs
 from treelora_avalanche.methods import check_models
 from treelora_avalanche.runs import (
     Ingredients,
-    Progress,
     check_arguments,
     finished_results,
     prepare,
@@ -30,104 +25,6 @@ from treelora_avalanche.runs import (
     run_name,
 )
 from treelora_avalanche.settings import RunSettings
-
-
-@dataclass
-class Cell:
-    """One run of a comparison."""
-
-    method: str
-    seed: int
-    config: dict[str, Any]
-    folder: Path
-    results: dict[str, Any] | None = None
-    """ What its `results.json` holds; None where it failed. """
-    error: str | None = None
-    """ One line, where it failed. """
-    reused: bool = False
-    """ Whether it was finished before. """
-
-
-class _MethodLines:
-    """One live line per method; where there is no terminal, one line per finished run."""
-
-    def __init__(
-        self,
-        methods: Sequence[str],
-        n_seeds: int,
-        console: Console,
-        *,
-        live: bool = True,
-        measure: str = "acc",
-    ):
-        self.n_seeds = n_seeds
-        self.measure = measure
-        self.console = console
-        self.live = LiveLines(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[state]}"),
-            TextColumn("{task.fields[busy]:5.0f} s"),
-            console=console,
-            disable=not (live and console.is_terminal),
-        )
-        self.lines: dict[str, TaskID] = {}
-        self.done = dict.fromkeys(methods, 0)
-        self.busy = dict.fromkeys(methods, 0.0)
-        self.begun = 0.0
-        width = max(len(method) for method in methods)
-        for method in methods:
-            self.lines[method] = self.live.add_task(
-                method.ljust(width), total=1, state="waiting", busy=0.0
-            )
-
-    def begin(self, method: str, state: str) -> None:
-        """Say what happens on a line from now on."""
-        # Its own clock: between two seeds of a method the others have their turn.
-        self.begun = time.monotonic() - self.busy[method]
-        self.live.update(self.lines[method], state=state)
-
-    def step(self, method: str, now: Progress) -> None:
-        """Move a line on; called at every training step."""
-        if self.live.disable:
-            return
-        percent = "" if now.accuracy is None else f"  {self.measure} {100 * now.accuracy:5.1f} %"
-        done = self.done[method]
-        self.busy[method] = time.monotonic() - self.begun
-        self.live.update(
-            self.lines[method],
-            busy=self.busy[method],
-            total=self.n_seeds * now.n_steps,
-            completed=done * now.n_steps + now.step,
-            state=f"seed {done + 1}/{self.n_seeds}  task {now.task}/{now.n_tasks}  "
-            f"epoch {now.epoch}/{now.n_epochs}{percent}",
-        )
-
-    def note(self, cell: Cell, text: str) -> None:
-        """Say something of a cell that stays on the screen."""
-        self.console.print(
-            f"{cell.method}, seed {cell.seed}: {escape(text)}", soft_wrap=True, highlight=False
-        )
-
-    def finish(self, cell: Cell) -> None:
-        """Close one cell of a line."""
-        self.done[cell.method] += 1
-        line = self.lines[cell.method]
-        if cell.results is None:
-            self.console.print(
-                f"[red]failed[/red]  {cell.method}, seed {cell.seed}: {escape(cell.error or '')}",
-                soft_wrap=True,
-                highlight=False,
-            )
-            self.live.update(line, state=f"[red]seed {cell.seed} failed")
-        else:
-            accuracy = next(iter(cell.results["metrics"].values()))["overall_performance"]
-            note = "finished before" if cell.reused else "done"
-            state = f"{note}, {self.measure} {100 * accuracy:.1f} %"
-            self.live.update(line, state=state)
-            if self.live.disable:
-                self.console.print(f"{cell.method}, seed {cell.seed}: {state}", highlight=False)
-        self.live.update(line, total=self.n_seeds, completed=self.done[cell.method])
 
 
 def compare(
@@ -148,7 +45,7 @@ def compare(
     :param output: folder of the run folders.
     :param console: where the live lines go; by default to standard error.
     :param executor: where cells run, several at a time: ``"processes"`` or ``"slurm"``, see
-        :func:`~treelora_avalanche.executors.attempt_all`; by default one after the other here.
+        :func:`~treelora_avalanche.compare.executors.attempt_all`; by default one after the other.
     :param executor_options: of the executor.
     :return: one cell per method and seed, failed ones included.
     :raises ValueError: before anything is run, if a name is unknown, the data cannot be used, or a
@@ -173,7 +70,7 @@ def compare(
         return Cell(method, seed, config, output / run_name(config))
 
     cells = [cell_of(method, seed) for method in methods for seed in seeds]
-    lines = _MethodLines(
+    lines = MethodLines(
         methods, len(seeds), console or Console(stderr=True), measure=_measure(settings)
     )
     if executor is not None:
@@ -212,7 +109,7 @@ def _is_finished(cell: Cell) -> bool:
 
 
 def _run_cell(
-    cell: Cell, settings: RunSettings, ingredients: Ingredients, lines: _MethodLines
+    cell: Cell, settings: RunSettings, ingredients: Ingredients, lines: MethodLines
 ) -> None:
     cell.error = attempt(
         cell.method,
@@ -232,7 +129,7 @@ def _run_elsewhere(
     executor: str,
     options: Mapping[str, Any],
     output: Path,
-    lines: _MethodLines,
+    lines: MethodLines,
 ) -> None:
     missing = []
     for cell in cells:
@@ -276,7 +173,7 @@ def train(
     folder = Path(output) if output is not None else Path("runs/train") / run_name(config)
     cell = Cell(method, seed, config, folder, finished_results(folder, config))
     cell.reused = cell.results is not None
-    lines = _MethodLines(
+    lines = MethodLines(
         [method], 1, console or Console(stderr=True), live=not verbose, measure=_measure(settings)
     )
     with lines.live:
@@ -296,4 +193,4 @@ def train(
     return cell
 
 
-__all__ = ["Cell", "compare", "train"]
+__all__ = ["compare", "train"]
