@@ -38,8 +38,8 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from treelora_avalanche.models import LanguageModel, TokenCrossEntropy, create_language_model
-from treelora_avalanche.models.text_prompts import EncodedSample
-from treelora_avalanche.models.token_rows import collate_token_rows, token_loader
+from treelora_avalanche.models.token_batches import collate_token_rows, token_loader
+from treelora_avalanche.models.tokenization import EncodedSample
 from treelora_avalanche.scenarios import TRACE
 from treelora_avalanche.scenarios.text_tasks import TokenRows, TokenTargets
 from treelora_avalanche.scenarios.trace import TRACE_TASKS, trace_tasks

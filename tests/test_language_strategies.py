@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora, save_adapter
 from treelora_avalanche.models import LanguageModel, TokenCrossEntropy, create_language_model
-from treelora_avalanche.models.token_rows import LengthBatchSampler, collate_token_rows
+from treelora_avalanche.models.token_batches import LengthBatchSampler, collate_token_rows
 from treelora_avalanche.plugins import CosineSchedulePlugin
 from treelora_avalanche.scenarios import TRACE, TextTasks
 from treelora_avalanche.strategies import EWCLoRA, GEMLoRA, SeqLoRA, TreeLoRAStrategy

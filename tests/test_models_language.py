@@ -31,8 +31,8 @@ from treelora_avalanche.adapters import (
     save_adapter,
 )
 from treelora_avalanche.models import LanguageModel, TokenCrossEntropy, create_language_model
-from treelora_avalanche.models.language import PADDING
-from treelora_avalanche.models.text_prompts import encode_prompt, encode_sample
+from treelora_avalanche.models.tokenization import encode_prompt, encode_sample
+from treelora_avalanche.models.tokens import PADDING
 
 SIZES = {
     "hidden_size": 16,

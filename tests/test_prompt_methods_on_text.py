@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from treelora_avalanche.adapters import LoRAFactors, lora_layers
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models import LanguageModel
-from treelora_avalanche.models.prompted_language import first_tokens
+from treelora_avalanche.models.tokens import first_tokens
 from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.runs.texts import training_in_words
 from treelora_avalanche.scenarios import TextTasks

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from treelora_avalanche.models.text_prompts import encode_sample
+from treelora_avalanche.models.tokenization import encode_sample
 from treelora_avalanche.scenarios import (
     FULL_EPOCHS,
     LORA_EPOCHS,

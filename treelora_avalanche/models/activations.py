@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, lora_layers
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.adapters.trainable_view import evaluating
-from treelora_avalanche.models.language import real_tokens
+from treelora_avalanche.models.tokens import real_tokens
 
 
 def activation_signature(

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, lora_layers
 from treelora_avalanche.adapters.trainable_view import evaluating
-from treelora_avalanche.models.language import PADDING, LanguageModel
-from treelora_avalanche.models.prompted_language import mean_over
+from treelora_avalanche.models.language import LanguageModel
+from treelora_avalanche.models.tokens import PADDING, mean_over
 from treelora_avalanche.state import check_keys
 
 

@@ -28,13 +28,10 @@ from transformers import (
 from treelora_avalanche.adapters import AdapterHost, merged_weights
 from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.hub import from_folder_or_hub
-from treelora_avalanche.models.text_prompts import encode_prompt, end_token
+from treelora_avalanche.models.tokenization import encode_prompt, end_token
+from treelora_avalanche.models.tokens import PADDING, crop
 
 logger = logging.getLogger(__name__)
-
-PADDING = -1
-"""What fills the rows of tokens. No token's id, so that no tokenizer needs a padding token, and an
-end token is never taken for padding."""
 
 
 class LanguageModel(AdapterHost):
@@ -228,26 +225,6 @@ class LanguageModel(AdapterHost):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
-
-
-def crop(tokens: Tensor) -> Tensor:
-    """Rows of tokens without the columns that are padding in all of them.
-
-    :param tokens: padded on the right, ``(batch, length)``; or what a prefix has made of them, see
-        :func:`real_tokens`.
-    :return: a view, at least one column wide.
-    """
-    longest = int(real_tokens(tokens).sum(1).max()) if len(tokens) else 1
-    return tokens[:, : max(1, longest)]
-
-
-def real_tokens(tokens: Tensor) -> Tensor:
-    """Where there is a token, and no padding: ``(batch, length)``.
-
-    :param tokens: token ids, padded with -1, ``(batch, length)``; or hidden states, padded with
-        NaN, ``(batch, length, dim)``.
-    """
-    return tokens != PADDING if tokens.ndim == 2 else ~tokens[..., 0].isnan()
 
 
 def create_language_model(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.adapters.trainable_view import evaluating
-from treelora_avalanche.models.language import PADDING, LanguageModel, crop, real_tokens
+from treelora_avalanche.models.language import LanguageModel
+from treelora_avalanche.models.tokens import PADDING, crop, real_tokens
 
 
 def decoder_layers(model: LanguageModel) -> nn.ModuleList | None:

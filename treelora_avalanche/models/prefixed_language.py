@@ -21,13 +21,9 @@ from transformers.masking_utils import sdpa_mask
 
 from treelora_avalanche.adapters import lora_layers
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.prompted_language import (
-    PromptTunedNetwork,
-    check_query_length,
-    first_tokens,
-    mean_over,
-)
+from treelora_avalanche.models.prompted_language import PromptTunedNetwork, check_query_length
 from treelora_avalanche.models.prompts import TaskPrompts, check_dual_prompts
+from treelora_avalanche.models.tokens import first_tokens, mean_over
 
 PREFIXED = "treelora_prefixed"
 """Name of the attention with prefixes among those of transformers."""

@@ -15,28 +15,7 @@ from torch import Tensor, nn
 from treelora_avalanche.adapters import lora_layers
 from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.prompts import PromptPool
-
-
-def first_tokens(mask: Tensor, n: int) -> Tensor:
-    """Where the first tokens of every row are, whichever side is padded.
-
-    :param mask: 1 at tokens, 0 at padding, ``(batch, length)``.
-    :param n: how many tokens of a row are wanted.
-    :return: true at the first ``n`` tokens of each row, ``(batch, length)``.
-    """
-    return (mask.cumsum(1) <= n) & (mask > 0)
-
-
-def mean_over(hidden: Tensor, chosen: Tensor) -> Tensor:
-    """Mean over the chosen positions of every row, in float32; 0 where a row has none.
-
-    :param hidden: ``(batch, length, dim)``.
-    :param chosen: boolean, ``(batch, length)``.
-    :return: ``(batch, dim)``.
-    """
-    # Left out by choosing, not by a factor of 0, which would keep what is not a number.
-    total = hidden.float().masked_fill(~chosen[:, :, None], 0).sum(1)
-    return total / chosen.sum(1, keepdim=True).clamp(min=1)
+from treelora_avalanche.models.tokens import first_tokens, mean_over
 
 
 def check_query_length(query_length: int) -> None:

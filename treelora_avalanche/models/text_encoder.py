@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from treelora_avalanche.adapters import ENCODER_LORA
 from treelora_avalanche.models.hub import from_folder_or_hub
-from treelora_avalanche.models.language import PADDING, crop
+from treelora_avalanche.models.tokens import PADDING, crop
 
 
 class TextEncoder(nn.Module):

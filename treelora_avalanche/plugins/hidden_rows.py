@@ -11,8 +11,8 @@ from avalanche.benchmarks.utils import TaskAwareSupervisedClassificationDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from treelora_avalanche.models.language import crop
-from treelora_avalanche.models.token_rows import LengthBatchSampler, collate_hidden_rows
+from treelora_avalanche.models.token_batches import LengthBatchSampler, collate_hidden_rows
+from treelora_avalanche.models.tokens import crop
 
 
 class HiddenRows(Dataset[tuple[Tensor, Tensor]]):

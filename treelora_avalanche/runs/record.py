@@ -31,7 +31,7 @@ from treelora_avalanche.metrics import (
     generation_metrics,
     overall_performance,
 )
-from treelora_avalanche.models.language import PADDING
+from treelora_avalanche.models.tokens import PADDING
 from treelora_avalanche.runs.distributed import is_first
 from treelora_avalanche.runs.folder import to_json, write_text
 from treelora_avalanche.runs.watch import JsonLinesLogger

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 
 from treelora_avalanche.adapters import find_host
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.models.language import PADDING, LanguageModel
-from treelora_avalanche.models.text_prompts import EncodedSample, encode_sample
+from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.token_loss import IGNORED
+from treelora_avalanche.models.tokenization import EncodedSample, encode_sample
+from treelora_avalanche.models.tokens import PADDING
 from treelora_avalanche.scenarios.text_records import SUFFIXES, Records, read_records
 
 logger = logging.getLogger(__name__)

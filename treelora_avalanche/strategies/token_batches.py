@@ -6,7 +6,7 @@ from typing import Any
 
 from avalanche.training.plugins import LwFPlugin
 
-from treelora_avalanche.models.token_rows import token_loader
+from treelora_avalanche.models.token_batches import token_loader
 
 
 class TokenBatches:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from treelora_avalanche.models.language import crop
 from treelora_avalanche.models.token_loss import IGNORED
+from treelora_avalanche.models.tokens import crop
 
 WINDOW = 64
 """Batches whose samples are sorted together: more waste less padding, fewer mix better."""
