@@ -4,7 +4,7 @@ Every signature is read from one batch of a new task, on the model as it was bef
 so that all tasks are comparable:
 
 * ``activations``: the mean of what enters each adapted layer (the library's
-  :func:`~treelora_avalanche.models.activations.activation_signature`); one forward pass, no labels;
+  :func:`~treelora_avalanche.models.features.signature.activation_signature`); one forward pass, no labels;
 * ``features``: the mean of what enters the classifier; one forward pass, no labels;
 * ``gradient``: of the loss with respect to B, under the classifier's initial weights, compared
   among the task's classes; one forward and one backward pass. (A's is zero while B is.)
@@ -40,7 +40,7 @@ from transfer import DATA, STREAMS
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.models.activations import (
+from treelora_avalanche.models.features.signature import (
     activation_signature,
     features_of,
     stack_samples,

@@ -25,9 +25,9 @@ from torch import nn
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.cli import main
 from treelora_avalanche.metrics import AccuracyMatrix
-from treelora_avalanche.models.centroids import Centroids
-from treelora_avalanche.models.features import extract_features
-from treelora_avalanche.models.pseudo_features import (
+from treelora_avalanche.models.features.centroids import Centroids
+from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.gaussians import (
     ClassStatistics,
     Gaussians,
     PseudoFeatures,

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora, lora_layers
 from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.models.centroids import CentroidFeatures, Centroids, ClassCentroids
-from treelora_avalanche.models.features import extract_features
-from treelora_avalanche.models.pseudo_features import train_head
+from treelora_avalanche.models.features.centroids import CentroidFeatures, Centroids, ClassCentroids
+from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.gaussians import train_head
 from treelora_avalanche.plugins import ContrastivePlugin, RouterPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.hide import contrastive_regularisation
 from treelora_avalanche.runs import stored_bytes

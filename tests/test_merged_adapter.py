@@ -7,7 +7,7 @@ from avalanche.training.supervised import Naive
 
 from treelora_avalanche import TreeLoRAStrategy
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
-from treelora_avalanche.models.features import extract_features
+from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.plugins import MergedAdapterPlugin, TaskAdaptiveHeadPlugin
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

@@ -10,8 +10,8 @@ from torch import nn
 from treelora_avalanche.adapters import TrainableView, add_lora
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.metrics import AccuracyMatrix, overall_performance
-from treelora_avalanche.models.features import extract_features
-from treelora_avalanche.models.pseudo_features import (
+from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.gaussians import (
     ClassStatistics,
     PseudoFeatures,
     feature_drift,

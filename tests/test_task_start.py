@@ -7,7 +7,7 @@ from avalanche.training.supervised import Naive
 from torch import nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView, add_lora
-from treelora_avalanche.models.activations import activation_signature, features_of
+from treelora_avalanche.models.features.signature import activation_signature, features_of
 from treelora_avalanche.plugins import TaskStartPlugin, TreeBuilderPlugin
 from treelora_avalanche.tree import AdapterTree
 

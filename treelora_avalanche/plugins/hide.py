@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.models.centroids import Centroids
+from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys, check_same_settings, forget

@@ -9,7 +9,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from treelora_avalanche.adapters.trainable_view import evaluating
-from treelora_avalanche.models.pseudo_features import (
+from treelora_avalanche.models.features.gaussians import (
     Gaussians,
     StatisticsKind,
     move_statistics,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.models.features import extract_features
-from treelora_avalanche.models.pseudo_features import (
+from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.gaussians import (
     Gaussians,
     StatisticsKind,
     feature_drift,
@@ -37,15 +37,15 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
     says: its mean and at most 64 directions of its covariance, or centroids with variances. In a
     domain-incremental stream a class has statistics for every task. Old statistics are moved along
     with the features, as the current images show it
-    (:func:`~treelora_avalanche.models.pseudo_features.feature_drift`); not so in a
+    (:func:`~treelora_avalanche.models.features.gaussians.feature_drift`); not so in a
     :class:`~treelora_avalanche.models.routed.RoutedView`, where each class is answered by the
     adapter of its own task. Task labels are not used.
 
     :param epochs: steps in which the head is re-trained.
     :param n_per_class: pseudo-features per class and step.
     :param learning_rate: learning rate of the re-training.
-    :param kind: what is remembered of a class, :class:`~treelora_avalanche.models.pseudo_features.
-        Gaussians` by default, or :class:`~treelora_avalanche.models.centroids.Centroids`.
+    :param kind: what is remembered of a class, :class:`~treelora_avalanche.models.features.gaussians.
+        Gaussians` by default, or :class:`~treelora_avalanche.models.features.centroids.Centroids`.
     :param seed: seed of the pseudo-features.
     """
 

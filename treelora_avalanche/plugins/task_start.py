@@ -10,7 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
-from treelora_avalanche.models.activations import activation_signature, stack_samples
+from treelora_avalanche.models.features.signature import activation_signature, stack_samples
 from treelora_avalanche.state import check_keys, check_same_settings, forget
 from treelora_avalanche.tree import AdapterTree
 
@@ -20,7 +20,7 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
     Before the first step some samples of the experience pass through the frozen backbone, one batch
     without gradients; what enters the adapted layers is the experience's signature
-    (:func:`~treelora_avalanche.models.activations.activation_signature`). The past task whose
+    (:func:`~treelora_avalanche.models.features.signature.activation_signature`). The past task whose
     signature has the smallest L1 distance in the sum over layers is where the training begins. A
     task that returns so takes up its own adapter (``benchmarks/transfer.py``).
 

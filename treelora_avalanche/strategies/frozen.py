@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from treelora_avalanche.adapters import find_host
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
 from treelora_avalanche.checkpoint import Resumable
-from treelora_avalanche.models.features import extract_features
+from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys
 from treelora_avalanche.strategies.positional_model import positional_model

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from treelora_avalanche.adapters import AdapterBank, TrainableView
-from treelora_avalanche.models.centroids import Centroids
+from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.prompted_language import check_query_length
 from treelora_avalanche.models.prompted_vit import check_vision_transformer

@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
-from treelora_avalanche.models.pseudo_features import load_statistics
+from treelora_avalanche.models.features.gaussians import load_statistics
 
 
 class ClassCentroids(NamedTuple):
@@ -115,7 +115,7 @@ class CentroidFeatures:
 @dataclass(frozen=True)
 class Centroids:
     """Classes as centroids: a kind of statistics, see
-    :class:`~treelora_avalanche.models.pseudo_features.StatisticsKind`.
+    :class:`~treelora_avalanche.models.features.gaussians.StatisticsKind`.
 
     :param n_centroids: centroids per class; HiDe's are 10.
     :raises ValueError: if ``n_centroids`` is below 1.

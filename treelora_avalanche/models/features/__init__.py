@@ -1,0 +1,1 @@
+"""Features of a backbone: extraction, task signatures, Gaussians, centroids."""
