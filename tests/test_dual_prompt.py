@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from timm.layers import Attention
 from torch import nn
 
-from treelora_avalanche.models.prompted_vit import attend_with_prefix, block_with_prefix
-from treelora_avalanche.models.prompts import TaskPrompts
+from treelora_avalanche.models.prompts.pools import TaskPrompts
+from treelora_avalanche.models.prompts.vit import attend_with_prefix, block_with_prefix
 from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.strategies import DualPrompt
 

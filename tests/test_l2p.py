@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.models.prompts import PromptPool
+from treelora_avalanche.models.prompts.pools import PromptPool
 from treelora_avalanche.plugins import KeyLossPlugin
 from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.state import clone_state

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
-from treelora_avalanche.models.prompts import TaskPrompts
+from treelora_avalanche.models.prompts.pools import TaskPrompts
 from treelora_avalanche.state import check_keys, check_same_settings, forget
 
 

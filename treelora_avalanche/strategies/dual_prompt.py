@@ -10,8 +10,8 @@ from torch import nn
 
 from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.prefixed_language import add_dual_prompts
-from treelora_avalanche.models.prompted_vit import DualPromptedViT, check_vision_transformer
+from treelora_avalanche.models.prompts.language_attention import add_dual_prompts
+from treelora_avalanche.models.prompts.vit import DualPromptedViT, check_vision_transformer
 from treelora_avalanche.plugins import KeyLossPlugin, TaskPromptsPlugin, WithinTaskLossPlugin
 from treelora_avalanche.strategies.parameter_efficient import (
     ParameterEfficientStrategy,

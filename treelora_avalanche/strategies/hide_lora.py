@@ -12,8 +12,8 @@ from torch import nn
 from treelora_avalanche.adapters import AdapterBank, TrainableView
 from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.prompted_language import check_query_length
-from treelora_avalanche.models.prompted_vit import check_vision_transformer
+from treelora_avalanche.models.prompts.language_input import check_query_length
+from treelora_avalanche.models.prompts.vit import check_vision_transformer
 from treelora_avalanche.models.routed import RoutedAdapters
 from treelora_avalanche.models.routed_language import RoutedLanguageModel
 from treelora_avalanche.plugins import RouterPlugin

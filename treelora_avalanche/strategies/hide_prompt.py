@@ -8,7 +8,7 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
-from treelora_avalanche.models.prompted_vit import (
+from treelora_avalanche.models.prompts.vit import (
     RoutedPrompts,
     TaskPromptedViT,
     check_vision_transformer,

@@ -12,9 +12,9 @@ from torch.optim import Adam
 
 from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.prompted_language import add_prompt_pool
-from treelora_avalanche.models.prompted_vit import PromptTunedViT, check_vision_transformer
-from treelora_avalanche.models.prompts import PromptPool
+from treelora_avalanche.models.prompts.language_input import add_prompt_pool
+from treelora_avalanche.models.prompts.pools import PromptPool
+from treelora_avalanche.models.prompts.vit import PromptTunedViT, check_vision_transformer
 from treelora_avalanche.plugins import KeyLossPlugin, WithinTaskLossPlugin
 from treelora_avalanche.strategies.parameter_efficient import (
     ParameterEfficientStrategy,

@@ -21,8 +21,8 @@ from transformers.masking_utils import sdpa_mask
 
 from treelora_avalanche.adapters import lora_layers
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.prompted_language import PromptTunedNetwork, check_query_length
-from treelora_avalanche.models.prompts import TaskPrompts, check_dual_prompts
+from treelora_avalanche.models.prompts.language_input import PromptTunedNetwork, check_query_length
+from treelora_avalanche.models.prompts.pools import TaskPrompts, check_dual_prompts
 from treelora_avalanche.models.tokens import first_tokens, mean_over
 
 PREFIXED = "treelora_prefixed"
@@ -75,7 +75,7 @@ class DualPromptedNetwork(nn.Module):
     """DualPrompt's: general prefixes that all tasks share, and expert prefixes, one of each task.
 
     Takes the place of the network of a :class:`~treelora_avalanche.models.LanguageModel`, see
-    :class:`~treelora_avalanche.models.prompted_language.PromptTunedNetwork`, whose query it has. In
+    :class:`~treelora_avalanche.models.prompts.language_input.PromptTunedNetwork`, whose query it has. In
     training mode the live expert prefix is in use; in evaluation mode, and in generation, every
     text takes that of the task whose key is nearest to its query.
 

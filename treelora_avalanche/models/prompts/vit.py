@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters import find_classifier
-from treelora_avalanche.models.prompts import (
+from treelora_avalanche.models.prompts.pools import (
     PromptPool,
     TaskPrompts,
     check_dual_prompts,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from treelora_avalanche.adapters import lora_layers
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.prompts import PromptPool
+from treelora_avalanche.models.prompts.pools import PromptPool
 from treelora_avalanche.models.tokens import first_tokens, mean_over
 
 

@@ -1,0 +1,1 @@
+"""Prompt pools and prefix tuning."""
