@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, add_lora
-from treelora_avalanche.models.routed import RoutedAdapters, Router
+from treelora_avalanche.models.views.routed_vit import RoutedAdapters
+from treelora_avalanche.models.views.router import Router
 
 TARGET = 1.6
 

@@ -67,7 +67,7 @@ from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.models import create_vit, image_preprocessing, pretrained_digits_vit
 from treelora_avalanche.models.features.signature import stack_samples
-from treelora_avalanche.models.routed import RoutedAdapters
+from treelora_avalanche.models.views.routed_vit import RoutedAdapters
 from treelora_avalanche.plugins import (
     LCBSelectorPlugin,
     MergedAdapterPlugin,

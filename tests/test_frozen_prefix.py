@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from treelora_avalanche.adapters import TrainableView, add_lora, lora_layers
-from treelora_avalanche.models.frozen_prefix import (
+from treelora_avalanche.models.views.split_vit import (
     PrefixView,
     answers_by_class_token,
     frozen_blocks,

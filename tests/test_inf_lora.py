@@ -18,7 +18,7 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
-from treelora_avalanche.models.frozen_prefix import trainable_view
+from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import InfLoRAPlugin
 from treelora_avalanche.plugins.inf_lora import input_covariances
 from treelora_avalanche.runs.account import stored_bytes

@@ -7,7 +7,7 @@ from avalanche.training.supervised import Naive
 from torch import nn
 
 from treelora_avalanche.adapters import LoRAFactors, add_lora
-from treelora_avalanche.models.frozen_prefix import trainable_view
+from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import L2AnchorPlugin
 from treelora_avalanche.runs.account import stored_bytes
 from treelora_avalanche.strategies import L2Anchor, SeqLoRA

@@ -22,10 +22,10 @@ from transformers import (
 from treelora_avalanche.adapters import add_lora
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.features.signature import activation_signature
-from treelora_avalanche.models.language_prefix import LanguagePrefixView, frozen_layers
 from treelora_avalanche.models.token_batches import collate_hidden_rows, collate_token_rows
 from treelora_avalanche.models.tokenization import EncodedSample
 from treelora_avalanche.models.tokens import PADDING, crop
+from treelora_avalanche.models.views.split_language import LanguagePrefixView, frozen_layers
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche.scenarios.text_tasks import TokenRows, TokenTargets
 from treelora_avalanche.strategies import (

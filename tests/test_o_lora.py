@@ -18,7 +18,7 @@ from treelora_avalanche.adapters import (
     lora_layers,
     save_adapter,
 )
-from treelora_avalanche.models.frozen_prefix import trainable_view
+from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import NonFiniteLossError, OLoRAPlugin
 from treelora_avalanche.plugins.o_lora import overlap
 from treelora_avalanche.runs.account import stored_bytes

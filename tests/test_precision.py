@@ -5,8 +5,8 @@ import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from treelora_avalanche.methods import LANGUAGE, METHODS
-from treelora_avalanche.models.frozen_prefix import PrefixView
-from treelora_avalanche.models.precision import autocast_dtype
+from treelora_avalanche.models.views.precision import autocast_dtype
+from treelora_avalanche.models.views.split_vit import PrefixView
 from treelora_avalanche.plugins import PrefixCachePlugin
 from treelora_avalanche.settings import RunSettings
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from treelora_avalanche.adapters import LoRAFactors
-from treelora_avalanche.models.routed import RoutedView, Router
+from treelora_avalanche.models.views.router import RoutedView, Router
 from treelora_avalanche.plugins import RouterPlugin
 from treelora_avalanche.strategies import TreeLoRAStrategy
 

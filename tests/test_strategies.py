@@ -20,7 +20,7 @@ from torch import nn
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.metrics import AccuracyMatrix
-from treelora_avalanche.models.frozen_prefix import trainable_view
+from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.strategies import (
     EWCLoRA,
     FrozenGaussian,

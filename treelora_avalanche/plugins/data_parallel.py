@@ -16,9 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from treelora_avalanche.adapters import find_host
-from treelora_avalanche.models.frozen_prefix import find_transformer
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.language_prefix import decoder_layers
+from treelora_avalanche.models.views.split_language import decoder_layers
+from treelora_avalanche.models.views.split_vit import find_transformer
 from treelora_avalanche.processes import Processes, shared_work, whole_batches
 
 IGNORED_TARGET = -100  # PyTorch's `ignore_index`

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
-from treelora_avalanche.models.in_context import Demonstrations, InContextLanguageModel
+from treelora_avalanche.models.views.in_context_language import (
+    Demonstrations,
+    InContextLanguageModel,
+)
 from treelora_avalanche.state import check_keys, check_same_settings
 
 

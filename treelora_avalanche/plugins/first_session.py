@@ -7,9 +7,9 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 
 from treelora_avalanche.adapters import lora_layers
-from treelora_avalanche.models.frozen_prefix import PrefixView
-from treelora_avalanche.models.language_prefix import LanguagePrefixView
-from treelora_avalanche.models.routed import RoutedView
+from treelora_avalanche.models.views.router import RoutedView
+from treelora_avalanche.models.views.split_language import LanguagePrefixView
+from treelora_avalanche.models.views.split_vit import PrefixView
 from treelora_avalanche.plugins.ogd import OGDPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
 from treelora_avalanche.plugins.tasl import TaSLPlugin

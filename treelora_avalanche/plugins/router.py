@@ -16,12 +16,12 @@ from treelora_avalanche.models.features.gaussians import (
     statistics_state,
     train_head,
 )
-from treelora_avalanche.models.routed import RoutedView, Router
+from treelora_avalanche.models.views.router import RoutedView, Router
 from treelora_avalanche.tree import AdapterTree
 
 
 class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Fits the router of a :class:`~treelora_avalanche.models.routed.RoutedView`.
+    """Fits the router of a :class:`~treelora_avalanche.models.views.router.RoutedView`.
 
     The router tells the classes of each task apart by the features of the frozen backbone, which
     never drift (task-identity inference, HiDe); of texts, all of a task count as one class. It is

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors
-from treelora_avalanche.models.attentive_language import SharedAttention, attention_scores
+from treelora_avalanche.models.views.attentive_language import SharedAttention, attention_scores
 from treelora_avalanche.state import check_keys, check_same_settings, forget
 
 

@@ -23,7 +23,7 @@ from treelora_avalanche.models.features.gaussians import (
     statistics_state,
     train_head,
 )
-from treelora_avalanche.models.routed import RoutedView
+from treelora_avalanche.models.views.router import RoutedView
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 from treelora_avalanche.processes import shared_work
 from treelora_avalanche.state import check_keys
@@ -38,7 +38,7 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
     domain-incremental stream a class has statistics for every task. Old statistics are moved along
     with the features, as the current images show it
     (:func:`~treelora_avalanche.models.features.gaussians.feature_drift`); not so in a
-    :class:`~treelora_avalanche.models.routed.RoutedView`, where each class is answered by the
+    :class:`~treelora_avalanche.models.views.router.RoutedView`, where each class is answered by the
     adapter of its own task. Task labels are not used.
 
     :param epochs: steps in which the head is re-trained.

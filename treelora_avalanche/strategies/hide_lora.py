@@ -14,8 +14,8 @@ from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.prompts.language_input import check_query_length
 from treelora_avalanche.models.prompts.vit import check_vision_transformer
-from treelora_avalanche.models.routed import RoutedAdapters
-from treelora_avalanche.models.routed_language import RoutedLanguageModel
+from treelora_avalanche.models.views.routed_language import RoutedLanguageModel
+from treelora_avalanche.models.views.routed_vit import RoutedAdapters
 from treelora_avalanche.plugins import RouterPlugin
 from treelora_avalanche.plugins.hide import TaskAdaptersPlugin, hide_plugins
 from treelora_avalanche.strategies.positional_model import positional_model
@@ -38,7 +38,7 @@ class HiDeLoRA(SeqLoRA):
     On language models, whose classes are tokens, there is no head to align and no push from past
     classes. What remains is the inference of the task: all texts of a task are one class to the
     router, which reads the beginning of a text through the frozen network
-    (:class:`~treelora_avalanche.models.routed_language.RoutedLanguageModel`). Then the adapter of
+    (:class:`~treelora_avalanche.models.views.routed_language.RoutedLanguageModel`). Then the adapter of
     that task gives the logits, or generates the whole answer.
 
     Stores per task one adapter, ``rank * 4 * width`` values per layer, on the host, and per class

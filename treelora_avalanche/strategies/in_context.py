@@ -12,8 +12,8 @@ from torch import nn
 
 from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.checkpoint import Resumable
-from treelora_avalanche.models.in_context import InContextLanguageModel
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
+from treelora_avalanche.models.views.in_context_language import InContextLanguageModel
 from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.strategies.defaults import LANGUAGE_TRAINING, language_evaluator
 from treelora_avalanche.strategies.language_only import check_language_model
@@ -28,7 +28,7 @@ class InContext(TokenBatches, Resumable, SupervisedTemplate):
     TRACE (Wang et al. 2023, arXiv 2310.06762) prepends six demonstrations of the task that a prompt
     is known to belong to. No task is named here at test time, and the demonstrations are those of
     the nearest of the tasks seen: see
-    :class:`~treelora_avalanche.models.in_context.InContextLanguageModel`. They take part in
+    :class:`~treelora_avalanche.models.views.in_context_language.InContextLanguageModel`. They take part in
     generation; the loss is that of the model without them.
 
     Stores per task ``n_demonstrations`` pairs of prompt and answer, and one vector as wide as the

@@ -17,7 +17,7 @@ from treelora_avalanche.adapters import TrainableView, find_host
 from treelora_avalanche.adapters.classifier import check_classes
 from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.models.precision import PRECISIONS, set_precision
+from treelora_avalanche.models.views.precision import PRECISIONS, set_precision
 from treelora_avalanche.plugins import (
     CosineSchedulePlugin,
     DataParallelPlugin,
@@ -65,7 +65,7 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
     :param schedule: ``"constant"`` or ``"cosine"``, the learning rate within an experience; see
         :class:`~treelora_avalanche.plugins.CosineSchedulePlugin`.
     :param precision: of the forward pass, ``"fp32"``, ``"bf16"`` or ``"auto"``: see
-        :func:`~treelora_avalanche.models.precision.autocast_dtype`.
+        :func:`~treelora_avalanche.models.views.precision.autocast_dtype`.
     :param device: where to train.
     :param head: ``"linear"``, a classifier trained by the loss alone; ``"task_adaptive"``, one that
         is re-trained after every task, for class-incremental streams: see

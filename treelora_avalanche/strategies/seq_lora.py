@@ -17,8 +17,8 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
-from treelora_avalanche.models.frozen_prefix import trainable_view
-from treelora_avalanche.models.language_prefix import LanguagePrefixView, takes_parts
+from treelora_avalanche.models.views.split_language import LanguagePrefixView, takes_parts
+from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import PrefixCachePlugin
 from treelora_avalanche.strategies.parameter_efficient import (
     ParameterEfficientStrategy,

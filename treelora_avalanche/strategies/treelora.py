@@ -15,7 +15,7 @@ from treelora_avalanche.adapters import (
     lora_layers,
 )
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.models.routed import RoutedAdapters
+from treelora_avalanche.models.views.routed_vit import RoutedAdapters
 from treelora_avalanche.plugins import (
     LCBSelectorPlugin,
     MergedAdapterPlugin,

@@ -25,7 +25,7 @@ from treelora_avalanche.models.prompts.pools import (
     check_length,
     check_momentum,
 )
-from treelora_avalanche.models.routed import RoutedView, Router
+from treelora_avalanche.models.views.router import RoutedView, Router
 
 
 def check_vision_transformer(

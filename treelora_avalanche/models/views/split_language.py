@@ -1,6 +1,6 @@
 """A language model in two parts: the decoder layers that nothing trains, and the rest.
 
-The counterpart of :mod:`~treelora_avalanche.models.frozen_prefix` for the models of transformers.
+The counterpart of :mod:`~treelora_avalanche.models.views.split_vit` for the models of transformers.
 How a model embeds tokens, makes its masks and calls its layers is its own affair: it runs as it is,
 and the layers of the other part hand on what they are given.
 """

@@ -11,8 +11,8 @@ from torch import Tensor
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.routed import RoutedView, Router, answer_by_adapter, restored
 from treelora_avalanche.models.tokens import PADDING, crop, mean_over
+from treelora_avalanche.models.views.router import RoutedView, Router, answer_by_adapter, restored
 
 
 class RoutedLanguageModel(RoutedView):

@@ -1,0 +1,1 @@
+"""Modules wrapped around a backbone."""
