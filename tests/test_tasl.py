@@ -6,7 +6,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from treelora_avalanche.adapters import LoRAFactors
-from treelora_avalanche.plugins.tasl import SMOOTHING, TaSLPlugin, new_shares, normalized
+from treelora_avalanche.plugins.baselines.tasl import SMOOTHING, TaSLPlugin, new_shares, normalized
 from treelora_avalanche.strategies import SeqLoRA, TaSL
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

@@ -1,13 +1,18 @@
 """Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
 
+from treelora_avalanche.plugins.baselines.demonstrations import DemonstrationsPlugin
+from treelora_avalanche.plugins.baselines.hide import ContrastivePlugin, TaskAdaptersPlugin
+from treelora_avalanche.plugins.baselines.inf_lora import InfLoRAPlugin
+from treelora_avalanche.plugins.baselines.l2_anchor import L2AnchorPlugin
+from treelora_avalanche.plugins.baselines.o_lora import OLoRAPlugin
+from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
+from treelora_avalanche.plugins.baselines.prompts import KeyLossPlugin, TaskPromptsPlugin
+from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
+from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
 from treelora_avalanche.plugins.data_parallel import DataParallelPlugin
-from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
 from treelora_avalanche.plugins.first_session import FirstSessionPlugin
-from treelora_avalanche.plugins.hide import ContrastivePlugin, TaskAdaptersPlugin
-from treelora_avalanche.plugins.inf_lora import InfLoRAPlugin
-from treelora_avalanche.plugins.l2_anchor import L2AnchorPlugin
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
     NearestSelectorPlugin,
@@ -16,16 +21,11 @@ from treelora_avalanche.plugins.lcb_selector import (
 )
 from treelora_avalanche.plugins.memory_draws import MemoryDrawsPlugin
 from treelora_avalanche.plugins.merged_adapter import MergedAdapterPlugin
-from treelora_avalanche.plugins.o_lora import OLoRAPlugin
-from treelora_avalanche.plugins.ogd import OGDPlugin
 from treelora_avalanche.plugins.prefix_cache import PrefixCachePlugin
-from treelora_avalanche.plugins.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.router import RouterPlugin
-from treelora_avalanche.plugins.sapt import SAPTPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
-from treelora_avalanche.plugins.tasl import TaSLPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 

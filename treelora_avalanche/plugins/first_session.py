@@ -10,9 +10,9 @@ from treelora_avalanche.adapters import lora_layers
 from treelora_avalanche.models.views.router import RoutedView
 from treelora_avalanche.models.views.split_language import LanguagePrefixView
 from treelora_avalanche.models.views.split_vit import PrefixView
-from treelora_avalanche.plugins.ogd import OGDPlugin
+from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
+from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
-from treelora_avalanche.plugins.tasl import TaSLPlugin
 from treelora_avalanche.state import check_keys, check_same_settings, forget
 
 

@@ -17,7 +17,7 @@ from treelora_avalanche.models.prompts.vit import check_vision_transformer
 from treelora_avalanche.models.views.routed_language import RoutedLanguageModel
 from treelora_avalanche.models.views.routed_vit import RoutedAdapters
 from treelora_avalanche.plugins import RouterPlugin
-from treelora_avalanche.plugins.hide import TaskAdaptersPlugin, hide_plugins
+from treelora_avalanche.plugins.baselines.hide import TaskAdaptersPlugin, hide_plugins
 from treelora_avalanche.strategies.positional_model import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 

@@ -14,7 +14,7 @@ from treelora_avalanche.models.prompts.vit import (
     check_vision_transformer,
 )
 from treelora_avalanche.plugins import TaskPromptsPlugin
-from treelora_avalanche.plugins.hide import hide_plugins
+from treelora_avalanche.plugins.baselines.hide import hide_plugins
 from treelora_avalanche.strategies.parameter_efficient import (
     ParameterEfficientStrategy,
     check_training,

@@ -14,7 +14,7 @@ from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
 from treelora_avalanche.models.views.in_context_language import InContextLanguageModel
-from treelora_avalanche.plugins.demonstrations import DemonstrationsPlugin
+from treelora_avalanche.plugins.baselines.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.strategies.defaults import LANGUAGE_TRAINING, language_evaluator
 from treelora_avalanche.strategies.language_only import check_language_model
 from treelora_avalanche.strategies.positional_model import positional_model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.models.token_loss import IGNORED
 from treelora_avalanche.models.views.attentive_language import AttentiveLanguageModel
-from treelora_avalanche.plugins.sapt import SAPTPlugin
+from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
 from treelora_avalanche.strategies.language_only import check_language_model
 from treelora_avalanche.strategies.positional_model import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA

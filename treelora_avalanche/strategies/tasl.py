@@ -8,7 +8,7 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
-from treelora_avalanche.plugins.tasl import TaSLPlugin
+from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.strategies.language_only import check_language_model
 from treelora_avalanche.strategies.positional_model import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from treelora_avalanche.adapters import PastAdapters
-from treelora_avalanche.plugins.past_adapters import PastAdaptersPlugin
+from treelora_avalanche.plugins.baselines.past_adapters import PastAdaptersPlugin
 from treelora_avalanche.state import check_keys, check_same_settings
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from treelora_avalanche.adapters import PastAdapters, SubspaceMemory, lora_layers
 from treelora_avalanche.adapters.trainable_view import evaluating
+from treelora_avalanche.plugins.baselines.past_adapters import PastAdaptersPlugin
 from treelora_avalanche.plugins.batches import experience_batches
-from treelora_avalanche.plugins.past_adapters import PastAdaptersPlugin
 from treelora_avalanche.state import check_keys, check_same_settings
 
 

@@ -1,0 +1,1 @@
+"""The plugins of the methods that TreeLoRA is compared with."""
