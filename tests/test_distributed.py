@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from treelora_avalanche.plugins.data_parallel import PartOfBatches
+from treelora_avalanche.plugins.training.data_parallel import PartOfBatches
 from treelora_avalanche.processes import Processes
 from treelora_avalanche.runs.distributed import one_folder, parallel_plugins
 

@@ -14,7 +14,7 @@ from avalanche.training import Cumulative, LwF, Replay, StreamingLDA
 from avalanche.training.plugins import LwFPlugin, ReplayPlugin
 from torch import Tensor
 
-from treelora_avalanche.plugins.memory_draws import MemoryDrawsPlugin
+from treelora_avalanche.plugins.training.memory_draws import MemoryDrawsPlugin
 from treelora_avalanche.state import State, check_keys, check_same_tensors
 
 # What of it changes; `Lambda` is computed from these when it is needed.

@@ -9,23 +9,23 @@ from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
 from treelora_avalanche.plugins.baselines.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
-from treelora_avalanche.plugins.cosine_schedule import CosineSchedulePlugin
-from treelora_avalanche.plugins.data_parallel import DataParallelPlugin
-from treelora_avalanche.plugins.finite_loss import FiniteLossPlugin, NonFiniteLossError
-from treelora_avalanche.plugins.first_session import FirstSessionPlugin
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
     NearestSelectorPlugin,
     RandomSelectorPlugin,
     SelectorPlugin,
 )
-from treelora_avalanche.plugins.memory_draws import MemoryDrawsPlugin
 from treelora_avalanche.plugins.merged_adapter import MergedAdapterPlugin
-from treelora_avalanche.plugins.prefix_cache import PrefixCachePlugin
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
+from treelora_avalanche.plugins.training.activation_cache import PrefixCachePlugin
+from treelora_avalanche.plugins.training.cosine_schedule import CosineSchedulePlugin
+from treelora_avalanche.plugins.training.data_parallel import DataParallelPlugin
+from treelora_avalanche.plugins.training.finite_loss import FiniteLossPlugin, NonFiniteLossError
+from treelora_avalanche.plugins.training.first_session import FirstSessionPlugin
+from treelora_avalanche.plugins.training.memory_draws import MemoryDrawsPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 

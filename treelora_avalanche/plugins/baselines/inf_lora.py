@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from treelora_avalanche.adapters import PastAdapters, SubspaceMemory, lora_layers
 from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.plugins.baselines.past_adapters import PastAdaptersPlugin
-from treelora_avalanche.plugins.batches import experience_batches
+from treelora_avalanche.plugins.training.experience_batches import experience_batches
 from treelora_avalanche.state import check_keys, check_same_settings
 
 

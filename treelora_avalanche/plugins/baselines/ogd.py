@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from treelora_avalanche.adapters import new_directions, project_off
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
-from treelora_avalanche.plugins.batches import experience_batches
+from treelora_avalanche.plugins.training.experience_batches import experience_batches
 from treelora_avalanche.state import check_keys, check_same_settings
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from treelora_avalanche.models.tokens import crop, real_tokens
 from treelora_avalanche.models.views.split_language import LanguagePrefixView
 from treelora_avalanche.models.views.split_vit import PrefixView
-from treelora_avalanche.plugins.hidden_rows import HiddenRows, like, rows_of
+from treelora_avalanche.plugins.training.cached_tokens import HiddenRows, like, rows_of
 from treelora_avalanche.processes import Processes, shared_work
 from treelora_avalanche.state import random_state, set_random_state
 

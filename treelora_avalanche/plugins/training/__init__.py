@@ -1,0 +1,1 @@
+"""Plugins that are useful to any method."""
