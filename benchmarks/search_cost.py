@@ -8,9 +8,9 @@ centre of each group, Gaussian in every number, with half the standard deviation
   ``own group`` is the share of 20 searches that end in the group of the task searched for.
 * Routing, for every batch of images: 256 features of 192 numbers, one class of each task.
   ``product`` is the library's router: one matrix product with all of them
-  (:class:`~treelora_avalanche.models.views.router.Router`); ``descent`` sends every image to the nearer
-  child, level by level, all images of the batch together. ``own task`` is the share of images that
-  are sent to the task which they are of.
+  (:class:`~treelora_avalanche.models.views.router.Router`); ``descent`` sends every image to the
+  nearer child, level by level, all images of the batch together. ``own task`` is the share of
+  images that are sent to the task which they are of.
 
 The exponents are of ``time = tasks ** exponent``, fitted by least squares.
 

@@ -4,7 +4,8 @@ Every signature is read from one batch of a new task, on the model as it was bef
 so that all tasks are comparable:
 
 * ``activations``: the mean of what enters each adapted layer (the library's
-  :func:`~treelora_avalanche.models.features.signature.activation_signature`); one forward pass, no labels;
+  :func:`~treelora_avalanche.models.features.signature.activation_signature`); one forward pass, no
+  labels;
 * ``features``: the mean of what enters the classifier; one forward pass, no labels;
 * ``gradient``: of the loss with respect to B, under the classifier's initial weights, compared
   among the task's classes; one forward and one backward pass. (A's is zero while B is.)

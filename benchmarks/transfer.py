@@ -80,7 +80,7 @@ from treelora_avalanche.plugins import (
     TreeBuilderPlugin,
 )
 from treelora_avalanche.scenarios import DomainImageFolder, SplitDigits
-from treelora_avalanche.scenarios.relations import (
+from treelora_avalanche.scenarios.related_tasks import (
     CALTECH101_GROUPS,
     DomainDigits,
     GroupedImageFolder,

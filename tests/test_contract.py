@@ -17,8 +17,8 @@ from treelora_avalanche.methods import LANGUAGE, METHODS, VISION, find_method, m
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models import TokenCrossEntropy
 from treelora_avalanche.runs import prepare, stored_bytes
+from treelora_avalanche.scenarios.data.images import _Images
 from treelora_avalanche.scenarios.text_tasks import TokenRows
-from treelora_avalanche.scenarios.vision import _Images
 from treelora_avalanche.settings import RunSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

@@ -9,7 +9,7 @@ from torch import nn
 from treelora_avalanche.models import ImagePreprocessing
 from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.scenarios import SplitDigits, SplitImageFolder
-from treelora_avalanche.scenarios.relations import (
+from treelora_avalanche.scenarios.related_tasks import (
     CALTECH101_GROUPS,
     TEXT_GROUPS,
     DomainDigits,

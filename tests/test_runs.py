@@ -25,7 +25,7 @@ from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.plugins import NonFiniteLossError
 from treelora_avalanche.reports.figures import FIGURES, write_figures
 from treelora_avalanche.reports.table import rich_table, summarise, write_table
-from treelora_avalanche.reports.trees import tree_growth
+from treelora_avalanche.reports.tree_growth import tree_growth
 from treelora_avalanche.runs import (
     SCHEMA_VERSION,
     Ingredients,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from treelora_avalanche.scenarios import LongSequence, OLoRAOrder, TextTasks
-from treelora_avalanche.scenarios.text_classification import FAMILY_OF, LONG_SEQUENCE, O_LORA_ORDERS
+from treelora_avalanche.scenarios.o_lora import FAMILY_OF, LONG_SEQUENCE, O_LORA_ORDERS
 
 
 def records(n, name="task"):
@@ -126,7 +126,7 @@ def test_prompt_is_instruction_options_text(o_lora, make_tokenizer):
 
 
 def test_samples_without_a_label_are_left_out(o_lora, make_tokenizer):
-    from treelora_avalanche.scenarios.text_classification import classification_tasks
+    from treelora_avalanche.scenarios.o_lora import classification_tasks
 
     (task,) = classification_tasks(o_lora, ["MNLI"])
     assert len(task.test.records) == 7600 - 131  # the README of the data counts them

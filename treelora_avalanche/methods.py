@@ -229,7 +229,7 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
         from treelora_avalanche.adapters import TrainableView, add_lora
         from treelora_avalanche.models.views.precision import set_precision
         from treelora_avalanche.plugins import CosineSchedulePlugin, FiniteLossPlugin
-        from treelora_avalanche.strategies.defaults import LANGUAGE_TRAINING, VISION_TRAINING
+        from treelora_avalanche.strategies.base.defaults import LANGUAGE_TRAINING, VISION_TRAINING
 
         if settings.accumulation_steps > 1:
             raise ValueError(

@@ -44,8 +44,9 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
     :param epochs: steps in which the head is re-trained.
     :param n_per_class: pseudo-features per class and step.
     :param learning_rate: learning rate of the re-training.
-    :param kind: what is remembered of a class, :class:`~treelora_avalanche.models.features.gaussians.
-        Gaussians` by default, or :class:`~treelora_avalanche.models.features.centroids.Centroids`.
+    :param kind: what is remembered of a class,
+        :class:`~treelora_avalanche.models.features.gaussians. Gaussians` by default, or
+        :class:`~treelora_avalanche.models.features.centroids.Centroids`.
     :param seed: seed of the pseudo-features.
     """
 

@@ -20,9 +20,9 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
     Before the first step some samples of the experience pass through the frozen backbone, one batch
     without gradients; what enters the adapted layers is the experience's signature
-    (:func:`~treelora_avalanche.models.features.signature.activation_signature`). The past task whose
-    signature has the smallest L1 distance in the sum over layers is where the training begins. A
-    task that returns so takes up its own adapter (``benchmarks/transfer.py``).
+    (:func:`~treelora_avalanche.models.features.signature.activation_signature`). The past task
+    whose signature has the smallest L1 distance in the sum over layers is where the training
+    begins. A task that returns so takes up its own adapter (``benchmarks/transfer.py``).
 
     It is for strategies that keep what was learned apart from the live adapter: with a
     :class:`~treelora_avalanche.plugins.MergedAdapterPlugin` or a router. Where the live adapter

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from treelora_avalanche.reports.canvas import COLOURS, LINES, MARKERS, new_figure, plain
+from treelora_avalanche.reports.style import COLOURS, LINES, MARKERS, new_figure, plain
 from treelora_avalanche.reports.table import is_language
-from treelora_avalanche.reports.trees import tree_growth
+from treelora_avalanche.reports.tree_growth import tree_growth
 
 KINDS = {
     "class_incremental": "among all classes",

@@ -83,9 +83,9 @@ def write_tree(tree: Any, folder: Path) -> None:
     :param folder: the run folder.
     """
     state = tree.to_dict()
-    signatures = state.pop("signatures")
+    tensors = {name: state.pop(name) for name in ("signatures", "totals")}
     with _replacing(folder / "tree.safetensors") as temporary:
-        save_file({"signatures": signatures.detach().cpu().contiguous()}, temporary)
+        save_file(tensors, temporary)
     write_text(folder / "tree.json", to_json(state))
 
 

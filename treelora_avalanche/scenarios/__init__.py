@@ -4,8 +4,10 @@ from treelora_avalanche.scenarios.cifar100 import SplitCIFAR100
 from treelora_avalanche.scenarios.cub200 import SplitCUB200
 from treelora_avalanche.scenarios.digits import SplitDigits, digits_images
 from treelora_avalanche.scenarios.domains import DomainImageFolder
+from treelora_avalanche.scenarios.image_folder import SplitImageFolder
 from treelora_avalanche.scenarios.imagenet_r import SplitImageNetR
-from treelora_avalanche.scenarios.relations import (
+from treelora_avalanche.scenarios.o_lora import LongSequence, OLoRAOrder
+from treelora_avalanche.scenarios.related_tasks import (
     CALTECH101_GROUPS,
     TEXT_GROUPS,
     DomainDigits,
@@ -14,7 +16,6 @@ from treelora_avalanche.scenarios.relations import (
     ReturningTasks,
 )
 from treelora_avalanche.scenarios.text_classes import TextClasses
-from treelora_avalanche.scenarios.text_classification import LongSequence, OLoRAOrder
 from treelora_avalanche.scenarios.text_tasks import TextTasks
 from treelora_avalanche.scenarios.trace import (
     FULL_EPOCHS,
@@ -23,7 +24,6 @@ from treelora_avalanche.scenarios.trace import (
     TREELORA_EPOCHS,
     MathLLM,
 )
-from treelora_avalanche.scenarios.vision import SplitImageFolder
 
 __all__ = [
     "CALTECH101_GROUPS",

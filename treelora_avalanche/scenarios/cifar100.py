@@ -18,9 +18,9 @@ from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from treelora_avalanche.models.vision import ImagePreprocessing
-from treelora_avalanche.scenarios.by_class import split_by_class
-from treelora_avalanche.scenarios.folders import _choose_classes
-from treelora_avalanche.scenarios.vision import _File, _fits, _stacked, _stamp
+from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.folders import _choose_classes
+from treelora_avalanche.scenarios.data.images import _File, _fits, _stacked, _stamp
 
 
 def SplitCIFAR100(

@@ -10,10 +10,10 @@ from avalanche.benchmarks import NCScenario
 from torch import Tensor
 
 from treelora_avalanche.models.vision import ImagePreprocessing
-from treelora_avalanche.scenarios.archives import CUB_200_2011, published_folder
-from treelora_avalanche.scenarios.by_class import split_by_class
-from treelora_avalanche.scenarios.folders import _choose_classes, _Image
-from treelora_avalanche.scenarios.vision import _datasets
+from treelora_avalanche.scenarios.data.archives import CUB_200_2011, published_folder
+from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.folders import _choose_classes, _Image
+from treelora_avalanche.scenarios.data.images import _datasets
 
 TEXT_FILES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from treelora_avalanche.models.digits import load_digits
-from treelora_avalanche.scenarios.by_class import split_by_class
+from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 
 
 class _LabelledImages(Dataset):

@@ -13,14 +13,14 @@ from avalanche.benchmarks import GenericCLScenario, dataset_benchmark
 from torch import Tensor
 
 from treelora_avalanche.models.vision import ImagePreprocessing
-from treelora_avalanche.scenarios.folders import (
+from treelora_avalanche.scenarios.data.folders import (
     _choose_classes,
     _class_folders,
     _draw_split,
     _Image,
     _images_of,
 )
-from treelora_avalanche.scenarios.vision import _datasets
+from treelora_avalanche.scenarios.data.images import _datasets
 
 LAYOUTS = (
     "Accepted are <root>/train/<domain>/<class>/<image> with <root>/test/<domain>/<class>/<image>, "

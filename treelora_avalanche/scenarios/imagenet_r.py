@@ -11,10 +11,10 @@ from avalanche.benchmarks import NCScenario
 from torch import Tensor
 
 from treelora_avalanche.models.vision import ImagePreprocessing
-from treelora_avalanche.scenarios.archives import IMAGENET_R, published_folder
-from treelora_avalanche.scenarios.by_class import split_by_class
-from treelora_avalanche.scenarios.folders import _class_folders
-from treelora_avalanche.scenarios.vision import _datasets, _list_images
+from treelora_avalanche.scenarios.data.archives import IMAGENET_R, published_folder
+from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.folders import _class_folders
+from treelora_avalanche.scenarios.data.images import _datasets, _list_images
 
 N_IMAGES = 30_000
 

@@ -12,8 +12,8 @@ from avalanche.benchmarks import GenericCLScenario, dataset_benchmark
 from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset
 
 from treelora_avalanche.models.text_encoder import TextEncoder, encode_texts
-from treelora_avalanche.scenarios.by_class import split_by_class
-from treelora_avalanche.scenarios.text_records import Records
+from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.text_records import Records
 from treelora_avalanche.scenarios.text_tasks import read_tasks
 
 

@@ -23,7 +23,7 @@ from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.token_loss import IGNORED
 from treelora_avalanche.models.tokenization import EncodedSample, encode_sample
 from treelora_avalanche.models.tokens import PADDING
-from treelora_avalanche.scenarios.text_records import SUFFIXES, Records, read_records
+from treelora_avalanche.scenarios.data.text_records import SUFFIXES, Records, read_records
 
 logger = logging.getLogger(__name__)
 

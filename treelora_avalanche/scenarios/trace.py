@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from avalanche.benchmarks import CLScenario
 
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.scenarios.text_records import read_records
+from treelora_avalanche.scenarios.data.text_records import read_records
 from treelora_avalanche.scenarios.text_tasks import TextTask, arranged, text_benchmark
 
 VARIANTS = ("500", "1000", "5000")

@@ -10,6 +10,13 @@ names of its parameters, the state of the global random generators, and a finger
 backbone.
 """
 
+from treelora_avalanche.state.checks import (
+    State,
+    check_keys,
+    check_same_settings,
+    check_same_tensors,
+    clone_state,
+)
 from treelora_avalanche.state.files import (
     FORMAT_VERSION,
     TENSOR_FILE,
@@ -19,20 +26,13 @@ from treelora_avalanche.state.files import (
     save_state,
 )
 from treelora_avalanche.state.fingerprint import backbone_fingerprint
-from treelora_avalanche.state.generators import check_random_state, random_state, set_random_state
 from treelora_avalanche.state.optimizer import (
     check_optimizer_state,
     forget,
     load_optimizer_state,
     optimizer_state,
 )
-from treelora_avalanche.state.values import (
-    State,
-    check_keys,
-    check_same_settings,
-    check_same_tensors,
-    clone_state,
-)
+from treelora_avalanche.state.random_state import check_random_state, random_state, set_random_state
 
 __all__ = [
     "FORMAT_VERSION",

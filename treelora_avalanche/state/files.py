@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from treelora_avalanche.state.values import State, check_keys, some_of
+from treelora_avalanche.state.checks import State, check_keys, some_of
 
 FORMAT_VERSION = 1
 TENSOR_FILE = "state.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from treelora_avalanche.state.values import State, check_keys, clone_state, some_of
+from treelora_avalanche.state.checks import State, check_keys, clone_state, some_of
 
 
 def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> State:

@@ -13,11 +13,11 @@ from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.prompts.language_attention import add_dual_prompts
 from treelora_avalanche.models.prompts.vit import DualPromptedViT, check_vision_transformer
 from treelora_avalanche.plugins import KeyLossPlugin, TaskPromptsPlugin, WithinTaskLossPlugin
-from treelora_avalanche.strategies.parameter_efficient import (
+from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
     check_training,
 )
-from treelora_avalanche.strategies.positional_model import positional_model
 
 
 @positional_model

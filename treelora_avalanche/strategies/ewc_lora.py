@@ -9,7 +9,7 @@ from avalanche.training.plugins import EWCPlugin, SupervisedPlugin
 from torch import nn
 
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 MODES = ("online", "separate")

@@ -17,7 +17,7 @@ from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import positional_model
 
 
 class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]

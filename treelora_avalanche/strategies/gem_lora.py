@@ -8,7 +8,7 @@ from typing import Any
 from avalanche.training.plugins import GEMPlugin, SupervisedPlugin
 from torch import nn
 
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 

@@ -18,7 +18,7 @@ from treelora_avalanche.models.views.routed_language import RoutedLanguageModel
 from treelora_avalanche.models.views.routed_vit import RoutedAdapters
 from treelora_avalanche.plugins import RouterPlugin
 from treelora_avalanche.plugins.baselines.hide import TaskAdaptersPlugin, hide_plugins
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 LANGUAGE_TARGETS = ("k_proj", "v_proj")
@@ -38,8 +38,8 @@ class HiDeLoRA(SeqLoRA):
     On language models, whose classes are tokens, there is no head to align and no push from past
     classes. What remains is the inference of the task: all texts of a task are one class to the
     router, which reads the beginning of a text through the frozen network
-    (:class:`~treelora_avalanche.models.views.routed_language.RoutedLanguageModel`). Then the adapter of
-    that task gives the logits, or generates the whole answer.
+    (:class:`~treelora_avalanche.models.views.routed_language.RoutedLanguageModel`). Then the
+    adapter of that task gives the logits, or generates the whole answer.
 
     Stores per task one adapter, ``rank * 4 * width`` values per layer, on the host, and per class
     twice (frozen, and under the adapter) ``n_centroids * (2 * width + 1)`` values; on language

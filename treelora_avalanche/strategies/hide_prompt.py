@@ -15,11 +15,11 @@ from treelora_avalanche.models.prompts.vit import (
 )
 from treelora_avalanche.plugins import TaskPromptsPlugin
 from treelora_avalanche.plugins.baselines.hide import hide_plugins
-from treelora_avalanche.strategies.parameter_efficient import (
+from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
     check_training,
 )
-from treelora_avalanche.strategies.positional_model import positional_model
 
 
 @positional_model

@@ -15,10 +15,9 @@ from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
 from treelora_avalanche.models.views.in_context_language import InContextLanguageModel
 from treelora_avalanche.plugins.baselines.demonstrations import DemonstrationsPlugin
-from treelora_avalanche.strategies.defaults import LANGUAGE_TRAINING, language_evaluator
-from treelora_avalanche.strategies.language_only import check_language_model
-from treelora_avalanche.strategies.positional_model import positional_model
-from treelora_avalanche.strategies.token_batches import TokenBatches
+from treelora_avalanche.strategies.base.arguments import check_language_model, positional_model
+from treelora_avalanche.strategies.base.defaults import LANGUAGE_TRAINING, language_evaluator
+from treelora_avalanche.strategies.base.token_batches import TokenBatches
 
 
 @positional_model
@@ -28,8 +27,8 @@ class InContext(TokenBatches, Resumable, SupervisedTemplate):
     TRACE (Wang et al. 2023, arXiv 2310.06762) prepends six demonstrations of the task that a prompt
     is known to belong to. No task is named here at test time, and the demonstrations are those of
     the nearest of the tasks seen: see
-    :class:`~treelora_avalanche.models.views.in_context_language.InContextLanguageModel`. They take part in
-    generation; the loss is that of the model without them.
+    :class:`~treelora_avalanche.models.views.in_context_language.InContextLanguageModel`. They take
+    part in generation; the loss is that of the model without them.
 
     Stores per task ``n_demonstrations`` pairs of prompt and answer, and one vector as wide as the
     model's embeddings.

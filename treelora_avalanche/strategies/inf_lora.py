@@ -10,7 +10,7 @@ from torch import nn
 
 from treelora_avalanche.adapters import PastAdapters
 from treelora_avalanche.plugins import InfLoRAPlugin
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 

@@ -16,11 +16,11 @@ from treelora_avalanche.models.prompts.language_input import add_prompt_pool
 from treelora_avalanche.models.prompts.pools import PromptPool
 from treelora_avalanche.models.prompts.vit import PromptTunedViT, check_vision_transformer
 from treelora_avalanche.plugins import KeyLossPlugin, WithinTaskLossPlugin
-from treelora_avalanche.strategies.parameter_efficient import (
+from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
     check_training,
 )
-from treelora_avalanche.strategies.positional_model import positional_model
 
 
 @positional_model

@@ -9,7 +9,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from treelora_avalanche.plugins import OGDPlugin
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 

@@ -12,8 +12,7 @@ from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.models.token_loss import IGNORED
 from treelora_avalanche.models.views.attentive_language import AttentiveLanguageModel
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
-from treelora_avalanche.strategies.language_only import check_language_model
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import check_language_model, positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -23,8 +22,8 @@ class SAPT(SeqLoRA):
 
     The same attention trains the adapters and chooses among them at test time, when no task is
     named. For the attention see
-    :class:`~treelora_avalanche.models.views.attentive_language.SharedAttention`; for what stands in for
-    the paper's generative replay, which is left out, see
+    :class:`~treelora_avalanche.models.views.attentive_language.SharedAttention`; for what stands in
+    for the paper's generative replay, which is left out, see
     :class:`~treelora_avalanche.plugins.SAPTPlugin`. The query is the mean over the prompt's
     embeddings, and no token of the answer has a part in it: the targets tell where the prompt ends.
     (The released code takes the maximum, in which long prompts are all alike.)

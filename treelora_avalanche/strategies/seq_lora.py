@@ -20,11 +20,11 @@ from treelora_avalanche.adapters import (
 from treelora_avalanche.models.views.split_language import LanguagePrefixView, takes_parts
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import PrefixCachePlugin
-from treelora_avalanche.strategies.parameter_efficient import (
+from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
     check_training,
 )
-from treelora_avalanche.strategies.positional_model import positional_model
 
 logger = logging.getLogger(__name__)
 

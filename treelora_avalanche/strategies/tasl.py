@@ -9,8 +9,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
-from treelora_avalanche.strategies.language_only import check_language_model
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import check_language_model, positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 

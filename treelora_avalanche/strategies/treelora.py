@@ -28,7 +28,7 @@ from treelora_avalanche.plugins import (
     TaskStartPlugin,
     TreeBuilderPlugin,
 )
-from treelora_avalanche.strategies.positional_model import positional_model
+from treelora_avalanche.strategies.base.arguments import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.tree import AdapterTree
 

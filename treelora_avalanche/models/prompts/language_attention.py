@@ -75,9 +75,9 @@ class DualPromptedNetwork(nn.Module):
     """DualPrompt's: general prefixes that all tasks share, and expert prefixes, one of each task.
 
     Takes the place of the network of a :class:`~treelora_avalanche.models.LanguageModel`, see
-    :class:`~treelora_avalanche.models.prompts.language_input.PromptTunedNetwork`, whose query it has. In
-    training mode the live expert prefix is in use; in evaluation mode, and in generation, every
-    text takes that of the task whose key is nearest to its query.
+    :class:`~treelora_avalanche.models.prompts.language_input.PromptTunedNetwork`, whose query it
+    has. In training mode the live expert prefix is in use; in evaluation mode, and in generation,
+    every text takes that of the task whose key is nearest to its query.
 
     :param network: the pretrained model, frozen, with the attention :data:`PREFIXED`.
     :param general: the general prefixes by layer.

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from treelora_avalanche.reports.canvas import new_figure
+from treelora_avalanche.reports.style import new_figure
 
 MAX_PANELS = 12
 NAMED = 3

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from treelora_avalanche.state.values import State, check_keys, check_same_tensors
+from treelora_avalanche.state.checks import State, check_keys, check_same_tensors
 
 
 def random_state() -> State:

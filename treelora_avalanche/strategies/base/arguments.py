@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from treelora_avalanche.adapters import find_host
+from treelora_avalanche.models.language import LanguageModel
+
 Strategy = TypeVar("Strategy", bound=type)
 
 
@@ -29,3 +32,18 @@ def positional_model(cls: Strategy) -> Strategy:
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
+
+
+def check_language_model(model: nn.Module, method: str) -> None:
+    """Raise an error for a model that does not generate text.
+
+    :param model: what was given to a strategy; it may be inside a view.
+    :param method: name of the strategy.
+    :raises ValueError: if there is no :class:`~treelora_avalanche.models.LanguageModel` in it.
+    """
+    if not isinstance(find_host(model), LanguageModel):
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, and {method} takes language models alone; make "
+            "one with `treelora_avalanche.models.create_language_model`, or wrap a causal model "
+            "of transformers as `LanguageModel(model, tokenizer)`."
+        )

@@ -23,9 +23,9 @@ from treelora_avalanche.choices import check_known
 from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.digits import _LabelledImages
-from treelora_avalanche.scenarios.text_classification import classification_tasks
+from treelora_avalanche.scenarios.image_folder import SplitImageFolder
+from treelora_avalanche.scenarios.o_lora import classification_tasks
 from treelora_avalanche.scenarios.text_tasks import text_benchmark
-from treelora_avalanche.scenarios.vision import SplitImageFolder
 
 T = TypeVar("T")
 

@@ -24,14 +24,14 @@ from treelora_avalanche.plugins import (
     FiniteLossPlugin,
     TaskAdaptiveHeadPlugin,
 )
-from treelora_avalanche.strategies.accumulation import GradientAccumulation, check_accumulation
-from treelora_avalanche.strategies.defaults import (
+from treelora_avalanche.strategies.base.accumulation import GradientAccumulation, check_accumulation
+from treelora_avalanche.strategies.base.defaults import (
     LANGUAGE_TRAINING,
     SCHEDULES,
     VISION_TRAINING,
     OptimizerFactory,
 )
-from treelora_avalanche.strategies.token_batches import TokenBatches
+from treelora_avalanche.strategies.base.token_batches import TokenBatches
 
 logger = logging.getLogger(__name__)
 

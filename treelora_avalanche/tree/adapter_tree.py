@@ -22,99 +22,23 @@ Our reading where the paper is open, or where we depart from it:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from treelora_avalanche.choices import check_known
+from treelora_avalanche.tree.nodes import FlatTree, Merge, Node
+from treelora_avalanche.tree.splits import SPLITS, closest_pair, split_key, threshold
+
 if TYPE_CHECKING:
     import rich.tree
 
-SPLITS = ("principal", "median_l1")
 MAX_DEPTH = 64
 """Depth of a tree that was given none, at most: the largest one in the paper (LLaMA-2-7B)."""
 
-_POWER_ITERATIONS = 16
-_FORMAT_VERSION = 1
-
-
-class Merge(NamedTuple):
-    """Two adapters became one. Indices above ``absorbed`` are one smaller from now on.
-
-    :param kept: index of the adapter that stands for both.
-    :param absorbed: index, before the merge, of the adapter that is gone; above ``kept``.
-    :param kept_weight: share of ``kept`` in the merged adapter: the number of tasks it stood
-        for, divided by the number of tasks of both.
-    """
-
-    kept: int
-    absorbed: int
-    kept_weight: float
-
-
-class FlatTree(NamedTuple):
-    """The tree as tensors, which is what the bandit searches.
-
-    Nodes ``0 .. n_adapters - 1`` are the arms: node k is adapter k. A leaf of the last level that
-    holds more than two adapters has nodes beneath it that halve them without comparing them: their
-    δ is infinite, so that their bound (Eq. 2) is the smaller one of their children. The search
-    finds the smallest bound in such a leaf as if all its adapters were children of the one node,
-    and a step is O(log n_adapters) however few levels there are.
-
-    :param children: ``(n_nodes, 2)``, long; both of an arm are itself.
-    :param delta: ``(n_nodes,)``, the threshold δ of inner nodes, 0 for arms.
-    :param root: index of the root; the arm itself where there is one only.
-    :param height: number of edges on the longest path from the root to an arm.
-    """
-
-    children: Tensor
-    delta: Tensor
-    root: int
-    height: int
-
-
-@dataclass(eq=False)
-class Node:
-    """A group of tasks.
-
-    :param level: distance from the root. The members are compared, and split, by layer ``level``.
-    :param members: indices of the adapters in this group, ascending.
-    :param total: ``(dim,)``, float64: sum of the members' signatures at the layer by which the
-        parent compares its two children. Empty at the root.
-    :param delta: threshold δ, Eq. 1: median of the L1 distances between the members and their
-        mean. Not a number while insertions have outdated it; :attr:`AdapterTree.root` renews it.
-    :param left: first child; None in a leaf.
-    :param right: second child; None in a leaf.
-    """
-
-    level: int
-    members: list[int]
-    total: Tensor
-    delta: float = math.nan
-    left: Node | None = None
-    right: Node | None = None
-
-    @property
-    def children(self) -> tuple[Node, Node] | None:
-        """Both children, or None for a leaf."""
-        return None if self.left is None or self.right is None else (self.left, self.right)
-
-    @property
-    def mean(self) -> Tensor:
-        """``(dim,)``: mean of the members' signatures at the layer the parent splits by."""
-        return self.total / len(self.members)
-
-    def walk(self) -> Iterator[Node]:
-        """Yields this node and all beneath it, parents first, left before right."""
-        stack = [self]
-        while stack:
-            node = stack.pop()
-            yield node
-            if node.children is not None:
-                stack.extend(reversed(node.children))
+_FORMAT_VERSION = 2
 
 
 class AdapterTree:
@@ -160,12 +84,7 @@ class AdapterTree:
                 f"`max_adapters` should be at least 1 but the value passed is {max_adapters}. "
                 "Use None to keep the adapter of every task."
             )
-        if split not in SPLITS:
-            near = get_close_matches(str(split), SPLITS, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"`split` should be one of {', '.join(map(repr, SPLITS))} but the value passed is "
-                f"{split!r}. Did you mean {near!r}?"
-            )
+        check_known("`split`", split, SPLITS)
         self.depth = depth
         self.max_adapters = max_adapters
         self.split = split
@@ -358,7 +277,7 @@ class AdapterTree:
         if len(node.members) == 1 or node.level >= self.depth:
             return
         group = self._storage[node.members, node.level].double()  # (n_members, dim)
-        order = torch.argsort(_split_key(group, self.split), stable=True)
+        order = torch.argsort(split_key(group, self.split), stable=True)
         middle = (len(node.members) + 1) // 2
         halves = []
         for rows in (order[:middle].sort().values, order[middle:].sort().values):
@@ -437,18 +356,25 @@ class AdapterTree:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The tree as plain values, which JSON can hold, and one tensor, ``"signatures"``.
+        """Returns the tree as plain values that JSON can hold, and two tensors.
 
-        :meth:`from_dict` restores exactly this tree, structure included.
+        ``"signatures"`` are those of the adapters; ``"totals"``, ``(n_nodes - 1, dim)``, are the
+        sums that the nodes keep: their last bit depends on the order in which the tasks arrived,
+        and may decide where the next task is inserted. :meth:`from_dict` restores exactly this
+        tree.
         """
+        nodes = [] if self._root is None else list(self._root.walk())[1:]
+        totals = [node.total for node in nodes]
         return {
             "version": _FORMAT_VERSION,
             "depth": self.depth,
+            "given_depth": self._given_depth,
             "max_adapters": self.max_adapters,
             "split": self.split,
             "tasks": [list(tasks) for tasks in self.tasks],
             "root": None if self._root is None else _to_plain(self._root),
             "signatures": self.signatures.clone(),
+            "totals": torch.stack(totals) if totals else torch.zeros(0, 0, dtype=torch.float64),
         }
 
     @classmethod
@@ -463,7 +389,20 @@ class AdapterTree:
                 f"`state` should have the version {_FORMAT_VERSION} but its version is "
                 f"{state.get('version')!r}. Read it with the release that wrote it."
             )
-        tree = cls(state["depth"], max_adapters=state["max_adapters"], split=state["split"])
+        expected = set(cls().to_dict())
+        if set(state) != expected:
+            raise ValueError(
+                f"`state` should have the keys {sorted(expected)} but its keys are {sorted(state)}."
+            )
+        try:
+            return cls._restored(state)
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"`state` is not a tree ({error!r}).") from error
+
+    @classmethod
+    def _restored(cls, state: dict[str, Any]) -> AdapterTree:
+        tree = cls(state["given_depth"], max_adapters=state["max_adapters"], split=state["split"])
+        tree.depth = state["depth"]
         tree.tasks = [list(tasks) for tasks in state["tasks"]]
         tree.n_tasks = sum(len(tasks) for tasks in tree.tasks)
         signatures = state["signatures"]
@@ -473,28 +412,28 @@ class AdapterTree:
                 f"row per adapter, but its shape is {tuple(signatures.shape)}."
             )
         tree._storage = signatures.detach().to("cpu", torch.float32, copy=True)
+        nodes: list[Node] = []
         if tree.tasks:
-            tree._root = tree._from_plain(state["root"], level=0)
+            tree._root = _from_plain(state["root"], level=0)
             if tree._root.members != list(range(len(tree))):
                 raise ValueError(
                     f'The leaves of `state["root"]` should hold each of the {len(tree)} adapters '
                     f"once but they hold {tree._root.members}."
                 )
+            nodes = list(tree._root.walk())[1:]
+        totals = state["totals"].detach().to("cpu", torch.float64, copy=True)
+        if len(totals) != len(nodes) or (nodes and totals.shape[1:] != signatures.shape[2:]):
+            raise ValueError(
+                f'`state["totals"]` should have one row for each of {len(nodes)} nodes but its '
+                f"shape is {tuple(totals.shape)}."
+            )
+        for node, total in zip(nodes, totals.unbind(0), strict=True):
+            node.total = total.clone()
         return tree
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`to_dict` returns, and what continues the tree to the last bit.
-
-        ``"totals"``, ``(n_nodes - 1, dim)``, are the sums that the nodes keep: their last bit tells
-        the order in which the tasks arrived, and may decide where the next one goes.
-        """
-        nodes = [] if self._root is None else list(self._root.walk())[1:]
-        totals = [node.total for node in nodes]
-        return {
-            **self.to_dict(),
-            "given_depth": self._given_depth,
-            "totals": torch.stack(totals) if totals else torch.zeros(0, 0, dtype=torch.float64),
-        }
+        """Returns what :meth:`to_dict` returns."""
+        return self.to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes this very object the tree of a state, for all that share it.
@@ -503,19 +442,9 @@ class AdapterTree:
         :raises ValueError: if its parts do not fit together, or it is of a tree made with other
             arguments. The tree is then as it was.
         """
-        expected = {*self.to_dict(), "given_depth", "totals"}
-        if state.get("version") == _FORMAT_VERSION and set(state) != expected:
-            raise ValueError(
-                f"`state` should have the keys {sorted(expected)} but its keys are {sorted(state)}."
-            )
-        try:
-            tree = AdapterTree.from_dict(
-                {key: value for key, value in state.items() if key in self.to_dict()}
-            )
-        except (IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"`state` is not a tree ({error!r}).") from error
+        tree = AdapterTree.from_dict(state)
         given = {
-            "depth": (state["given_depth"], self._given_depth),
+            "depth": (tree._given_depth, self._given_depth),
             "max_adapters": (tree.max_adapters, self.max_adapters),
             "split": (tree.split, self.split),
         }
@@ -525,32 +454,7 @@ class AdapterTree:
                     f"`{name}` of the tree is {saved!r} in the state and {own!r} here. Make it "
                     f"with {name}={saved!r} to continue."
                 )
-        nodes = [] if tree._root is None else list(tree._root.walk())[1:]
-        totals = state["totals"].detach().to("cpu", torch.float64, copy=True)
-        if len(totals) != len(nodes) or (nodes and totals.shape[1:] != nodes[0].total.shape):
-            raise ValueError(
-                f'`state["totals"]` should have one row for each of {len(nodes)} nodes but its '
-                f"shape is {tuple(totals.shape)}."
-            )
-        for node, total in zip(nodes, totals.unbind(0), strict=True):
-            node.total = total.clone()
-        self.depth = tree.depth
-        self.tasks, self.n_tasks = tree.tasks, tree.n_tasks
-        self._root, self._storage = tree._root, tree._storage
-
-    def _from_plain(self, plain: Any, level: int) -> Node:
-        """Restores the node that ``_to_plain`` wrote, and all beneath it."""
-        left = right = None
-        if isinstance(plain, dict):
-            left = self._from_plain(plain["left"], level + 1)
-            right = self._from_plain(plain["right"], level + 1)
-            members = sorted(left.members + right.members)
-        else:
-            members = list(plain)
-        total = self._storage.new_zeros(0)
-        if level > 0:
-            total = self._storage[members, level - 1].double().sum(0)
-        return Node(level, members, total, left=left, right=right)
+        vars(self).update(vars(tree))
 
     def draw(self, names: Sequence[str] | None = None) -> rich.tree.Tree:
         """The tree as text, for ``rich.print``: level and δ of each node, tasks of each leaf.
@@ -580,68 +484,23 @@ class AdapterTree:
         return attach(Tree(label(self.root)), self.root)
 
 
-def threshold(group: Tensor) -> float:
-    """The threshold δ of a group (Eq. 1): median L1 distance of its members to their mean.
-
-    Of an even number of distances, the median is the mean of the middle two.
-
-    :param group: ``(n_members, dim)``, the members' signatures at the layer of their node.
-    """
-    group = group.double()
-    distances = torch.linalg.vector_norm(group - group.mean(0), ord=1, dim=1).sort().values
-    n = len(distances)
-    return float((distances[(n - 1) // 2] + distances[n // 2]) / 2)
-
-
-def principal_direction(centred: Tensor) -> Tensor:
-    """The direction along which a group spreads the most, by power iteration.
-
-    The iteration starts from the member that is farthest from the mean, so the result does not
-    depend on the order of the members. The largest component, the first if several are equally
-    large, is positive. No matrix of size (dim, dim) or (n_members, n_members) is formed.
-
-    :param centred: ``(n_members, dim)``, the members' signatures less their mean.
-    :return: ``(dim,)``, of length 1; all zero if the members are identical.
-    """
-    start = centred[torch.linalg.vector_norm(centred, dim=1).argmax()]
-    direction = torch.nn.functional.normalize(start, dim=0)
-    if len(centred) > 2:  # the difference of two is their principal direction already
-        for _ in range(_POWER_ITERATIONS):
-            direction = torch.nn.functional.normalize(centred.T @ (centred @ direction), dim=0)
-    size = direction.abs()
-    first_of_largest = (size >= (1 - 1e-6) * size.max()).int().argmax()  # equal up to rounding
-    sign: Tensor = direction[first_of_largest].sign()
-    return direction * sign
-
-
-def closest_pair(signatures: Tensor) -> tuple[int, int]:
-    """The two adapters whose signatures have the smallest L1 distance, summed over layers.
-
-    :param signatures: ``(n_adapters, n_layers, dim)``, of at least two adapters.
-    :return: the smaller index, then the larger; of equally close pairs the first.
-    """
-    flat = signatures.flatten(1)
-    distances = torch.cdist(flat, flat, p=1)  # (n_adapters, n_adapters)
-    above_diagonal = torch.ones_like(distances, dtype=torch.bool).triu(1)
-    first = int(torch.where(above_diagonal, distances, math.inf).argmin())
-    return divmod(first, len(flat))
-
-
-def _split_key(group: Tensor, split: str) -> Tensor:
-    """One number per member, ``(n_members,)``; the smaller half makes the left child."""
-    centred = group - group.mean(0)
-    if split == "median_l1":
-        distances: Tensor = torch.linalg.vector_norm(centred, ord=1, dim=1)
-        return distances
-    return torch.mv(centred, principal_direction(centred))
-
-
 def _to_plain(node: Node) -> Any:
     """A leaf as the list of its members, an inner node as a dictionary of its children."""
     if node.children is None:
         return list(node.members)
     left, right = node.children
     return {"left": _to_plain(left), "right": _to_plain(right)}
+
+
+def _from_plain(plain: Any, level: int) -> Node:
+    """The node that :func:`_to_plain` wrote, and all beneath it; the sums are still missing."""
+    left = right = None
+    if isinstance(plain, dict):
+        left, right = (_from_plain(plain[side], level + 1) for side in ("left", "right"))
+        members = sorted(left.members + right.members)
+    else:
+        members = list(plain)
+    return Node(level, members, torch.zeros(0), left=left, right=right)
 
 
 def _tasks_in_words(tasks: list[int], names: Sequence[str] | None) -> str:

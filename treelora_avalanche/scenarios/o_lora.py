@@ -14,7 +14,7 @@ from typing import Any
 from avalanche.benchmarks import CLScenario
 
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.scenarios.text_records import Records, TextRecord, read_json, text_of
+from treelora_avalanche.scenarios.data.text_records import Records, TextRecord, read_json, text_of
 from treelora_avalanche.scenarios.text_tasks import TextTask, text_benchmark
 from treelora_avalanche.scenarios.trace import TRACE_TASKS, trace_tasks
 

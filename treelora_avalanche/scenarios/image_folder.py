@@ -1,0 +1,84 @@
+"""Class-incremental benchmarks of images: any folder of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from avalanche.benchmarks import NCScenario
+from torch import Tensor
+
+from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.images import _datasets, _list_images
+
+
+def SplitImageFolder(
+    dataset_root: str | Path,
+    n_experiences: int = 10,
+    *,
+    preprocessing: ImagePreprocessing | None = None,
+    train_transform: Callable[[Tensor], Any] | None = None,
+    eval_transform: Callable[[Tensor], Any] | None = None,
+    classes: Sequence[str] | None = None,
+    fixed_class_order: Sequence[int] | None = None,
+    seed: int | None = None,
+    shuffle: bool = True,
+    test_fraction: float = 0.2,
+    cache_bytes: int = 2 * 1024**3,
+    return_task_id: bool = False,
+) -> NCScenario:
+    """A folder of images, one subfolder per class, as a class-incremental benchmark.
+
+    Two layouts are accepted: ``root/train/<class>/*`` with ``root/test/<class>/*``, a given split;
+    and ``root/<class>/*``, of which a stratified test set is drawn. Files that are not images are
+    ignored, images of any mode are read as RGB.
+
+    :param dataset_root: the folder.
+    :param n_experiences: number of tasks; a divisor of the number of classes.
+    :param preprocessing: how images become tensors; pass
+        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
+        ImageNet at 224 pixels.
+    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+        stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
+    :param eval_transform: the same for the test stream.
+    :param classes: names of the class folders to use; ``classes[i]`` gets label i. By default all,
+        sorted by name.
+    :param fixed_class_order: labels in the order in which they arrive; overrides the drawing.
+    :param seed: seed of the class order and of the drawn split; None draws both from the global
+        random state.
+    :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
+    :param test_fraction: share of each class that becomes the test set where none is given.
+    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
+        here; otherwise files are read on access. Benchmarks of the same files and the same
+        preprocessing share one copy.
+    :param return_task_id: if True, every experience has a task label of its own, else all have 0.
+    :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
+    :raises ValueError: if the folder, the classes or their number do not fit; the message says how
+        to mend it.
+    :raises OSError: if an image cannot be read: here when images are kept in memory, else on
+        access.
+    """
+    root = Path(dataset_root).expanduser()
+    preprocessing = preprocessing or ImagePreprocessing()
+    train, test, class_names = _list_images(root, classes, test_fraction, seed)
+    train_set, test_set = _datasets([train, test], preprocessing, cache_bytes)
+    return split_by_class(
+        train_set,
+        test_set,
+        class_names,
+        n_experiences,
+        seed=seed,
+        fixed_class_order=fixed_class_order,
+        shuffle=shuffle,
+        return_task_id=return_task_id,
+        train_transform=train_transform or preprocessing.normalize,
+        eval_transform=eval_transform or preprocessing.normalize,
+    )
+
+
+# --------------------------------------------------------------------------- which images there are
+
+
+# ---------------------------------------------------------------------------- from files to tensors
