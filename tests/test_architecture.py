@@ -7,6 +7,7 @@ import pytest
 
 # Lower numbers lie deeper; a module may import from its own layer and from deeper ones.
 LAYERS = {
+    "registry": 4,
     "checkpoint": 3,
     "provenance": 0,
     "processes": 0,
@@ -21,10 +22,7 @@ LAYERS = {
     "metrics": 2,
     "strategies": 3,
     "scenarios": 3,
-    "methods": 4,
     "recipes": 4,
-    "settings": 4,
-    "streams": 4,
     "runs": 4,
     "compare": 5,
     "reports": 5,

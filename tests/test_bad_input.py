@@ -35,9 +35,9 @@ from treelora_avalanche.models.features.gaussians import (
     train_head,
 )
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
+from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, run
 from treelora_avalanche.scenarios import SplitDigits
-from treelora_avalanche.settings import RunSettings
 from treelora_avalanche.strategies import (
     EWCLoRA,
     FrozenGaussian,

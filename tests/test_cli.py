@@ -9,8 +9,8 @@ import yaml
 
 from treelora_avalanche._version import __version__
 from treelora_avalanche.cli import main
-from treelora_avalanche.methods import METHODS, Method
-from treelora_avalanche.settings import SCENARIOS
+from treelora_avalanche.registry.methods import METHODS, Method
+from treelora_avalanche.registry.settings import SCENARIOS
 
 QUICK = ["--epochs", "1", "--n_experiences", "2", "--layers", "last:1", "--device", "cpu"]
 

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from treelora_avalanche import executors
 from treelora_avalanche.compare import compare
+from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, training
-from treelora_avalanche.settings import RunSettings
 
 HERE = {"cluster": "debug", "gpus_per_job": 0, "time": 60}  # submitit runs jobs in this process
 SETTINGS = RunSettings(epochs=1, batch_size=8, rank=2, layers="all")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
-from treelora_avalanche.methods import LANGUAGE, METHODS
 from treelora_avalanche.models.views.precision import autocast_dtype
 from treelora_avalanche.models.views.split_vit import PrefixView
 from treelora_avalanche.plugins import PrefixCachePlugin
-from treelora_avalanche.settings import RunSettings
+from treelora_avalanche.registry.methods import LANGUAGE, METHODS
+from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

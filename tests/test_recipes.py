@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from treelora_avalanche.cli import build_parser, main
-from treelora_avalanche.methods import check_models, method_config
 from treelora_avalanche.recipes import RECIPES, describe_recipe
-from treelora_avalanche.settings import SCENARIOS, RunSettings
+from treelora_avalanche.registry.methods import check_models, method_config
+from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
 
 SETTINGS = set(RunSettings.__dataclass_fields__)
 

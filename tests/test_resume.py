@@ -17,11 +17,12 @@ from avalanche.training.supervised import Cumulative, LwF, Replay
 from treelora_avalanche import models
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.cli import main
-from treelora_avalanche.methods import METHODS, _avalanches
 from treelora_avalanche.plugins import MemoryDrawsPlugin
+from treelora_avalanche.registry.builders import _avalanches
+from treelora_avalanche.registry.methods import METHODS
+from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, run, training
 from treelora_avalanche.runs.resume import save_progress
-from treelora_avalanche.settings import RunSettings
 
 SETTINGS = RunSettings(
     epochs=1, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu", head="task_adaptive"

@@ -19,10 +19,12 @@ from torch import nn
 from treelora_avalanche import compare as compare_module
 from treelora_avalanche import executors
 from treelora_avalanche.compare import compare
-from treelora_avalanche.methods import METHODS, Method
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.plugins import NonFiniteLossError
+from treelora_avalanche.registry.methods import METHODS, Method
+from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
+from treelora_avalanche.registry.streams import IMAGE_STREAMS, TEXT_STREAMS
 from treelora_avalanche.reports.figures import FIGURES, write_figures
 from treelora_avalanche.reports.table import rich_table, summarise, write_table
 from treelora_avalanche.reports.tree_growth import tree_growth
@@ -38,9 +40,6 @@ from treelora_avalanche.runs import (
     stored_bytes,
     write_text,
 )
-from treelora_avalanche.runs.ingredients import IMAGE_STREAMS
-from treelora_avalanche.runs.texts import TEXT_STREAMS
-from treelora_avalanche.settings import SCENARIOS, RunSettings
 from treelora_avalanche.tree import AdapterTree
 
 SETTINGS = RunSettings(epochs=2, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu")

@@ -12,14 +12,14 @@ from rapidfuzz import fuzz
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from treelora_avalanche.cli import main
-from treelora_avalanche.methods import METHODS, check_models, method_config
 from treelora_avalanche.models import LanguageModel
+from treelora_avalanche.registry.methods import METHODS, check_models, method_config
+from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.reports.figures import FIGURES, write_figures
 from treelora_avalanche.reports.table import summarise, write_table
 from treelora_avalanche.runs import prepare, resolve_config, run
 from treelora_avalanche.runs.texts import epochs_per_task
 from treelora_avalanche.scenarios.trace import TRACE_TASKS
-from treelora_avalanche.settings import RunSettings
 from treelora_avalanche.tree import AdapterTree
 
 pytestmark = pytest.mark.filterwarnings("ignore")

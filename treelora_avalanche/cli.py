@@ -16,9 +16,9 @@ import jsonargparse
 
 from treelora_avalanche._version import __version__
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.methods import METHODS
 from treelora_avalanche.recipes import RECIPES, describe_recipe
-from treelora_avalanche.settings import SCENARIOS, RunSettings
+from treelora_avalanche.registry.methods import METHODS
+from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
 
 LISTS = ("methods", "scenarios", "recipes")
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from treelora_avalanche.compare.cells import Cell, MethodLines
 from treelora_avalanche.compare.executors import attempt, attempt_all, settings_of_jobs
-from treelora_avalanche.methods import check_models
+from treelora_avalanche.registry.methods import check_models
+from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import (
     Ingredients,
     check_arguments,
@@ -24,7 +25,6 @@ from treelora_avalanche.runs import (
     run,
     run_name,
 )
-from treelora_avalanche.settings import RunSettings
 
 
 def compare(

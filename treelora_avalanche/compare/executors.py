@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from treelora_avalanche.choices import check_known
+from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import run, write_text
-from treelora_avalanche.settings import RunSettings
 
 EXECUTORS = ("processes", "slurm")
 SUBMITIT = {"partition": "slurm_partition", "time": "timeout_min", "gpus_per_job": "gpus_per_node"}

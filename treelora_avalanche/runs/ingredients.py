@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from torch import nn
 
 from treelora_avalanche import models, scenarios
-from treelora_avalanche.choices import check_known
-from treelora_avalanche.methods import method_config
-from treelora_avalanche.runs.texts import TEXT_STREAMS, language_model
-from treelora_avalanche.settings import DIGITS_VIT, RunSettings
+from treelora_avalanche.registry.methods import method_config
+from treelora_avalanche.registry.settings import DIGITS_VIT, RunSettings
+from treelora_avalanche.registry.streams import IMAGE_STREAMS, TEXT_STREAMS, _data
+from treelora_avalanche.runs.texts import language_model
 
 
 def find_device(name: str, *, elsewhere: bool = False) -> torch.device:
@@ -76,95 +75,6 @@ class Ingredients:
 # Streams, by the name of their scenario; digits bring their own model and are made below
 
 
-def _folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
-
-
-def _without_excluded(known: Sequence[str], settings: RunSettings) -> list[str] | None:
-    """The classes without the excluded ones; None for all."""
-    if not settings.exclude_classes:
-        return settings.classes
-    names = settings.classes or known
-    for name in settings.exclude_classes:
-        check_known("class in `--exclude_classes`", name, names)
-    return [name for name in names if name not in settings.exclude_classes]
-
-
-def _folder_with_images(settings: RunSettings) -> Path:
-    """The folder, or its part for training where there is one."""
-    data = _data(settings)
-    return data / "train" if (data / "train").is_dir() else data
-
-
-def _data(settings: RunSettings) -> Path:
-    data = Path(settings.data or "").expanduser()
-    if not data.is_dir():
-        raise FileNotFoundError(f"`--data` {data} is not a folder")
-    return data
-
-
-def _image_folder(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
-    known = _folders(_folder_with_images(settings))
-    return scenarios.SplitImageFolder(
-        _data(settings),
-        settings.number_of_experiences,
-        preprocessing=preprocessing,
-        classes=_without_excluded(known, settings),
-        seed=seed,
-    )
-
-
-def _domains(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
-    folder = _folder_with_images(settings)
-    known = sorted({name for domain in _folders(folder) for name in _folders(folder / domain)})
-    return scenarios.DomainImageFolder(
-        _data(settings),
-        domains=settings.domains,
-        preprocessing=preprocessing,
-        classes=_without_excluded(known, settings),
-        seed=seed,
-    )
-
-
-def _cifar100(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
-    return scenarios.SplitCIFAR100(
-        settings.number_of_experiences,
-        dataset_root=settings.data,
-        download=settings.download,
-        preprocessing=preprocessing,
-        classes=settings.classes,
-        seed=seed,
-    )
-
-
-def _published(name: str) -> Callable[[RunSettings, int, Any], Any]:
-    """A benchmark with a published archive.
-
-    :param name: the benchmark's generator.
-    """
-
-    def build(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
-        return getattr(scenarios, name)(
-            settings.number_of_experiences,
-            dataset_root=Path(settings.data or "").expanduser(),
-            download=settings.download,
-            preprocessing=preprocessing,
-            classes=settings.classes,
-            seed=seed,
-        )
-
-    return build
-
-
-IMAGE_STREAMS: dict[str, Callable[[RunSettings, int, Any], Any]] = {
-    "image_folder": _image_folder,
-    "cifar100": _cifar100,
-    "imagenet_r": _published("SplitImageNetR"),
-    "cub200": _published("SplitCUB200"),
-    "domains": _domains,
-}
-
-
 def prepare(seed: int, settings: RunSettings) -> Ingredients:
     """Build the stream and the backbone. This is where wrong data or weights are noticed.
 
@@ -196,4 +106,4 @@ def prepare(seed: int, settings: RunSettings) -> Ingredients:
     return Ingredients(seed, benchmark, backbone)
 
 
-__all__ = ["IMAGE_STREAMS", "Ingredients", "find_device", "prepare", "resolve_config"]
+__all__ = ["Ingredients", "find_device", "prepare", "resolve_config"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,8 +10,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from treelora_avalanche import models, scenarios
 from treelora_avalanche.adapters import lora_layers
-from treelora_avalanche.methods import Method
-from treelora_avalanche.settings import EQUAL_EPOCHS, RunSettings
+from treelora_avalanche.registry.methods import Method
+from treelora_avalanche.registry.settings import EQUAL_EPOCHS, RunSettings
 from treelora_avalanche.tree import MAX_DEPTH
 
 
@@ -32,60 +30,6 @@ def language_model(settings: RunSettings, dtype: str) -> nn.Module:
         max_length=settings.max_length,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
-
-
-def _data(settings: RunSettings) -> Path:
-    return Path(settings.data or "").expanduser()
-
-
-def _trace(settings: RunSettings, model: Any) -> Any:
-    return scenarios.TRACE(
-        _data(settings), model, settings.variant, tasks=settings.tasks, limit=settings.limit
-    )
-
-
-def _math_llm(settings: RunSettings, model: Any) -> Any:
-    return scenarios.MathLLM(_data(settings), model, settings.variant, limit=settings.limit)
-
-
-def _long_sequence(settings: RunSettings, model: Any) -> Any:
-    return scenarios.LongSequence(
-        _data(settings),
-        model,
-        settings.variant,
-        skip_missing_tasks=settings.skip_missing_tasks,
-        limit=settings.limit,
-    )
-
-
-def _o_lora_order(settings: RunSettings, model: Any) -> Any:
-    return scenarios.OLoRAOrder(
-        settings.order,
-        _data(settings),
-        model,
-        skip_missing_tasks=settings.skip_missing_tasks,
-        limit=settings.limit,
-    )
-
-
-def _text_tasks(settings: RunSettings, model: Any) -> Any:
-    return scenarios.TextTasks(
-        _data(settings),
-        model,
-        tasks=settings.tasks,
-        metric=settings.metric,
-        max_new_tokens=settings.max_new_tokens,
-        limit=settings.limit,
-    )
-
-
-TEXT_STREAMS: dict[str, Callable[[RunSettings, Any], Any]] = {
-    "trace": _trace,
-    "math_llm": _math_llm,
-    "long_sequence": _long_sequence,
-    "o_lora_order": _o_lora_order,
-    "text_tasks": _text_tasks,
-}
 
 
 def epochs_per_task(entry: Method, wanted: list[int] | str, names: list[str]) -> list[int]:
@@ -142,4 +86,4 @@ def _trained_without_lora(model: nn.Module) -> str:
     return f"{n_trained:,} values of prompts and keys" if n_trained else "nothing"
 
 
-__all__ = ["TEXT_STREAMS", "epochs_per_task", "language_model", "training_in_words"]
+__all__ = ["epochs_per_task", "language_model", "training_in_words"]

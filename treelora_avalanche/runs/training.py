@@ -16,8 +16,9 @@ from avalanche.training.plugins import EvaluationPlugin
 from treelora_avalanche.adapters import save_adapter
 from treelora_avalanche.adapters.classifier import check_classes
 from treelora_avalanche.checkpoint import load_strategy_state, plugins_without_state
-from treelora_avalanche.methods import Method, find_method
 from treelora_avalanche.provenance import git_hash, hardware, versions
+from treelora_avalanche.registry.methods import Method, find_method
+from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs.account import count_parameters, stored_bytes
 from treelora_avalanche.runs.distributed import parallel_plugins
 from treelora_avalanche.runs.folder import (
@@ -43,7 +44,6 @@ from treelora_avalanche.runs.record import (
 from treelora_avalanche.runs.resume import Interrupted, Progressed, find_interrupted, save_progress
 from treelora_avalanche.runs.texts import epochs_per_task, training_in_words
 from treelora_avalanche.runs.watch import PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
-from treelora_avalanche.settings import RunSettings
 
 
 class CannotContinueError(ValueError):
@@ -67,7 +67,7 @@ def run(
     A run of the same configuration that was interrupted in the folder continues after the last task
     that it has finished; on the CPU the result is that of an uninterrupted one, bit for bit.
 
-    :param method: name of the method, see :data:`treelora_avalanche.methods.METHODS`.
+    :param method: name of the method, see :data:`treelora_avalanche.registry.methods.METHODS`.
     :param seed: seeds everything: class order, backbone, initialisation, shuffling, selection.
     :param settings: everything else.
     :param folder: the run folder; an earlier, other run in it is replaced if it is unfinished.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.streams import SCENARIO_OPTIONS, SCENARIOS, Scenario
+from treelora_avalanche.registry.scenarios import SCENARIO_OPTIONS, SCENARIOS, Scenario
 
 DIGITS_VIT = "digits_vit"
 IMAGE_MODEL = "vit_base_patch16_224"
