@@ -15,15 +15,10 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models import TokenCrossEntropy
-from treelora_avalanche.registry.methods import (
-    LANGUAGE,
-    METHODS,
-    VISION,
-    find_method,
-    method_config,
-)
+from treelora_avalanche.registry.methods import LANGUAGE, METHODS, VISION, find_method
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import prepare, stored_bytes
+from treelora_avalanche.runs.config import method_config
 from treelora_avalanche.scenarios.data.images import _Images
 from treelora_avalanche.scenarios.text_tasks import TokenRows
 

@@ -8,8 +8,9 @@ import yaml
 
 from treelora_avalanche.cli import build_parser, main
 from treelora_avalanche.recipes import RECIPES, describe_recipe
-from treelora_avalanche.registry.methods import check_models, method_config
+from treelora_avalanche.registry.methods import check_models
 from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
+from treelora_avalanche.runs.config import method_config
 
 SETTINGS = set(RunSettings.__dataclass_fields__)
 

@@ -18,7 +18,7 @@ from treelora_avalanche import models
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.cli import main
 from treelora_avalanche.plugins import MemoryDrawsPlugin
-from treelora_avalanche.registry.builders import _avalanches
+from treelora_avalanche.registry.builders import avalanche_method
 from treelora_avalanche.registry.methods import METHODS
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, run, training
@@ -113,7 +113,7 @@ def test_continued_is_uninterrupted_bit_for_bit(method, ingredients, tmp_path):
 
 def test_what_cannot_be_saved_starts_again_and_says_so(ingredients, tmp_path, monkeypatch):
     method, notes = "MAS", []
-    build = _avalanches("MAS", lambda_reg=1.0, alpha=0.5)
+    build = avalanche_method("MAS", lambda_reg=1.0, alpha=0.5)
     monkeypatch.setitem(METHODS, method, replace(METHODS["LwF"], build=build))
     whole = run(method, 0, SETTINGS, tmp_path / "whole", ingredients=ingredients)
     (tmp_path / "whole" / "results.json").unlink()

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from treelora_avalanche.cli import main
 from treelora_avalanche.models import LanguageModel
-from treelora_avalanche.registry.methods import METHODS, check_models, method_config
+from treelora_avalanche.registry.methods import METHODS, check_models
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.reports.figures import FIGURES, write_figures
 from treelora_avalanche.reports.table import summarise, write_table
 from treelora_avalanche.runs import prepare, resolve_config, run
-from treelora_avalanche.runs.texts import epochs_per_task
+from treelora_avalanche.runs.config import method_config
+from treelora_avalanche.runs.schedule import epochs_per_task
 from treelora_avalanche.scenarios.trace import TRACE_TASKS
 from treelora_avalanche.tree import AdapterTree
 

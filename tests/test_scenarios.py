@@ -75,7 +75,7 @@ def paths(benchmark, root):
 def _leaves(dataset):
     if isinstance(dataset, vision_module._Images):
         yield dataset
-    for attribute in ("_datasets", "_flat_data", "dataset"):
+    for attribute in ("datasets", "_flat_data", "dataset"):
         inner = getattr(dataset, attribute, None)
         for part in inner if isinstance(inner, list) else [inner] * (inner is not None):
             yield from _leaves(part)

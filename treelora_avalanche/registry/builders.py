@@ -42,7 +42,7 @@ def _optimizer(settings: RunSettings, lr: float) -> Callable[..., Optimizer]:
     return partial(AdamW, lr=lr, weight_decay=0.0) if settings.on_language else partial(Adam, lr=lr)
 
 
-def _our_lora(name: str, **fixed: Any) -> Build:
+def lora_method(name: str, **fixed: Any) -> Build:
     """Builder of a LoRA strategy of ours.
 
     :param name: the strategy's class.
@@ -70,7 +70,7 @@ def _our_lora(name: str, **fixed: Any) -> Build:
     return build
 
 
-def _our_prompts(name: str) -> Build:
+def prompt_method(name: str) -> Build:
     """Builder of a strategy of ours with prompts, which takes either head.
 
     :param name: the strategy's class.
@@ -93,7 +93,7 @@ def _our_prompts(name: str) -> Build:
     return build
 
 
-def _hide(name: str, *options: str) -> Build:
+def hide_method(name: str, *options: str) -> Build:
     """Builder of a form of HiDe, which has a head of its own.
 
     :param name: the strategy's class.
@@ -120,7 +120,7 @@ def _hide(name: str, *options: str) -> Build:
     return build
 
 
-def _treelora(inference: str | None = None) -> Build:
+def treelora(inference: str | None = None) -> Build:
     """Builder of TreeLoRA.
 
     :param inference: which adapter answers, see `TreeLoRAStrategy`.
@@ -130,13 +130,13 @@ def _treelora(inference: str | None = None) -> Build:
         model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
     ) -> SupervisedTemplate:
         own = {name: getattr(settings, name) for name in sorted(TREE_OPTIONS)}
-        builder = _our_lora("TreeLoRAStrategy", inference=inference, seed=seed, **own)
+        builder = lora_method("TreeLoRAStrategy", inference=inference, seed=seed, **own)
         return builder(model, settings, lr, seed, shared)
 
     return build
 
 
-def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: Any) -> Build:
+def avalanche_method(name: str, *, lora: bool = True, joint: bool = False, **fixed: Any) -> Build:
     """Builder of a strategy of Avalanche, unchanged, trained with Adam.
 
     Language models are trained as by our strategies: with AdamW along a cosine.
@@ -184,17 +184,17 @@ def _avalanches(name: str, *, lora: bool = True, joint: bool = False, **fixed: A
     return build
 
 
-def _replay(
+def replay(
     model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
 ) -> SupervisedTemplate:
     from treelora_avalanche.plugins import MemoryDrawsPlugin
 
-    builder = _avalanches("Replay", mem_size=REPLAY_SAMPLES)
+    builder = avalanche_method("Replay", mem_size=REPLAY_SAMPLES)
     plugins = [*shared["plugins"], MemoryDrawsPlugin()]
     return builder(model, settings, lr, seed, {**shared, "plugins": plugins})
 
 
-def _our_frozen(name: str) -> Build:
+def frozen_method(name: str) -> Build:
     """Builder of a strategy of ours that trains nothing.
 
     :param name: the strategy's class.
@@ -212,13 +212,13 @@ def _our_frozen(name: str) -> Build:
     return build
 
 
-def _in_context(
+def in_context(
     model: nn.Module, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
 ) -> SupervisedTemplate:
-    return _our_frozen("InContext")(model, settings, lr, seed, {**shared, "seed": seed})
+    return frozen_method("InContext")(model, settings, lr, seed, {**shared, "seed": seed})
 
 
-def _streaming_lda(
+def streaming_lda(
     model: Any, settings: RunSettings, lr: float, seed: int, shared: dict[str, Any]
 ) -> SupervisedTemplate:
     from avalanche.training import StreamingLDA

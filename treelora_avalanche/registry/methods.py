@@ -6,8 +6,8 @@ Nothing heavy is imported until a method is built.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.registry.builders import (
@@ -15,15 +15,15 @@ from treelora_avalanche.registry.builders import (
     REPLAY_SAMPLES,
     TREE_OPTIONS,
     Build,
-    _avalanches,
-    _hide,
-    _in_context,
-    _our_frozen,
-    _our_lora,
-    _our_prompts,
-    _replay,
-    _streaming_lda,
-    _treelora,
+    avalanche_method,
+    frozen_method,
+    hide_method,
+    in_context,
+    lora_method,
+    prompt_method,
+    replay,
+    streaming_lda,
+    treelora,
 )
 from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 TRAINING_OPTIONS = frozenset({"head", "epochs", "lr", "precision"})
 
-WITHOUT_CONSEQUENCE = frozenset({"download"})
 
 VISION, LANGUAGE = "vision", "language"
 BOTH = frozenset({VISION, LANGUAGE})
@@ -115,7 +114,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "TreeLoRA": Method(
         "LoRA pulled towards the adapter of the most similar past task, found in a tree",
-        _treelora(),
+        treelora(),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -123,19 +122,19 @@ METHODS: dict[str, Method] = {
     ),
     "TreeLoRA-last": Method(
         "TreeLoRA answered by the adapter of the last task, as in the paper",
-        _treelora("last"),
+        treelora("last"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
     ),
     "TreeLoRA-routed": Method(
         "TreeLoRA whose samples are answered each by the adapter it seems to belong to",
-        _treelora("routed"),
+        treelora("routed"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
     ),
     "SeqLoRA": Method(
         "plain LoRA, one adapter trained from task to task",
-        _our_lora("SeqLoRA"),
+        lora_method("SeqLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -144,7 +143,7 @@ METHODS: dict[str, Method] = {
     ),
     "EWCLoRA": Method(
         "LoRA with elastic weight consolidation (online, λ = 50)",
-        _our_lora("EWCLoRA"),
+        lora_method("EWCLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -153,7 +152,7 @@ METHODS: dict[str, Method] = {
     ),
     "GEMLoRA": Method(
         "LoRA with gradient episodic memory (100 stored samples per task)",
-        _our_lora("GEMLoRA"),
+        lora_method("GEMLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -162,7 +161,7 @@ METHODS: dict[str, Method] = {
     ),
     "OGD": Method(
         "LoRA with gradients projected off those of past samples (200 per task, at most 1,000)",
-        _our_lora("OGD"),
+        lora_method("OGD"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -171,7 +170,7 @@ METHODS: dict[str, Method] = {
     ),
     "OLoRA": Method(
         "one LoRA per task, all in use, each orthogonal to those before (λ1 = 0.5)",
-        _our_lora("OLoRA"),
+        lora_method("OLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -180,7 +179,7 @@ METHODS: dict[str, Method] = {
     ),
     "InfLoRA": Method(
         "one LoRA per task, all in use, each fixed to where past inputs have no part (ε = 0.95)",
-        _our_lora("InfLoRA"),
+        lora_method("InfLoRA"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -189,7 +188,7 @@ METHODS: dict[str, Method] = {
     ),
     "L2P": Method(
         "prompts from one pool before the tokens, each sample's by the nearest keys (30, top 5)",
-        _our_prompts("L2P"),
+        prompt_method("L2P"),
         lr=L2P_LR,
         language_lr=PROMPT_LANGUAGE_LR,
         models=BOTH,
@@ -198,7 +197,7 @@ METHODS: dict[str, Method] = {
     ),
     "DualPrompt": Method(
         "general prompts for all tasks and an expert prompt per task, chosen by the nearest key",
-        _our_prompts("DualPrompt"),
+        prompt_method("DualPrompt"),
         lr=PROMPT_LR,
         language_lr=PROMPT_LANGUAGE_LR,
         models=BOTH,
@@ -207,14 +206,14 @@ METHODS: dict[str, Method] = {
     ),
     "HiDePrompt": Method(
         "a prompt per task, chosen by the class the frozen backbone sees; head on centroids",
-        _hide("HiDePrompt"),
+        hide_method("HiDePrompt"),
         lr=PROMPT_LR,
         ignores=TREE_OPTIONS | LORA_OPTIONS | {"head"},
         uses_lora=False,
     ),
     "HiDeLoRA": Method(
         "a LoRA per task (keys, values), chosen by what the frozen backbone sees",
-        _hide("HiDeLoRA", "rank", "alpha", "layers"),
+        hide_method("HiDeLoRA", "rank", "alpha", "layers"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -223,7 +222,7 @@ METHODS: dict[str, Method] = {
     ),
     "SAPT": Method(
         "one LoRA per task, all in use, weighed by an attention of the prompt over the tasks",
-        _our_lora("SAPT"),
+        lora_method("SAPT"),
         lr=None,
         language_lr=LORA_LANGUAGE_LR,
         models=frozenset({LANGUAGE}),
@@ -231,7 +230,7 @@ METHODS: dict[str, Method] = {
     ),
     "TaSL": Method(
         "LoRA whose matrices are mixed after a task with those before, by their importance",
-        _our_lora("TaSL"),
+        lora_method("TaSL"),
         lr=None,
         language_lr=LORA_LANGUAGE_LR,
         models=frozenset({LANGUAGE}),
@@ -239,7 +238,7 @@ METHODS: dict[str, Method] = {
     ),
     "L2Anchor": Method(
         "LoRA pulled, in squared L2, towards the adapter of the task before: a control",
-        _our_lora("L2Anchor"),
+        lora_method("L2Anchor"),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -248,7 +247,7 @@ METHODS: dict[str, Method] = {
     ),
     "Naive": Method(
         "fine-tuning of every weight, without LoRA",
-        _avalanches("Naive", lora=False),
+        avalanche_method("Naive", lora=False),
         lr=0.0001,
         digits_lr=0.00005,
         language_lr=0.00001,  # as in TRACE, for methods without LoRA
@@ -259,7 +258,7 @@ METHODS: dict[str, Method] = {
     ),
     "LwF": Method(
         "LoRA with learning without forgetting (α = 1, temperature 2)",
-        _avalanches("LwF", alpha=1.0, temperature=2.0),
+        avalanche_method("LwF", alpha=1.0, temperature=2.0),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -269,7 +268,7 @@ METHODS: dict[str, Method] = {
     ),
     "Replay": Method(
         f"LoRA with {REPLAY_SAMPLES} stored samples, mixed into every batch",
-        _replay,
+        replay,
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -279,7 +278,7 @@ METHODS: dict[str, Method] = {
     ),
     "FrozenNCM": Method(
         "nearest class mean on the features of the untrained backbone",
-        _our_frozen("FrozenNCM"),
+        frozen_method("FrozenNCM"),
         lr=None,
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
@@ -287,7 +286,7 @@ METHODS: dict[str, Method] = {
     ),
     "FrozenGaussian": Method(
         "the task-adaptive head on the features of the untrained backbone",
-        _our_frozen("FrozenGaussian"),
+        frozen_method("FrozenGaussian"),
         lr=None,
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
@@ -295,7 +294,7 @@ METHODS: dict[str, Method] = {
     ),
     "InContext": Method(
         "six demonstrations of the nearest task in the prompt of the untrained model (FIX)",
-        _in_context,
+        in_context,
         lr=None,
         models=frozenset({LANGUAGE}),
         kind="frozen",
@@ -304,7 +303,7 @@ METHODS: dict[str, Method] = {
     ),
     "StreamingLDA": Method(
         "Avalanche's streaming discriminant analysis on the untrained backbone",
-        _streaming_lda,
+        streaming_lda,
         lr=None,
         kind="frozen",
         ignores=TREE_OPTIONS | LORA_OPTIONS | TRAINING_OPTIONS,
@@ -312,7 +311,7 @@ METHODS: dict[str, Method] = {
     ),
     "Cumulative": Method(
         "LoRA trained on all data seen so far, again after every task",
-        _avalanches("Cumulative", joint=True),
+        avalanche_method("Cumulative", joint=True),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -322,7 +321,7 @@ METHODS: dict[str, Method] = {
     ),
     "JointTraining": Method(
         "LoRA trained once, on the data of all tasks together",
-        _avalanches("JointTraining", joint=True),
+        avalanche_method("JointTraining", joint=True),
         lr=LORA_LR,
         digits_lr=LORA_DIGITS_LR,
         language_lr=LORA_LANGUAGE_LR,
@@ -359,37 +358,4 @@ def check_models(methods: Iterable[str], settings: RunSettings) -> None:
             )
 
 
-def method_config(method: str, seed: int, settings: RunSettings) -> dict[str, Any]:
-    """What the outcome of a run depends on; two runs are the same where this is equal.
-
-    Settings that the method or the scenario does not look at are left out, and defaults that depend
-    on them are filled in. The keys are flags of `treelora train`.
-
-    :param method: name of the method.
-    :param seed: the run's seed.
-    :param settings: everything else.
-    """
-    entry = find_method(method)
-    ignored = entry.ignores | settings.without_meaning | WITHOUT_CONSEQUENCE
-    config = {
-        field.name: getattr(settings, field.name)
-        for field in fields(settings)
-        if field.name not in ignored
-    }
-    config["model"] = settings.model_name
-    for name in ("epochs", "epochs_per_task"):  # one stands in place of the other
-        if config.get(name, 0) is None:
-            del config[name]
-    if config.get("precision") == "fp32":  # so the runs of before there was a choice are the same
-        del config["precision"]
-    if "n_experiences" in config:
-        config["n_experiences"] = settings.number_of_experiences
-    if "lr" in config and settings.lr is None:
-        on_digits = settings.on_digits and entry.digits_lr is not None
-        config["lr"] = entry.digits_lr if on_digits else entry.lr
-        if settings.on_language:
-            config["lr"] = entry.language_lr
-    return {"method": method, "seed": seed, **config}
-
-
-__all__ = ["METHODS", "Method", "check_models", "find_method", "method_config"]
+__all__ = ["METHODS", "Method", "check_models", "find_method"]

@@ -27,11 +27,11 @@ def _without_excluded(known: Sequence[str], settings: RunSettings) -> list[str] 
 
 def _folder_with_images(settings: RunSettings) -> Path:
     """The folder, or its part for training where there is one."""
-    data = _data(settings)
+    data = data_folder(settings)
     return data / "train" if (data / "train").is_dir() else data
 
 
-def _data(settings: RunSettings) -> Path:
+def data_folder(settings: RunSettings) -> Path:
     data = Path(settings.data or "").expanduser()
     if not data.is_dir():
         raise FileNotFoundError(f"`--data` {data} is not a folder")
@@ -41,7 +41,7 @@ def _data(settings: RunSettings) -> Path:
 def _image_folder(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
     known = _folders(_folder_with_images(settings))
     return scenarios.SplitImageFolder(
-        _data(settings),
+        data_folder(settings),
         settings.number_of_experiences,
         preprocessing=preprocessing,
         classes=_without_excluded(known, settings),
@@ -53,7 +53,7 @@ def _domains(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
     folder = _folder_with_images(settings)
     known = sorted({name for domain in _folders(folder) for name in _folders(folder / domain)})
     return scenarios.DomainImageFolder(
-        _data(settings),
+        data_folder(settings),
         domains=settings.domains,
         preprocessing=preprocessing,
         classes=_without_excluded(known, settings),
@@ -102,17 +102,17 @@ IMAGE_STREAMS: dict[str, Callable[[RunSettings, int, Any], Any]] = {
 
 def _trace(settings: RunSettings, model: Any) -> Any:
     return scenarios.TRACE(
-        _data(settings), model, settings.variant, tasks=settings.tasks, limit=settings.limit
+        data_folder(settings), model, settings.variant, tasks=settings.tasks, limit=settings.limit
     )
 
 
 def _math_llm(settings: RunSettings, model: Any) -> Any:
-    return scenarios.MathLLM(_data(settings), model, settings.variant, limit=settings.limit)
+    return scenarios.MathLLM(data_folder(settings), model, settings.variant, limit=settings.limit)
 
 
 def _long_sequence(settings: RunSettings, model: Any) -> Any:
     return scenarios.LongSequence(
-        _data(settings),
+        data_folder(settings),
         model,
         settings.variant,
         skip_missing_tasks=settings.skip_missing_tasks,
@@ -123,7 +123,7 @@ def _long_sequence(settings: RunSettings, model: Any) -> Any:
 def _o_lora_order(settings: RunSettings, model: Any) -> Any:
     return scenarios.OLoRAOrder(
         settings.order,
-        _data(settings),
+        data_folder(settings),
         model,
         skip_missing_tasks=settings.skip_missing_tasks,
         limit=settings.limit,
@@ -132,7 +132,7 @@ def _o_lora_order(settings: RunSettings, model: Any) -> Any:
 
 def _text_tasks(settings: RunSettings, model: Any) -> Any:
     return scenarios.TextTasks(
-        _data(settings),
+        data_folder(settings),
         model,
         tasks=settings.tasks,
         metric=settings.metric,

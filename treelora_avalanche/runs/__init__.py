@@ -11,7 +11,7 @@ results.json              last; its presence says that the run is finished
 """
 
 from treelora_avalanche.provenance import git_hash
-from treelora_avalanche.runs.account import stored_bytes
+from treelora_avalanche.runs.config import resolve_config
 from treelora_avalanche.runs.folder import (
     SCHEMA_VERSION,
     finished_results,
@@ -19,9 +19,10 @@ from treelora_avalanche.runs.folder import (
     to_json,
     write_text,
 )
-from treelora_avalanche.runs.ingredients import Ingredients, prepare, resolve_config
-from treelora_avalanche.runs.training import check_arguments, run
-from treelora_avalanche.runs.watch import JsonLinesLogger, Progress, ProgressPlugin
+from treelora_avalanche.runs.footprint import stored_bytes
+from treelora_avalanche.runs.monitors import JsonLinesLogger, Progress, ProgressPlugin
+from treelora_avalanche.runs.setup import Ingredients, check_arguments, prepare
+from treelora_avalanche.runs.training import run
 
 __all__ = [
     "SCHEMA_VERSION",

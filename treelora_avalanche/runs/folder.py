@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 
 from treelora_avalanche._version import __version__
 
@@ -30,7 +29,7 @@ APPENDED = (
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary neighbour that takes the place of `path` when all went well."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
@@ -43,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
     :param path: the file.
     :param text: its new content.
     """
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -74,19 +73,6 @@ def write_results(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     write_text(folder / "results.json", text)
     content: dict[str, Any] = json.loads(text)
     return content
-
-
-def write_tree(tree: Any, folder: Path) -> None:
-    """Write TreeLoRA's tree as `tree.json` and `tree.safetensors`.
-
-    :param tree: an `AdapterTree`.
-    :param folder: the run folder.
-    """
-    state = tree.to_dict()
-    tensors = {name: state.pop(name) for name in ("signatures", "totals")}
-    with _replacing(folder / "tree.safetensors") as temporary:
-        save_file(tensors, temporary)
-    write_text(folder / "tree.json", to_json(state))
 
 
 def run_name(config: dict[str, Any]) -> str:
@@ -207,5 +193,4 @@ __all__ = [
     "to_json",
     "write_results",
     "write_text",
-    "write_tree",
 ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from avalanche.evaluation.metrics import (
 )
 from avalanche.logging import CSVLogger, InteractiveLogger, TensorboardLogger
 from avalanche.training.plugins import EvaluationPlugin
-from rich.console import Console
 from torch import Tensor
 
 from treelora_avalanche.metrics import (
@@ -31,34 +28,10 @@ from treelora_avalanche.metrics import (
     generation_metrics,
     overall_performance,
 )
-from treelora_avalanche.models.tokens import PADDING
 from treelora_avalanche.runs.distributed import is_first
 from treelora_avalanche.runs.folder import to_json, write_text
-from treelora_avalanche.runs.watch import JsonLinesLogger
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is trained in one go, and what is evaluated then."""
-
-    task: int
-    """ The last task of the stage, counted from 0 in the order of training. """
-    train: Any
-    test: Any
-
-    @classmethod
-    def all_of(cls, benchmark: Any, *, joint: bool) -> list[Stage]:
-        """The stages of a run.
-
-        :param benchmark: the stream.
-        :param joint: whether all tasks are trained together.
-        """
-        train, test = benchmark.train_stream, benchmark.test_stream
-        n = len(train)
-        if joint:
-            return [cls(n - 1, train, test)]
-        # Classes not seen yet have nothing to say.
-        return [cls(task, train[task], test[: task + 1]) for task in range(n)]
+from treelora_avalanche.runs.monitors import JsonLinesLogger
+from treelora_avalanche.runs.schedule import Stage
 
 
 class Record:
@@ -158,84 +131,6 @@ class Record:
             logger.close() if isinstance(logger, CSVLogger) else logger.writer.close()
 
 
-def describe(benchmark: Any) -> dict[str, Any]:
-    """What a stream is made of, for `results.json`.
-
-    :param benchmark: the stream.
-    """
-    samples = {
-        "trained": [e.current_experience for e in benchmark.train_stream],
-        "train_samples": [len(e.dataset) for e in benchmark.train_stream],
-        "test_samples": [len(e.dataset) for e in benchmark.test_stream],
-    }
-    names = task_names(benchmark)
-    if names is not None:
-        return {
-            **samples,
-            "task_names": names,
-            "task_metrics": [e.metric for e in benchmark.test_stream],
-            "train_tokens": [count_tokens(e) for e in benchmark.train_stream],
-        }
-    return {
-        **samples,
-        "classes": [sorted(e.classes_in_this_experience) for e in benchmark.train_stream],
-        # Avalanche's own benchmarks have no names.
-        "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
-        "domain_names": getattr(benchmark, "domain_names", None),
-    }
-
-
-def task_names(benchmark: Any) -> list[str] | None:
-    """Names of the tasks, where they are texts; None for streams of classes.
-
-    :param benchmark: the stream.
-    """
-    names = [getattr(e, "task_name", None) for e in benchmark.train_stream]
-    return None if None in names else [str(name) for name in names]
-
-
-def count_tokens(experience: Any) -> int:
-    """Tokens that a language model reads in one pass over an experience, without padding.
-
-    :param experience: of a stream of texts.
-    """
-    return sum(int((sample[0] != PADDING).sum()) for sample in experience.dataset)
-
-
-def plain_tree(tree: Any) -> dict[str, Any]:
-    """A tree for figures: of every node its level, δ and tasks, of inner nodes the children.
-
-    :param tree: an `AdapterTree`.
-    """
-
-    def plain(node: Any) -> dict[str, Any]:
-        return {
-            "level": node.level,
-            "delta": None if math.isnan(node.delta) else node.delta,
-            "adapters": [list(tree.tasks[k]) for k in node.members],
-            "children": [plain(child) for child in node.children or ()],
-        }
-
-    return plain(tree.root)
-
-
-def append_drawing(tree: Any, task: int, folder: Path, names: list[str] | None) -> str:
-    """Append a drawing of a tree to `tree.txt`.
-
-    :param tree: an `AdapterTree`.
-    :param task: the task that came last, counted from 0.
-    :param folder: the run folder.
-    :param names: of all tasks, where they have names.
-    :return: the drawing.
-    """
-    text = StringIO()
-    Console(file=text, width=100).print(tree.draw(names))
-    with (folder / "tree.txt").open("a", encoding="utf-8") as file:
-        # As in `tree.json`; the figures count from 1.
-        file.write(f"After {task + 1} tasks, counted from 0\n{text.getvalue()}\n")
-    return text.getvalue()
-
-
 def scores_of(accuracies: Tensor) -> dict[str, float]:
     """Op, Bwt and forgetting of a matrix; NaN where they are not defined.
 
@@ -248,13 +143,4 @@ def scores_of(accuracies: Tensor) -> dict[str, float]:
     }
 
 
-__all__ = [
-    "Record",
-    "Stage",
-    "append_drawing",
-    "count_tokens",
-    "describe",
-    "plain_tree",
-    "scores_of",
-    "task_names",
-]
+__all__ = ["Record", "scores_of"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_avalanche._version import __version__
-from treelora_avalanche.checkpoint import strategy_state
+from treelora_avalanche.checkpoint import plugins_without_state, strategy_state
 from treelora_avalanche.runs.folder import SCHEMA_VERSION, STATE, is_unfinished
 from treelora_avalanche.state import check_keys, has_state, load_state, save_state
 
@@ -71,4 +71,26 @@ def find_interrupted(folder: Path, config: dict[str, Any]) -> Interrupted | None
     return Interrupted(progress, state["strategy"])
 
 
-__all__ = ["Interrupted", "Progressed", "find_interrupted", "save_progress"]
+class CannotContinueError(ValueError):
+    """An interrupted run whose state does not fit."""
+
+
+def has_finished_tasks(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a run of this configuration has finished a task here before it was interrupted."""
+    lines = folder / "metrics.jsonl"
+    return (
+        is_unfinished(folder, config)
+        and lines.is_file()
+        and '"event": "task"' in lines.read_text(encoding="utf-8")
+    )
+
+
+def why_unsaved(strategy: Any) -> str | None:
+    """Why a method's state cannot be saved; None if it can."""
+    stateless = plugins_without_state(strategy)
+    if stateless:
+        return f"{', '.join(stateless)} keeps state that cannot be saved"
+    return None
+
+
+__all__ = ["CannotContinueError", "Interrupted", "Progressed", "find_interrupted", "save_progress"]

@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from avalanche.training.determinism.rng_manager import RNGManager
-from avalanche.training.plugins import EvaluationPlugin
 
 from treelora_avalanche.adapters import save_adapter
 from treelora_avalanche.adapters.classifier import check_classes
-from treelora_avalanche.checkpoint import load_strategy_state, plugins_without_state
+from treelora_avalanche.checkpoint import load_strategy_state
 from treelora_avalanche.provenance import git_hash, hardware, versions
 from treelora_avalanche.registry.methods import Method, find_method
 from treelora_avalanche.registry.settings import RunSettings
-from treelora_avalanche.runs.account import count_parameters, stored_bytes
+from treelora_avalanche.runs.config import find_device, resolve_config
 from treelora_avalanche.runs.distributed import parallel_plugins
 from treelora_avalanche.runs.folder import (
     SCHEMA_VERSION,
     count_lines,
     first_lines,
-    is_unfinished,
     prepare_folder,
     remove_state,
     write_results,
-    write_tree,
 )
-from treelora_avalanche.runs.ingredients import Ingredients, find_device, prepare, resolve_config
-from treelora_avalanche.runs.record import (
-    Record,
+from treelora_avalanche.runs.footprint import count_parameters, stored_bytes
+from treelora_avalanche.runs.monitors import (
+    PeakMemory,
+    ProgressCallback,
+    ProgressPlugin,
+    Stopwatch,
+    training_in_words,
+)
+from treelora_avalanche.runs.record import Record, scores_of
+from treelora_avalanche.runs.resume import (
+    CannotContinueError,
+    Interrupted,
+    Progressed,
+    find_interrupted,
+    has_finished_tasks,
+    save_progress,
+    why_unsaved,
+)
+from treelora_avalanche.runs.schedule import (
     Stage,
-    append_drawing,
-    describe,
-    plain_tree,
-    scores_of,
-    task_names,
+    count_steps,
+    epochs_of_stage,
+    epochs_of_tasks,
+    weighted_sum,
 )
-from treelora_avalanche.runs.resume import Interrupted, Progressed, find_interrupted, save_progress
-from treelora_avalanche.runs.texts import epochs_per_task, training_in_words
-from treelora_avalanche.runs.watch import PeakMemory, ProgressCallback, ProgressPlugin, Stopwatch
-
-
-class CannotContinueError(ValueError):
-    """An interrupted run whose state does not fit."""
+from treelora_avalanche.runs.setup import Ingredients, build_strategy, prepare
+from treelora_avalanche.runs.stream_info import describe, task_names
+from treelora_avalanche.runs.tree_files import append_drawing, plain_tree, write_tree
 
 
 def run(
@@ -141,7 +146,7 @@ def _run(
     device = find_device(config["device"])
     benchmark = ingredients.benchmark
     stages = Stage.all_of(benchmark, joint=entry.joint)
-    begun = _finished_tasks(folder, config)
+    begun = has_finished_tasks(folder, config)
     before = (
         Progressed(stages=0, train_seconds=0, eval_seconds=0, peak_bytes=0, trees=[], lines={})
         if interrupted is None
@@ -156,8 +161,8 @@ def _run(
 
     stream = describe(benchmark)
     samples = stream["train_samples"]
-    epochs = _epochs(entry, settings, len(samples), names)
-    steps = _steps(entry, config, samples, stages, epochs)
+    epochs = epochs_of_tasks(entry, settings, len(samples), names)
+    steps = count_steps(entry, config, samples, stages, epochs)
     counter = ProgressPlugin(progress or (lambda _: None), len(stages), steps)
     training, evaluating = (
         Stopwatch(device, s) for s in (before.train_seconds, before.eval_seconds)
@@ -170,7 +175,7 @@ def _run(
     RNGManager.set_random_seeds(ingredients.seed)
     try:
         with memory:
-            strategy = _build(
+            strategy = build_strategy(
                 entry,
                 settings,
                 config,
@@ -181,7 +186,7 @@ def _run(
             )
             if names is not None and not entry.frozen:
                 note(training_in_words(strategy, config, epochs))
-            unsaved = _why_unsaved(strategy)
+            unsaved = why_unsaved(strategy)
             if unsaved and begun:
                 note(f"starts again from the first task: {unsaved}")
             if interrupted is not None:
@@ -192,7 +197,7 @@ def _run(
                     raise CannotContinueError(str(error)) from error
             for done, stage in enumerate(stages[before.stages :], start=before.stages + 1):
                 if not entry.frozen:
-                    strategy.train_epochs = _of_stage(epochs, stage, joint=entry.joint)
+                    strategy.train_epochs = epochs_of_stage(epochs, stage, joint=entry.joint)
                 with training:
                     strategy.train(stage.train)
                 # Before evaluation: what was learned is safe whatever happens next.
@@ -252,9 +257,12 @@ def _run(
             "train_seconds": training.seconds,
             "ms_per_step": 1000 * training.seconds / counter.step if counter.step else None,
             # Of the stream: samples that a method trains on once more do not count again.
-            "samples_per_second": _times(epochs, samples) / training.seconds,
+            "samples_per_second": weighted_sum(epochs, samples) / training.seconds,
             **(
-                {"tokens_per_second": _times(epochs, stream["train_tokens"]) / training.seconds}
+                {
+                    "tokens_per_second": weighted_sum(epochs, stream["train_tokens"])
+                    / training.seconds
+                }
                 if settings.on_language
                 else {}
             ),
@@ -277,113 +285,10 @@ def _run(
     return written
 
 
-def check_arguments(
-    methods: Sequence[str], settings: RunSettings, ingredients: Ingredients
-) -> None:
-    """Build each method and let it go, so that wrong arguments are noticed before any training.
-
-    :param methods: names of the methods.
-    :param settings: the settings.
-    :param ingredients: the stream and the backbone.
-    :raises ValueError: if a method cannot be built with these settings on this backbone.
-    """
-    for method in methods:
-        config = resolve_config(method, ingredients.seed, settings)
-        try:
-            _build(
-                find_method(method),
-                settings,
-                config,
-                ingredients,
-                device=torch.device("cpu"),
-                plugins=[],
-                evaluator=EvaluationPlugin(loggers=[]),
-            )
-        except ValueError:
-            raise
-        except Exception:
-            # Not an argument's fault: it happens again where the method's own run can report it.
-            continue
-
-
-def _build(
-    entry: Method,
-    settings: RunSettings,
-    config: dict[str, Any],
-    ingredients: Ingredients,
-    **shared: Any,
-) -> Any:
-    return entry.build(
-        copy.deepcopy(ingredients.backbone),
-        settings,
-        config.get("lr", 0.0),
-        ingredients.seed,
-        {
-            "train_mb_size": settings.batch_size,
-            "train_epochs": entry.epochs(settings),  # and set before each task
-            "eval_mb_size": settings.eval_batch_size,
-            **shared,
-        },
-    )
-
-
-def _finished_tasks(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a run of this configuration has finished a task here before it was interrupted."""
-    lines = folder / "metrics.jsonl"
-    return (
-        is_unfinished(folder, config)
-        and lines.is_file()
-        and '"event": "task"' in lines.read_text(encoding="utf-8")
-    )
-
-
-def _why_unsaved(strategy: Any) -> str | None:
-    """Why a method's state cannot be saved; None if it can."""
-    stateless = plugins_without_state(strategy)
-    if stateless:
-        return f"{', '.join(stateless)} keeps state that cannot be saved"
-    return None
-
-
-def _epochs(
-    entry: Method, settings: RunSettings, n_tasks: int, names: list[str] | None
-) -> list[int]:
-    """Passes over the data of each task."""
-    if names is not None and settings.epochs_per_task is not None and not entry.frozen:
-        return epochs_per_task(entry, settings.epochs_per_task, names)
-    return [entry.epochs(settings)] * n_tasks
-
-
-def _of_stage(epochs: list[int], stage: Stage, *, joint: bool) -> int:
-    # All tasks together: the mean, so that as many samples are seen where tasks are equally large.
-    return round(sum(epochs) / len(epochs)) if joint else epochs[stage.task]
-
-
-def _times(epochs: list[int], counts: list[int]) -> int:
-    return sum(e * n for e, n in zip(epochs, counts, strict=True))
-
-
 def _what_was_learned(stream: dict[str, Any], task: int) -> dict[str, Any]:
     if "task_names" in stream:
         return {"task_name": stream["task_names"][task]}
     return {"classes": stream["classes"][task]}
 
 
-def _steps(
-    entry: Method,
-    config: dict[str, Any],
-    samples: list[int],
-    stages: list[Stage],
-    epochs: list[int],
-) -> int:
-    """Training steps of the whole stream."""
-    total = 0
-    for stage in stages:
-        n = sum(samples[: stage.task + 1]) if entry.on_all_seen else samples[stage.task]
-        batches = math.ceil(n / config["batch_size"])
-        n_steps = math.ceil(batches / config.get("accumulation_steps", 1))
-        total += n_steps * _of_stage(epochs, stage, joint=entry.joint)
-    return total
-
-
-__all__ = ["CannotContinueError", "check_arguments", "run"]
+__all__ = ["run"]

@@ -19,8 +19,8 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
-from treelora_avalanche.scenarios.data.folders import _choose_classes
-from treelora_avalanche.scenarios.data.images import _File, _fits, _stacked, _stamp
+from treelora_avalanche.scenarios.data.folders import choose_classes
+from treelora_avalanche.scenarios.data.images import ImageFile, fits, stacked, stamp
 
 
 def SplitCIFAR100(
@@ -71,17 +71,17 @@ def SplitCIFAR100(
     root = Path(dataset_root or default_dataset_location("cifar100")).expanduser()
     preprocessing = preprocessing or ImagePreprocessing()
     train, test = _readers(root, download)
-    class_names = _choose_classes(root, train.classes, train.classes, classes)
+    class_names = choose_classes(root, train.classes, train.classes, classes)
 
     labels = {train.classes.index(name): label for label, name in enumerate(class_names)}
     chosen = [np.flatnonzero(np.isin(part.targets, list(labels))) for part in (train, test)]
     source = _Pixels(
-        tuple(_stamp(str(file)) for file, _ in _files(root)),
+        tuple(stamp(str(file)) for file, _ in _files(root)),
         tuple(class_names),
         np.concatenate([part.data[rows] for part, rows in zip((train, test), chosen, strict=True)]),
     )
     kept = None
-    if _fits(len(source.pixels), preprocessing, cache_bytes):
+    if fits(len(source.pixels), preprocessing, cache_bytes):
         kept = _resized(source, preprocessing)
     train_labels, test_labels = (
         [labels[part.targets[row]] for row in rows]
@@ -147,7 +147,7 @@ def _readers(root: Path, download: bool) -> tuple[CIFAR100, CIFAR100]:
 class _Pixels:
     """The images of chosen classes, training images first; equal if read from the same files."""
 
-    files: tuple[_File, ...]
+    files: tuple[ImageFile, ...]
     classes: tuple[str, ...]
     pixels: np.ndarray = field(compare=False)
     """ (n, 32, 32, 3), uint8 """
@@ -160,7 +160,7 @@ def _resize(source: _Pixels, row: int, preprocessing: ImagePreprocessing) -> Ten
 @lru_cache(maxsize=2)
 def _resized(source: _Pixels, preprocessing: ImagePreprocessing) -> Tensor:
     """All images as bytes, ``(n, 3, height, width)``; seeds and methods share one copy."""
-    return _stacked(
+    return stacked(
         len(source.pixels), preprocessing, lambda row: _resize(source, row, preprocessing)
     )
 

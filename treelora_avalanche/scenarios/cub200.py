@@ -12,8 +12,8 @@ from torch import Tensor
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.archives import CUB_200_2011, published_folder
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
-from treelora_avalanche.scenarios.data.folders import _choose_classes, _Image
-from treelora_avalanche.scenarios.data.images import _datasets
+from treelora_avalanche.scenarios.data.folders import ImageRecord, choose_classes
+from treelora_avalanche.scenarios.data.images import datasets
 
 TEXT_FILES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
 
@@ -70,7 +70,7 @@ def SplitCUB200(
     root = published_folder(CUB_200_2011, dataset_root, download, _is_cub)
     preprocessing = preprocessing or ImagePreprocessing()
     train, test, class_names = _read_lists(root, classes)
-    train_set, test_set = _datasets([train, test], preprocessing, cache_bytes)
+    train_set, test_set = datasets([train, test], preprocessing, cache_bytes)
     return split_by_class(
         train_set,
         test_set,
@@ -91,7 +91,7 @@ def _is_cub(root: Path) -> bool:
 
 def _read_lists(
     root: Path, classes: Sequence[str] | None
-) -> tuple[list[_Image], list[_Image], list[str]]:
+) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
     """The training images, the test images and the class names."""
     missing = [name for name in TEXT_FILES if not (root / name).is_file()]
     if not (root / "images").is_dir():
@@ -105,13 +105,13 @@ def _read_lists(
     _check_lists(root, names, paths, class_of, split_of)
 
     all_names = list(names.values())
-    class_names = _choose_classes(root, all_names, all_names, classes)
+    class_names = choose_classes(root, all_names, all_names, classes)
     label_of = {key: class_names.index(name) for key, name in names.items() if name in class_names}
-    train: list[_Image] = []
-    test: list[_Image] = []
+    train: list[ImageRecord] = []
+    test: list[ImageRecord] = []
     for key, path in paths.items():
         if class_of[key] in label_of:
-            image = _Image(str(root / "images" / path), label_of[class_of[key]])
+            image = ImageRecord(str(root / "images" / path), label_of[class_of[key]])
             (train if split_of[key] == "1" else test).append(image)
 
     for part, images in (("training", train), ("test", test)):

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.folders import (
-    _choose_classes,
-    _class_folders,
-    _draw_split,
-    _Image,
-    _images_of,
+    ImageRecord,
+    choose_classes,
+    class_folders,
+    draw_split,
+    images_of,
 )
-from treelora_avalanche.scenarios.data.images import _datasets
+from treelora_avalanche.scenarios.data.images import datasets
 
 LAYOUTS = (
     "Accepted are <root>/train/<domain>/<class>/<image> with <root>/test/<domain>/<class>/<image>, "
@@ -86,22 +86,22 @@ def DomainImageFolder(
         names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
     class_names = _common_classes(root, parts, names, classes)
 
-    train: list[list[_Image]] = []
-    test: list[list[_Image]] = []
+    train: list[list[ImageRecord]] = []
+    test: list[list[ImageRecord]] = []
     if seed is None and len(parts) == 1:  # one seed for the splits of all domains
         seed = int(torch.randint(2**31, ()))
     for name in names:
-        found = [_images_of(part / name, class_names, LAYOUTS) for part in parts]
+        found = [images_of(part / name, class_names, LAYOUTS) for part in parts]
         if len(found) == 2:
             train_images, test_images = (list(chain(*images)) for images in found)
         else:
             # Named as the user finds them; and classes of different domains are drawn apart.
             cells = [f"{name}/{class_name}" for class_name in class_names]
-            train_images, test_images = _draw_split(found[0], cells, test_fraction, seed)
+            train_images, test_images = draw_split(found[0], cells, test_fraction, seed)
         train.append(train_images)
         test.append(test_images)
 
-    datasets = _datasets(train + test, preprocessing, cache_bytes)
+    datasets = datasets(train + test, preprocessing, cache_bytes)
     # The generator of the same family as `nc_benchmark`, with which Avalanche's strategies work.
     benchmark = dataset_benchmark(
         datasets[: len(names)],
@@ -132,7 +132,7 @@ def _parts(root: Path) -> list[Path]:
 
 
 def _choose_domains(root: Path, parts: list[Path], domains: Sequence[str] | None) -> list[str]:
-    found = [_class_folders(part, LAYOUTS) for part in parts]
+    found = [class_folders(part, LAYOUTS) for part in parts]
     known = sorted(set(found[0]).intersection(*found))
     if domains is None:
         alone = sorted(set(chain(*found)) - set(known))
@@ -161,7 +161,7 @@ def _common_classes(
     root: Path, parts: list[Path], domains: list[str], classes: Sequence[str] | None
 ) -> list[str]:
     folders = [part / domain for domain in domains for part in parts]
-    found = {folder: set(_class_folders(folder, LAYOUTS)) for folder in folders}
+    found = {folder: set(class_folders(folder, LAYOUTS)) for folder in folders}
     everything = set(chain(*found.values()))
     common = sorted(everything.intersection(*found.values()))
     if classes is None and len(common) < len(everything):
@@ -175,4 +175,4 @@ def _common_classes(
             f"Complete them, or name the common ones in `classes=`"
             f"{': ' + ', '.join(common) if common else ' (there are none)'}."
         )
-    return _choose_classes(root, common, common, classes)
+    return choose_classes(root, common, common, classes)

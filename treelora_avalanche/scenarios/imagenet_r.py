@@ -13,8 +13,8 @@ from torch import Tensor
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.archives import IMAGENET_R, published_folder
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
-from treelora_avalanche.scenarios.data.folders import _class_folders
-from treelora_avalanche.scenarios.data.images import _datasets, _list_images
+from treelora_avalanche.scenarios.data.folders import class_folders
+from treelora_avalanche.scenarios.data.images import datasets, list_images
 
 N_IMAGES = 30_000
 
@@ -105,14 +105,14 @@ def SplitImageNetR(
     preprocessing = preprocessing or ImagePreprocessing()
     if classes is None:
         _check_classes(root)
-    train, test, class_names = _list_images(root, classes, test_fraction, seed)
+    train, test, class_names = list_images(root, classes, test_fraction, seed)
     if classes is None and len(train) + len(test) != N_IMAGES:
         raise ValueError(
             f"{str(root)!r} holds {len(train) + len(test):,} images; ImageNet-R has {N_IMAGES:,}. "
             f"Unpack {IMAGENET_R.url} again, or name the classes to use in `classes=`: then their "
             "images are taken as they are."
         )
-    train_set, test_set = _datasets([train, test], preprocessing, cache_bytes)
+    train_set, test_set = datasets([train, test], preprocessing, cache_bytes)
     return split_by_class(
         train_set,
         test_set,
@@ -139,7 +139,7 @@ def _is_imagenet_r(root: Path) -> bool:
 
 def _check_classes(root: Path) -> None:
     for part in _parts(root):
-        found = set(_class_folders(part))
+        found = set(class_folders(part))
         missing = sorted(set(WNIDS) - found)
         others = sorted(found - set(WNIDS))
         if missing or others:

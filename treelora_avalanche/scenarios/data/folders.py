@@ -17,19 +17,19 @@ LAYOUTS = (
 )
 
 
-class _Image(NamedTuple):
+class ImageRecord(NamedTuple):
     path: str
     label: int
 
 
-def _class_folders(folder: Path, layouts: str = LAYOUTS) -> list[str]:
+def class_folders(folder: Path, layouts: str = LAYOUTS) -> list[str]:
     try:
         return find_classes(folder)[0]
     except FileNotFoundError:
         raise ValueError(f"{str(folder)!r} holds no class folders. {layouts}.") from None
 
 
-def _choose_classes(
+def choose_classes(
     root: Path, train: list[str], test: list[str], classes: Sequence[str] | None
 ) -> list[str]:
     if classes is None:
@@ -59,12 +59,14 @@ def _choose_classes(
     return names
 
 
-def _images_of(folder: Path, class_names: list[str], layouts: str = LAYOUTS) -> list[list[_Image]]:
+def images_of(
+    folder: Path, class_names: list[str], layouts: str = LAYOUTS
+) -> list[list[ImageRecord]]:
     """The images of each class, sorted by path, so that the file system's order never matters."""
     label_of = {name: label for label, name in enumerate(class_names)}
-    images: list[list[_Image]] = [[] for _ in class_names]
+    images: list[list[ImageRecord]] = [[] for _ in class_names]
     for path, label in make_dataset(folder, label_of, IMG_EXTENSIONS, allow_empty=True):
-        images[label].append(_Image(path, label))
+        images[label].append(ImageRecord(path, label))
     empty = [name for name, found in zip(class_names, images, strict=True) if not found]
     if empty:
         raise ValueError(
@@ -81,15 +83,15 @@ def _images_of(folder: Path, class_names: list[str], layouts: str = LAYOUTS) -> 
     return images
 
 
-def _draw_split(
-    images: list[list[_Image]], class_names: list[str], test_fraction: float, seed: int | None
-) -> tuple[list[_Image], list[_Image]]:
+def draw_split(
+    images: list[list[ImageRecord]], class_names: list[str], test_fraction: float, seed: int | None
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
     if not 0 < test_fraction < 1:
         raise ValueError(f"`test_fraction` is {test_fraction}; it must lie between 0 and 1.")
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    train: list[_Image] = []
-    test: list[_Image] = []
+    train: list[ImageRecord] = []
+    test: list[ImageRecord] = []
     for name, found in zip(class_names, images, strict=True):
         if len(found) < 2:
             raise ValueError(

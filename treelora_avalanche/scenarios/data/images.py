@@ -19,25 +19,25 @@ from torch.utils.data import Dataset
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.folders import (
     LAYOUTS,
-    _choose_classes,
-    _class_folders,
-    _draw_split,
-    _Image,
-    _images_of,
+    ImageRecord,
+    choose_classes,
+    class_folders,
+    draw_split,
+    images_of,
 )
 
 
-def _list_images(
+def list_images(
     root: Path, classes: Sequence[str] | None, test_fraction: float, seed: int | None
-) -> tuple[list[_Image], list[_Image], list[str]]:
+) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
     """The training images, the test images and the class names."""
     if not root.is_dir():
         raise ValueError(f"`dataset_root` is {str(root)!r}, which is not a folder. {LAYOUTS}.")
     given = [part for part in ("train", "test") if (root / part).is_dir()]
     if len(given) == 2:
-        train_names, test_names = (_class_folders(root / part) for part in given)
-        class_names = _choose_classes(root, train_names, test_names, classes)
-        train, test = (list(chain(*_images_of(root / part, class_names))) for part in given)
+        train_names, test_names = (class_folders(root / part) for part in given)
+        class_names = choose_classes(root, train_names, test_names, classes)
+        train, test = (list(chain(*images_of(root / part, class_names))) for part in given)
         return train, test, class_names
     if given and next((root / given[0]).glob("*/"), None) is not None:
         missing = "test" if given == ["train"] else "train"
@@ -45,13 +45,13 @@ def _list_images(
             f"`dataset_root` {str(root)!r} has a folder {given[0]!r} with classes but none named "
             f"{missing!r}. {LAYOUTS}."
         )
-    names = _class_folders(root)
-    class_names = _choose_classes(root, names, names, classes)
-    train, test = _draw_split(_images_of(root, class_names), class_names, test_fraction, seed)
+    names = class_folders(root)
+    class_names = choose_classes(root, names, names, classes)
+    train, test = draw_split(images_of(root, class_names), class_names, test_fraction, seed)
     return train, test, class_names
 
 
-class _File(NamedTuple):
+class ImageFile(NamedTuple):
     """A file and what changes when it is written again."""
 
     path: str
@@ -59,9 +59,9 @@ class _File(NamedTuple):
     size: int
 
 
-def _stamp(path: str) -> _File:
+def stamp(path: str) -> ImageFile:
     stat = os.stat(path)
-    return _File(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+    return ImageFile(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
 
 
 def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
@@ -76,12 +76,12 @@ def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _decoded(files: tuple[_File, ...], preprocessing: ImagePreprocessing) -> Tensor:
+def _decoded(files: tuple[ImageFile, ...], preprocessing: ImagePreprocessing) -> Tensor:
     """All images as bytes, ``(n, 3, height, width)``; seeds and methods share one copy."""
-    return _stacked(len(files), preprocessing, lambda row: _read(files[row].path, preprocessing))
+    return stacked(len(files), preprocessing, lambda row: _read(files[row].path, preprocessing))
 
 
-def _stacked(n: int, preprocessing: ImagePreprocessing, read: Callable[[int], Tensor]) -> Tensor:
+def stacked(n: int, preprocessing: ImagePreprocessing, read: Callable[[int], Tensor]) -> Tensor:
     """``read(0)`` to ``read(n - 1)``, read by several threads, ``(n, 3, height, width)``."""
     images = torch.empty(n, *preprocessing.input_size, dtype=torch.uint8)
 
@@ -94,18 +94,18 @@ def _stacked(n: int, preprocessing: ImagePreprocessing, read: Callable[[int], Te
     return images
 
 
-def _fits(n: int, preprocessing: ImagePreprocessing, cache_bytes: int) -> bool:
+def fits(n: int, preprocessing: ImagePreprocessing, cache_bytes: int) -> bool:
     return n * math.prod(preprocessing.input_size) <= cache_bytes
 
 
-def _datasets(
-    parts: Sequence[list[_Image]], preprocessing: ImagePreprocessing, cache_bytes: int
+def datasets(
+    parts: Sequence[list[ImageRecord]], preprocessing: ImagePreprocessing, cache_bytes: int
 ) -> list[_Images]:
     """One dataset per list of images, all over one copy in memory if that fits."""
     paths = sorted({image.path for part in parts for image in part})
     images, row_of = None, {}
-    if _fits(len(paths), preprocessing, cache_bytes):
-        images = _decoded(tuple(_stamp(path) for path in paths), preprocessing)
+    if fits(len(paths), preprocessing, cache_bytes):
+        images = _decoded(tuple(stamp(path) for path in paths), preprocessing)
         row_of = {path: row for row, path in enumerate(paths)}
     return [_Images(part, preprocessing, images, row_of) for part in parts]
 
@@ -121,7 +121,7 @@ class _Images(Dataset):
 
     def __init__(
         self,
-        samples: list[_Image],
+        samples: list[ImageRecord],
         preprocessing: ImagePreprocessing,
         images: Tensor | None,
         row_of: dict[str, int],

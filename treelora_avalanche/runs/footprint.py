@@ -10,7 +10,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from treelora_avalanche.runs.watch import ProgressPlugin
+from treelora_avalanche.runs.monitors import ProgressPlugin
 
 _CODE = (type, FunctionType, MethodType, ModuleType)
 

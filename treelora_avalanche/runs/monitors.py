@@ -12,9 +12,12 @@ import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import MaxRAM
 from avalanche.logging import BaseLogger
+from torch import nn
 
+from treelora_avalanche.adapters import lora_layers
 from treelora_avalanche.runs.distributed import is_first
 from treelora_avalanche.runs.folder import to_json
+from treelora_avalanche.tree import MAX_DEPTH
 
 
 @dataclass(frozen=True)
@@ -174,4 +177,42 @@ class PeakMemory:
         return max(self.bytes, int((self._ram.result() or 0) * 2**20))
 
 
-__all__ = ["JsonLinesLogger", "PeakMemory", "Progress", "ProgressPlugin", "Stopwatch"]
+def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) -> str:
+    """How a language model is trained, defaults filled in.
+
+    :param strategy: the strategy, before its first task.
+    :param config: of the run.
+    :param epochs: of each task.
+    """
+    layers = lora_layers(strategy.model)
+    words = [
+        f"LoRA of rank {config['rank']} (α {config['alpha']:g}) on {len(layers)} matrices"
+        if layers
+        else _trained_without_lora(strategy.model),
+        f"learning rate {config['lr']:g}",
+        f"batches of {config['batch_size']}",
+        f"epochs {', '.join(map(str, epochs))}",
+    ]
+    if "tree_lambda" in config:
+        depth = config["depth"] or min(len(layers), MAX_DEPTH)
+        words.append(f"λ {config['tree_lambda']:g}, a tree of depth {depth}")
+    return "trains " + "; ".join(words)
+
+
+def _trained_without_lora(model: nn.Module) -> str:
+    # All of them, where a view shows the trained ones alone.
+    parameters = [parameter for _, parameter in nn.Module.named_parameters(model)]
+    if all(parameter.requires_grad for parameter in parameters):
+        return "every weight"
+    n_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return f"{n_trained:,} values of prompts and keys" if n_trained else "nothing"
+
+
+__all__ = [
+    "JsonLinesLogger",
+    "PeakMemory",
+    "Progress",
+    "ProgressPlugin",
+    "Stopwatch",
+    "training_in_words",
+]

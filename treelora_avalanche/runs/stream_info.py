@@ -1,0 +1,51 @@
+"""What a stream holds, for `results.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from treelora_avalanche.models.tokens import PADDING
+
+
+def describe(benchmark: Any) -> dict[str, Any]:
+    """What a stream is made of, for `results.json`.
+
+    :param benchmark: the stream.
+    """
+    samples = {
+        "trained": [e.current_experience for e in benchmark.train_stream],
+        "train_samples": [len(e.dataset) for e in benchmark.train_stream],
+        "test_samples": [len(e.dataset) for e in benchmark.test_stream],
+    }
+    names = task_names(benchmark)
+    if names is not None:
+        return {
+            **samples,
+            "task_names": names,
+            "task_metrics": [e.metric for e in benchmark.test_stream],
+            "train_tokens": [count_tokens(e) for e in benchmark.train_stream],
+        }
+    return {
+        **samples,
+        "classes": [sorted(e.classes_in_this_experience) for e in benchmark.train_stream],
+        # Avalanche's own benchmarks have no names.
+        "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
+        "domain_names": getattr(benchmark, "domain_names", None),
+    }
+
+
+def task_names(benchmark: Any) -> list[str] | None:
+    """Names of the tasks, where they are texts; None for streams of classes.
+
+    :param benchmark: the stream.
+    """
+    names = [getattr(e, "task_name", None) for e in benchmark.train_stream]
+    return None if None in names else [str(name) for name in names]
+
+
+def count_tokens(experience: Any) -> int:
+    """Tokens that a language model reads in one pass over an experience, without padding.
+
+    :param experience: of a stream of texts.
+    """
+    return sum(int((sample[0] != PADDING).sum()) for sample in experience.dataset)
