@@ -163,8 +163,8 @@ class Resumable:
         Avalanche has ``save_checkpoint`` and ``maybe_load_checkpoint`` (in
         ``avalanche.checkpointing``) for this. **They do not work with today's torch**: Avalanche
         0.6 pickles the whole strategy with dill, which fails on every optimizer of ``torch.optim``,
-        and the file that was there before is lost. ``tests/test_state.py`` tells when that is
-        mended. Use this method.
+        and the file that was there before is lost. ``tests/checkpoint/test_state.py`` tells when
+        that is mended. Use this method.
 
         :param folder: where to, a folder for the state alone.
         :raises RuntimeError: if an experience is being trained or evaluated, or was interrupted.

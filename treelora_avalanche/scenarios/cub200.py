@@ -13,7 +13,7 @@ from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.archives import CUB_200_2011, published_folder
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 from treelora_avalanche.scenarios.data.folders import ImageRecord, choose_classes
-from treelora_avalanche.scenarios.data.images import datasets
+from treelora_avalanche.scenarios.data.images import image_datasets
 
 TEXT_FILES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
 
@@ -70,7 +70,7 @@ def SplitCUB200(
     root = published_folder(CUB_200_2011, dataset_root, download, _is_cub)
     preprocessing = preprocessing or ImagePreprocessing()
     train, test, class_names = _read_lists(root, classes)
-    train_set, test_set = datasets([train, test], preprocessing, cache_bytes)
+    train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
     return split_by_class(
         train_set,
         test_set,

@@ -20,7 +20,7 @@ from treelora_avalanche.scenarios.data.folders import (
     draw_split,
     images_of,
 )
-from treelora_avalanche.scenarios.data.images import datasets
+from treelora_avalanche.scenarios.data.images import image_datasets
 
 LAYOUTS = (
     "Accepted are <root>/train/<domain>/<class>/<image> with <root>/test/<domain>/<class>/<image>, "
@@ -101,7 +101,7 @@ def DomainImageFolder(
         train.append(train_images)
         test.append(test_images)
 
-    datasets = datasets(train + test, preprocessing, cache_bytes)
+    datasets = image_datasets(train + test, preprocessing, cache_bytes)
     # The generator of the same family as `nc_benchmark`, with which Avalanche's strategies work.
     benchmark = dataset_benchmark(
         datasets[: len(names)],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
-from treelora_avalanche.scenarios.data.images import datasets, list_images
+from treelora_avalanche.scenarios.data.images import image_datasets, list_images
 
 
 def SplitImageFolder(
@@ -63,7 +63,7 @@ def SplitImageFolder(
     root = Path(dataset_root).expanduser()
     preprocessing = preprocessing or ImagePreprocessing()
     train, test, class_names = list_images(root, classes, test_fraction, seed)
-    train_set, test_set = datasets([train, test], preprocessing, cache_bytes)
+    train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
     return split_by_class(
         train_set,
         test_set,

@@ -14,7 +14,7 @@ from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.archives import IMAGENET_R, published_folder
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 from treelora_avalanche.scenarios.data.folders import class_folders
-from treelora_avalanche.scenarios.data.images import datasets, list_images
+from treelora_avalanche.scenarios.data.images import image_datasets, list_images
 
 N_IMAGES = 30_000
 
@@ -112,7 +112,7 @@ def SplitImageNetR(
             f"Unpack {IMAGENET_R.url} again, or name the classes to use in `classes=`: then their "
             "images are taken as they are."
         )
-    train_set, test_set = datasets([train, test], preprocessing, cache_bytes)
+    train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
     return split_by_class(
         train_set,
         test_set,

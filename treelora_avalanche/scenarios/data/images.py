@@ -98,7 +98,7 @@ def fits(n: int, preprocessing: ImagePreprocessing, cache_bytes: int) -> bool:
     return n * math.prod(preprocessing.input_size) <= cache_bytes
 
 
-def datasets(
+def image_datasets(
     parts: Sequence[list[ImageRecord]], preprocessing: ImagePreprocessing, cache_bytes: int
 ) -> list[_Images]:
     """One dataset per list of images, all over one copy in memory if that fits."""

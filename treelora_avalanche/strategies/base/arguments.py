@@ -19,7 +19,8 @@ def positional_model(cls: Strategy) -> Strategy:
     Avalanche 0.6 wraps every strategy's constructor and warns, twice, of any argument that may be
     given by position. Timm and transformers put the model first, and so do we: the decorator hands
     it on by keyword. It can go when Avalanche no longer warns, which
-    ``tests/test_strategies.py::test_avalanche_still_warns_of_positional_arguments`` tells.
+    ``tests/strategies/test_strategies.py::test_avalanche_still_warns_of_positional_arguments``
+    tells.
 
     :param cls: a strategy whose constructor takes keywords only, ``model`` among them.
     :return: the same class.

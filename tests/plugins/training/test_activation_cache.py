@@ -15,6 +15,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from support import weights
 from treelora_avalanche.metrics import AccuracyMatrix
 from treelora_avalanche.plugins import PrefixCachePlugin
 from treelora_avalanche.strategies import (
@@ -55,10 +56,6 @@ def make(kind, model, **kwargs):
     strategy = STRATEGIES[kind](model, **{**defaults, **kwargs})
     torch.manual_seed(2)
     return strategy
-
-
-def weights(strategy):
-    return {name: p.detach().clone() for name, p in strategy.model.named_parameters()}
 
 
 def all_equal(first, second):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from support import train
 from treelora_avalanche.adapters import add_lora, lora_layers
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models.views.attentive_language import AttentiveLanguageModel
@@ -32,12 +33,6 @@ def make(make_language_model):
         return cls(model, optimizer=optimizer, **{**settings, **options})
 
     return make
-
-
-def train(strategy, texts, *tasks):
-    for task in tasks:
-        torch.manual_seed(10 + task)
-        strategy.train(texts.train_stream[task])
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ OURS = {
 @pytest.fixture(scope="module")
 def data():
     """The folder of real data, or None."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
     root = Path(os.environ.get("TREELORA_DATA", default))
     return root if (root / "stories260K").is_dir() else None
 

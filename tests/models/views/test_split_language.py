@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from support import weights
 from treelora_avalanche.adapters import add_lora
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.features.signature import activation_signature
@@ -99,10 +100,6 @@ def make(kind, model, **kwargs):
     strategy = STRATEGIES[kind](model, **{**defaults, **kwargs})
     torch.manual_seed(2)
     return strategy
-
-
-def weights(strategy):
-    return {name: p.detach().clone() for name, p in strategy.model.named_parameters()}
 
 
 class Count:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from support import plugin_of
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora, lora_layers
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.features.centroids import CentroidFeatures, Centroids, ClassCentroids
@@ -30,10 +31,6 @@ def make(name, model, **options):
     strategy_class, own = STRATEGIES[name]
     options = {"train_mb_size": 8, "train_epochs": 3, "evaluator": None, **own, **options}
     return strategy_class(model, **options)
-
-
-def plugin_of(strategy, kind):
-    return next(p for p in strategy.plugins if isinstance(p, kind))
 
 
 @pytest.fixture(params=STRATEGIES)

@@ -1,6 +1,7 @@
 """DualPrompt: prefix tuning with general prompts, and an expert prompt of each task."""
 
 import math
+from functools import partial
 
 import pytest
 import timm
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from timm.layers import Attention
 from torch import nn
 
+import support
+from support import images_of
 from treelora_avalanche.models.prompts.pools import TaskPrompts
 from treelora_avalanche.models.prompts.vit import attend_with_prefix, block_with_prefix
 from treelora_avalanche.runs import stored_bytes
@@ -18,16 +21,7 @@ from treelora_avalanche.strategies import DualPrompt
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 LAYERS = {"general_layers": (0,), "expert_layers": (1, 2)}
-
-
-def make(model, **options):
-    torch.manual_seed(1)
-    options = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None, **LAYERS, **options}
-    return DualPrompt(model, **options)
-
-
-def images_of(stream):
-    return torch.stack([image for e in stream for image, *_ in e.dataset])
+make = partial(support.make, DualPrompt, **LAYERS)
 
 
 # --------------------------------------------------------------------------------------- attention

@@ -240,7 +240,7 @@ def test_a_new_process_continues_the_stream(tiny_vit, tiny_benchmark, tmp_path):
     child = subprocess.run(
         [*command, f"{__file__}::test_in_the_new_process"],
         env={**os.environ, CHILD: str(tmp_path)},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,

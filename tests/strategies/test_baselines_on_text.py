@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from support import train
 from treelora_avalanche.adapters import LoRAFactors, load_adapter, save_adapter
 from treelora_avalanche.strategies import OGD, InfLoRA, L2Anchor, OLoRA
 
@@ -92,12 +93,6 @@ def make(name, seed=1):
         evaluator=None,
         **options,
     )
-
-
-def train(strategy, texts, *tasks):
-    for task in tasks:
-        torch.manual_seed(10 + task)
-        strategy.train(texts.train_stream[task])
 
 
 def answers(model, texts, task=0):

@@ -18,6 +18,7 @@ from avalanche.training.templates import SupervisedTemplate
 from peft import PeftModel
 from torch import nn
 
+from support import make, train
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.metrics import AccuracyMatrix
 from treelora_avalanche.models.views.split_vit import trainable_view
@@ -35,20 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 STRATEGIES = [SeqLoRA, TreeLoRAStrategy, EWCLoRA, GEMLoRA]
 
 
-def make(strategy_class, model, **options):
-    torch.manual_seed(1)
-    options = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None, **options}
-    return strategy_class(model, **options)
-
-
-def train(strategy, benchmark, n_experiences=3):
-    for experience in benchmark.train_stream[:n_experiences]:
-        torch.manual_seed(10 + experience.current_experience)
-        strategy.train(experience)
-    return strategy
-
-
-def weights(strategy):
+def state_of(strategy):
     return {name: value.clone() for name, value in strategy.model.state_dict().items()}
 
 
@@ -76,7 +64,7 @@ def test_frozen_weights_stay_and_trainable_ones_move(tiny_vit, tiny_benchmark, s
     frozen = {n: p for n, p in strategy.model.module.named_parameters() if not p.requires_grad}
     before = {name: parameter.clone() for name, parameter in frozen.items()}
     trainable = {name: p.clone() for name, p in strategy.model.named_parameters()}
-    train(strategy, tiny_benchmark, 2)
+    train(strategy, tiny_benchmark, 0, 1)
     assert len(frozen) > 30
     assert all(torch.equal(before[name], parameter) for name, parameter in frozen.items())
     moved = dict(strategy.model.named_parameters())
@@ -85,7 +73,7 @@ def test_frozen_weights_stay_and_trainable_ones_move(tiny_vit, tiny_benchmark, s
 
 @pytest.mark.parametrize("strategy_class", STRATEGIES)
 def test_prediction_does_not_depend_on_the_batch(tiny_vit, tiny_benchmark, strategy_class):
-    strategy = train(make(strategy_class, tiny_vit()), tiny_benchmark, 2)
+    strategy = train(make(strategy_class, tiny_vit()), tiny_benchmark, 0, 1)
     images = torch.stack([image for image, *_ in tiny_benchmark.test_stream[0].dataset])
     strategy.model.eval()
     with torch.no_grad():
@@ -121,7 +109,7 @@ def test_optimizer_may_be_an_optimizer_or_a_factory(tiny_vit, tiny_benchmark):
     model = trainable_view(add_lora(tiny_vit()))
     given = make(SeqLoRA, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert made.optimizer.param_groups[0]["lr"] == 0.1
-    first, second = (weights(train(strategy, tiny_benchmark, 1)) for strategy in (made, given))
+    first, second = (state_of(train(strategy, tiny_benchmark, 0)) for strategy in (made, given))
     assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
 
 
@@ -174,7 +162,7 @@ def test_without_penalty_treelora_is_seqlora_bit_for_bit(tiny_vit, tiny_benchmar
     tree = train(
         make(TreeLoRAStrategy, tiny_vit(), tree_lambda=0.0, selection=selection), tiny_benchmark
     )
-    for expected, value in zip(weights(plain).values(), weights(tree).values(), strict=True):
+    for expected, value in zip(state_of(plain).values(), state_of(tree).values(), strict=True):
         assert torch.equal(expected, value)
 
 
@@ -186,7 +174,7 @@ def test_penalty_acts_from_the_second_task_on(tiny_vit, tiny_benchmark):
         for strategy in (plain, tree):
             torch.manual_seed(5)
             strategy.train(experience)
-        pairs = zip(weights(plain).values(), weights(tree).values(), strict=True)
+        pairs = zip(state_of(plain).values(), state_of(tree).values(), strict=True)
         equal.append(all(torch.equal(a, b) for a, b in pairs))
     assert equal == [True, False]
 
@@ -194,7 +182,7 @@ def test_penalty_acts_from_the_second_task_on(tiny_vit, tiny_benchmark):
 def test_penalty_keeps_the_adapter_at_the_one_before(tiny_vit, tiny_benchmark):
     def moved(tree_lambda):
         strategy = make(TreeLoRAStrategy, tiny_vit(), tree_lambda=tree_lambda)
-        train(strategy, tiny_benchmark, 2)
+        train(strategy, tiny_benchmark, 0, 1)
         first, second = strategy.bank.factors
         return (first != second).float().mean().item()
 
@@ -207,7 +195,7 @@ def test_penalty_keeps_the_adapter_at_the_one_before(tiny_vit, tiny_benchmark):
 def test_same_seed_same_weights_other_seed_other_search(tiny_vit, tiny_benchmark):
     def run(seed):
         strategy = make(TreeLoRAStrategy, tiny_vit(), tree_lambda=0.3, seed=seed)
-        return weights(train(strategy, tiny_benchmark))
+        return state_of(train(strategy, tiny_benchmark))
 
     first, again, other = run(0), run(0), run(7)
     assert all(torch.equal(a, b) for a, b in zip(first.values(), again.values(), strict=True))
@@ -248,7 +236,7 @@ def test_strategy_equals_its_plugins_attached_to_naive(tiny_vit, tiny_benchmark)
     )
     train(attached, tiny_benchmark)
     own = train(make(TreeLoRAStrategy, tiny_vit()), tiny_benchmark)
-    for expected, value in zip(weights(own).values(), weights(attached).values(), strict=True):
+    for expected, value in zip(state_of(own).values(), state_of(attached).values(), strict=True):
         assert torch.equal(expected, value)
 
 
@@ -282,23 +270,23 @@ def test_misspelled_argument_is_refused(tiny_vit):
 
 def test_experience_without_samples_is_refused_before_training(tiny_vit, tiny_benchmark):
     strategy = make(SeqLoRA, tiny_vit())
-    before = weights(strategy)
+    before = state_of(strategy)
     empty = copy.copy(tiny_benchmark.train_stream[0])
     empty.dataset = empty.dataset.subset([])
     with pytest.raises(ValueError, match="experience 0 has no samples"):
         strategy.train(empty)
-    after = weights(strategy)
+    after = state_of(strategy)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_more_classes_than_the_head_has_are_refused(tiny_vit, tiny_benchmark):
     strategy = make(SeqLoRA, tiny_vit(num_classes=4))
-    train(strategy, tiny_benchmark, 2)
+    train(strategy, tiny_benchmark, 0, 1)
     with pytest.raises(ValueError, match=r"class 5.*classifier 4 outputs.*num_classes=6"):
-        train(strategy, tiny_benchmark, 3)
+        train(strategy, tiny_benchmark, 0, 1, 2)
 
 
-# ---------------------------------------------------------------------- real weights, real images
+# ---------------------------------------------------------------------- real state_of, real images
 
 
 def test_all_defaults_on_a_pretrained_vit_and_real_images(data_root):
@@ -385,7 +373,7 @@ def test_frozen_ncm_never_answers_with_a_class_not_seen(tiny_vit, tiny_benchmark
 def test_ewc_holds_the_adapter_and_stores_only_what_is_trained(tiny_vit, tiny_benchmark, mode):
     def moved(ewc_lambda):
         strategy = make(EWCLoRA, tiny_vit(), ewc_lambda=ewc_lambda, mode=mode)
-        train(strategy, tiny_benchmark, 1)
+        train(strategy, tiny_benchmark, 0)
         before = LoRAFactors(strategy.model).stack.clone()
         torch.manual_seed(5)
         strategy.train(tiny_benchmark.train_stream[1])
@@ -414,7 +402,7 @@ def test_gem_step_keeps_every_constraint(tiny_vit, tiny_benchmark):
 
     strategy = make(GEMLoRA, tiny_vit(), patterns_per_experience=8, memory_strength=0.0)
     strategy.plugins.insert(-1, Watch())
-    train(strategy, tiny_benchmark, 2)
+    train(strategy, tiny_benchmark, 0, 1)
     assert len(angles) == 8
     assert min(angles) > -1e-3
 

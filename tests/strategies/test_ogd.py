@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import new_directions, project_off
 from treelora_avalanche.plugins import OGDPlugin
 from treelora_avalanche.plugins.baselines.ogd import ground_truth_outputs
@@ -16,31 +17,6 @@ from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.strategies import OGD, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
-
-
-def make(strategy_class, model, **options):
-    torch.manual_seed(1)
-    options = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None, **options}
-    return strategy_class(model, **options)
-
-
-def train(strategy, benchmark, *experiences):
-    for index in experiences:
-        torch.manual_seed(10 + index)
-        strategy.train(benchmark.train_stream[index])
-    return strategy
-
-
-def plugin_of(strategy):
-    return next(p for p in strategy.plugins if isinstance(p, OGDPlugin))
-
-
-def weights(strategy):
-    return {name: value.detach().clone() for name, value in strategy.model.named_parameters()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 # ---------------------------------------------------------------------------------- the mathematics
@@ -181,7 +157,7 @@ def test_steps_are_orthogonal_whatever_the_optimizer_does(tiny_vit, tiny_benchma
 
     strategy = make(OGD, tiny_vit(), optimizer=factory, samples_per_task=16, memory_size=48)
     train(strategy, tiny_benchmark, 0)
-    start, basis = flat(strategy), plugin_of(strategy).basis.clone()
+    start, basis = flat(strategy), plugin_of(strategy, OGDPlugin).basis.clone()
     train(strategy, tiny_benchmark, 1)
     moved = flat(strategy) - start
     assert moved.norm() > 0.05
@@ -194,7 +170,7 @@ def test_with_plain_sgd_a_step_is_that_of_the_projected_gradient(tiny_vit, tiny_
 
     options = {"train_mb_size": 32, "train_epochs": 1, "optimizer": factory}
     own = train(make(OGD, tiny_vit(), samples_per_task=8, **options), tiny_benchmark, 0)
-    before, basis = weights(own), plugin_of(own).basis.clone()
+    before, basis = weights(own), plugin_of(own, OGDPlugin).basis.clone()
     train(own, tiny_benchmark, 1)
     plain = make(SeqLoRA, tiny_vit(), **options)
     for name, parameter in plain.model.named_parameters():
@@ -215,7 +191,7 @@ def test_first_experience_is_that_of_plain_lora(tiny_vit, tiny_benchmark):
 def test_tasks_share_the_budget_once_it_is_full(tiny_vit, tiny_benchmark):
     strategy = make(OGD, tiny_vit(), samples_per_task=8, memory_size=18)
     n_values = sum(p.numel() for p in strategy.model.parameters())
-    ogd = plugin_of(strategy)
+    ogd = plugin_of(strategy, OGDPlugin)
     counts = []
     for index in range(3):
         train(strategy, tiny_benchmark, index)
@@ -258,7 +234,7 @@ def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(tiny_vit, tiny_benchmar
     for strategy in (whole, resumed):
         train(strategy, tiny_benchmark, 2)
     assert same(weights(whole), weights(resumed))
-    assert torch.equal(plugin_of(whole).basis, plugin_of(resumed).basis)
+    assert torch.equal(plugin_of(whole, OGDPlugin).basis, plugin_of(resumed, OGDPlugin).basis)
     with pytest.raises(ValueError, match="`memory_size` is 18 in the state, and 40 here"):
         make(OGD, tiny_vit(), samples_per_task=8, memory_size=40).load(tmp_path / "state")
 

@@ -1,5 +1,7 @@
 """L2P: a pool of prompts, matched per sample by cosine."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import support
+from support import images_of
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.prompts.pools import PromptPool
 from treelora_avalanche.plugins import KeyLossPlugin
@@ -14,18 +18,10 @@ from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.state import clone_state
 from treelora_avalanche.strategies import L2P, SeqLoRA
 
+make = partial(support.make, L2P, lr=0.01)
+
+
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
-
-
-def make(model, **options):
-    torch.manual_seed(1)
-    return L2P(
-        model, **{"train_mb_size": 8, "train_epochs": 2, "lr": 0.01, "evaluator": None, **options}
-    )
-
-
-def images_of(stream):
-    return torch.stack([image for e in stream for image, *_ in e.dataset])
 
 
 # ---------------------------------------------------------------------------------------- the pool

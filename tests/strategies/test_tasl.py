@@ -5,6 +5,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
+from support import train
 from treelora_avalanche.adapters import LoRAFactors
 from treelora_avalanche.plugins.baselines.tasl import SMOOTHING, TaSLPlugin, new_shares, normalized
 from treelora_avalanche.strategies import SeqLoRA, TaSL
@@ -23,12 +24,6 @@ def make(make_language_model):
         return cls(make_language_model(), optimizer=optimizer, **{**settings, **options})
 
     return make
-
-
-def train(strategy, texts, *tasks):
-    for task in tasks:
-        torch.manual_seed(10 + task)
-        strategy.train(texts.train_stream[task])
 
 
 def tasl_of(strategy):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import (
     LoRAFactors,
     PastAdapters,
@@ -25,31 +26,6 @@ from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.strategies import InfLoRA, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
-
-
-def make(strategy_class, model, **options):
-    torch.manual_seed(1)
-    options = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None, **options}
-    return strategy_class(model, **options)
-
-
-def train(strategy, benchmark, *experiences):
-    for index in experiences:
-        torch.manual_seed(10 + index)
-        strategy.train(benchmark.train_stream[index])
-    return strategy
-
-
-def plugin_of(strategy):
-    return next(p for p in strategy.plugins if isinstance(p, InfLoRAPlugin))
-
-
-def weights(strategy):
-    return {name: value.detach().clone() for name, value in strategy.model.named_parameters()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def live_of(strategy):
@@ -217,8 +193,11 @@ def test_new_adapters_have_no_part_in_the_past(tiny_vit, tiny_benchmark):
     images = images_of(tiny_benchmark.train_stream[0])
     train(strategy, tiny_benchmark, 0)
     old = inputs_of(strategy.model, images)
-    memories = [memory.state_dict()["basis"].clone() for memory in plugin_of(strategy).memories]
-    assert not any(memory.is_complement for memory in plugin_of(strategy).memories)
+    memories = [
+        memory.state_dict()["basis"].clone()
+        for memory in plugin_of(strategy, InfLoRAPlugin).memories
+    ]
+    assert not any(memory.is_complement for memory in plugin_of(strategy, InfLoRAPlugin).memories)
     train(strategy, tiny_benchmark, 1)
     for layer, (a, b) in enumerate(live_of(strategy)):
         assert a.norm() > 0.5
@@ -252,7 +231,7 @@ def test_stores_one_adapter_per_task_and_a_bounded_subspace(tiny_vit, tiny_bench
     strategy = make(InfLoRA, tiny_vit(), rank=3)
     for index in range(3):
         train(strategy, tiny_benchmark, index)
-        memories = plugin_of(strategy).memories
+        memories = plugin_of(strategy, InfLoRAPlugin).memories
         of_memories = 4 * sum(len(memory.basis) * 16 for memory in memories)
         assert 0 < of_memories <= 4 * 3 * 16 * 16 / 2
         assert stored_bytes(strategy) == index * 4 * 3 * 3 * (16 + 48) + of_memories
@@ -293,7 +272,11 @@ def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(tiny_vit, tiny_benchmar
         assert same(weights(whole), weights(resumed))
         with torch.no_grad():
             assert torch.equal(whole.model(images), resumed.model(images))
-    for first, second in zip(plugin_of(whole).memories, plugin_of(resumed).memories, strict=True):
+    for first, second in zip(
+        plugin_of(whole, InfLoRAPlugin).memories,
+        plugin_of(resumed, InfLoRAPlugin).memories,
+        strict=True,
+    ):
         assert torch.equal(first.basis, second.basis)
         assert first.is_complement == second.is_complement
     with pytest.raises(ValueError, match=r"`threshold` is 0.9 in the state, and 0.5 here"):

@@ -6,6 +6,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
+from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import LoRAFactors, add_lora
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import L2AnchorPlugin
@@ -13,31 +14,6 @@ from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.strategies import L2Anchor, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
-
-
-def make(strategy_class, model, **options):
-    torch.manual_seed(1)
-    options = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None, **options}
-    return strategy_class(model, **options)
-
-
-def train(strategy, benchmark, *experiences):
-    for index in experiences:
-        torch.manual_seed(10 + index)
-        strategy.train(benchmark.train_stream[index])
-    return strategy
-
-
-def plugin_of(strategy):
-    return next(p for p in strategy.plugins if isinstance(p, L2AnchorPlugin))
-
-
-def weights(strategy):
-    return {name: value.detach().clone() for name, value in strategy.model.named_parameters()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 class Watch(SupervisedPlugin):
@@ -53,7 +29,7 @@ class Watch(SupervisedPlugin):
     def before_backward(self, strategy, *args, **kwargs):
         if strategy.clock.train_exp_counter == 0:
             return
-        penalty = plugin_of(strategy).penalty()
+        penalty = plugin_of(strategy, L2AnchorPlugin).penalty()
         factors = LoRAFactors(strategy.model)
         parameters = [p for pair in factors.parameters for p in pair]
         gradients = torch.autograd.grad(penalty, parameters)
@@ -130,9 +106,11 @@ def test_plugin_attached_to_naive_is_the_strategy(tiny_vit, tiny_benchmark):
 def test_stores_nothing_from_task_to_task(tiny_vit, tiny_benchmark):
     strategy = train(make(L2Anchor, tiny_vit()), tiny_benchmark, 0, 1)
     assert stored_bytes(strategy) == 0
-    assert not any(isinstance(v, torch.Tensor) for v in vars(plugin_of(strategy)).values())
+    assert not any(
+        isinstance(v, torch.Tensor) for v in vars(plugin_of(strategy, L2AnchorPlugin)).values()
+    )
     with pytest.raises(RuntimeError, match="no adapter of an experience before"):
-        plugin_of(strategy).penalty()
+        plugin_of(strategy, L2AnchorPlugin).penalty()
 
 
 def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(tiny_vit, tiny_benchmark, tmp_path):

@@ -9,6 +9,7 @@ from avalanche.training.supervised import Naive
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import (
     LoRAFactors,
     PastAdapters,
@@ -28,31 +29,6 @@ from treelora_avalanche.strategies import OLoRA, SeqLoRA
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 BOTH = {"target_modules": ("qkv", "fc2")}  # of 16 and of 64 inputs
-
-
-def make(strategy_class, model, **options):
-    torch.manual_seed(1)
-    options = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None, **options}
-    return strategy_class(model, **options)
-
-
-def train(strategy, benchmark, *experiences):
-    for index in experiences:
-        torch.manual_seed(10 + index)
-        strategy.train(benchmark.train_stream[index])
-    return strategy
-
-
-def plugin_of(strategy):
-    return next(p for p in strategy.plugins if isinstance(p, OLoRAPlugin))
-
-
-def weights(strategy):
-    return {name: value.detach().clone() for name, value in strategy.model.named_parameters()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def logits(model, seed=5):
@@ -216,7 +192,7 @@ class Watch(SupervisedPlugin):
         self.in_loss.append((strategy.loss - loss).item())
         self.by_hand.append(0.5 * by_hand)
         if self.finished:
-            penalty = plugin_of(strategy).penalty()
+            penalty = plugin_of(strategy, OLoRAPlugin).penalty()
             self.stated.append(penalty.item())
             self.gradients.append((torch.autograd.grad(penalty, live), gradients))
 

@@ -1,0 +1,46 @@
+"""Helpers that many test files share. Imported as ``support``: Avalanche's wheel owns ``tests``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Plugin = TypeVar("Plugin")
+
+
+def make(strategy_class: Any, model: Any, *, seed: int = 1, **options: Any) -> Any:
+    """A strategy for tiny streams, its adapter initialised from a seed."""
+    torch.manual_seed(seed)
+    defaults = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None}
+    return strategy_class(model, **{**defaults, **options})
+
+
+def train(strategy: Any, benchmark: Any, *experiences: int) -> Any:
+    """Trains on experiences by number, by default all, each from a seed of its own."""
+    for index in experiences or range(len(benchmark.train_stream)):
+        torch.manual_seed(10 + index)
+        strategy.train(benchmark.train_stream[index])
+    return strategy
+
+
+def weights(strategy: Any) -> dict[str, Tensor]:
+    """A copy of the trained parameters."""
+    return {name: p.detach().clone() for name, p in strategy.model.named_parameters()}
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of weights are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def plugin_of(strategy: Any, kind: type[Plugin]) -> Plugin:
+    """The strategy's plugin of a class."""
+    return next(plugin for plugin in strategy.plugins if isinstance(plugin, kind))
+
+
+def images_of(stream: Iterable[Any]) -> Tensor:
+    """All images of a stream, ``(n_samples, channels, height, width)``."""
+    return torch.stack([image for e in stream for image, *_ in e.dataset])
