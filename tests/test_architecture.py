@@ -7,6 +7,7 @@ import pytest
 
 # Lower numbers lie deeper; a module may import from its own layer and from deeper ones.
 LAYERS = {
+    "defaults": 0,
     "registry": 4,
     "checkpoint": 3,
     "provenance": 0,

@@ -171,7 +171,7 @@ def test_a_loss_that_is_no_number(tmp_path, capsys):
         (["compare", "--epochs", "0"], "`--epochs` should be at least 1, but it is 0"),
         (["train", "--rank", "0"], "`--rank` should be at least 1, but it is 0"),
         (["train", "--tree_lambda=-1"], "`--tree_lambda` should be at least 0"),
-        (["train", "--method", "TreLoRA"], "unknown method 'TreLoRA'"),
+        (["train", "--method", "TreLoRA"], "but is 'TreLoRA'"),
         (["train", "--method", "TreLoRA"], "Did you mean 'TreeLoRA'?"),
         (["compare", "--methods", "Naive", "naiv"], "Did you mean 'Naive'?"),
         (["compare", "--scenario", "digit"], "Did you mean 'digits'?"),

@@ -1,16 +1,29 @@
-"""Errors for names that are not known, with the nearest match."""
+"""The values that named arguments allow, and the check of them.
+
+Nothing heavy is imported here: the command line reads these for its help.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+HEADS = ("linear", "task_adaptive")
+INFERENCE = ("merged", "last", "routed")
+SELECTIONS = ("lcb", "nearest", "random")
+PRECISIONS = ("fp32", "bf16", "auto")
+DTYPES = ("float32", "bfloat16", "float16")
+SCHEDULES = ("constant", "cosine")
+TEXT_METRICS = ("accuracy", "rouge_l", "edit_similarity", "sari")
+TRACE_VARIANTS = ("500", "1000", "5000")
+EXECUTORS = ("processes", "slurm")
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint to append to an error: `` Did you mean 'x'?``, or nothing where none is near.
+    """Returns a hint to append to an error: `` Did you mean 'x'?``, or nothing if none is near.
 
     :param name: the name received.
-    :param known: the names there are.
+    :param known: the known names.
     """
     lowered = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
@@ -18,14 +31,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_known(what: str, name: str, known: Iterable[str]) -> None:
-    """Raise an error naming the known names and the nearest match, if `name` is none of them.
+    """Raises an error that lists the known names and the nearest match.
 
-    :param what: what is named, as the user writes it.
-    :param name: the name received.
-    :param known: the names there are.
-    :raises ValueError: if it is none of them.
+    >>> check_known("`precision`", "bf61", PRECISIONS)
+    Traceback (most recent call last):
+    ValueError: `precision` should be one of fp32, bf16, auto, but is 'bf61'. Did you mean 'bf16'?
+
+    :param what: the argument, as the user writes it.
+    :param name: the value received.
+    :param known: the allowed values.
+    :raises ValueError: if the value is not allowed.
     """
     known = list(known)
     if name not in known:
-        hint = did_you_mean(name, known)
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}.{hint}")
+        hint = did_you_mean(str(name), known)
+        raise ValueError(f"{what} should be one of {', '.join(known)}, but is {name!r}.{hint}")

@@ -308,7 +308,7 @@ def test_state_is_plain_and_of_the_matrix_alone(streams, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "rouge"}, r"unknown `metric` 'rouge'; .* mean 'rouge_l'"),
+        ({"metric": "rouge"}, r"`metric` should be one of .*'rouge'\. .* mean 'rouge_l'"),
         ({"sources": None}, r"experience 2 of the test stream has no `sources`"),
         ({"answers": []}, r"has 1 `prompts` and 0 `answers`; give it one per prompt"),
         ({"sources": ["a", "b"]}, r"has 1 `prompts` and 2 `sources`"),

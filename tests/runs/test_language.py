@@ -308,9 +308,15 @@ def test_runs_on_images_are_the_runs_they_were():
         ({"n_experiences": 3}, "`--n_experiences` is 3, but"),
         ({"img_size": 112}, "`--img_size` is 112, but"),
         ({"variant": "1000"}, "`--variant` is '1000', but"),
-        ({"scenario": "trace", "variant": "50", "metric": "rouge_l"}, "unknown `--variant` '50'"),
-        ({"metric": "bleu"}, "unknown `--metric` 'bleu'"),
-        ({"dtype": "float31"}, "unknown `--dtype` 'float31'.*Did you mean 'float32'"),
+        (
+            {"scenario": "trace", "variant": "50", "metric": "rouge_l"},
+            "`--variant` should be one of .* but is '50'",
+        ),
+        ({"metric": "bleu"}, "`--metric` should be one of .* but is 'bleu'"),
+        (
+            {"dtype": "float31"},
+            "`--dtype` should be one of .* but is 'float31'.*Did you mean 'float32'",
+        ),
         ({"epochs_per_task": [1, 1]}, "`--epochs` and `--epochs_per_task` are both given"),
         ({"epochs": None, "epochs_per_task": []}, "at least 1 for each task"),
         ({"epochs": None, "epochs_per_task": [1, 0]}, "at least 1 for each task"),

@@ -310,12 +310,18 @@ def test_git_hash_is_that_of_a_checkout():
         ({"max_adapters": 0}, "`--max_adapters` should be at least 1"),
         ({"lr": 0.0}, "`--lr` should be a positive number"),
         ({"alpha": float("nan")}, "`--alpha` should be a positive number"),
-        ({"scenario": "digit"}, "unknown `--scenario` 'digit'.*Did you mean 'digits'"),
-        ({"selection": "nearst"}, "unknown `--selection` 'nearst'.*Did you mean 'nearest'"),
+        (
+            {"scenario": "digit"},
+            "`--scenario` should be one of .* but is 'digit'.*Did you mean 'digits'",
+        ),
+        (
+            {"selection": "nearst"},
+            "`--selection` should be one of .* but is 'nearst'.*Did you mean 'nearest'",
+        ),
         ({"scenario": "image_folder"}, "needs `--data FOLDER`"),
         ({"data": "x"}, "`--data` is 'x', but digits bring their own data"),
         ({"model": "deit_tiny_patch16_224"}, "`--model` is 'deit_tiny_patch16_224', but digits"),
-        ({"head": "gaussian"}, "unknown `--head` 'gaussian'"),
+        ({"head": "gaussian"}, "`--head` should be one of .* but is 'gaussian'"),
         ({"scenario": "cub200"}, "`--scenario cub200` needs `--data FOLDER`"),
         (
             {"scenario": "domains", "data": "x", "n_experiences": 4},
@@ -511,7 +517,9 @@ def test_a_failing_method_leaves_the_others(counted, tmp_path, monkeypatch):
 
 
 def test_names_are_checked_before_anything_is_run(counted, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown method 'TreeLora'.*Did you mean 'TreeLoRA'"):
+    with pytest.raises(
+        ValueError, match=r"method should be one of .* but is 'TreeLora'.*Did you mean 'TreeLoRA'"
+    ):
         compare(["Naive", "TreeLora"], [0], SETTINGS, tmp_path)
     with pytest.raises(ValueError, match="`--methods` and `--seeds`"):
         compare(["Naive"], [], SETTINGS, tmp_path)

@@ -76,7 +76,7 @@ def test_bad_folders_are_refused(folder, make_tokenizer, tmp_path):
         TextTasks(tmp_path / "empty", tokenizer)
     with pytest.raises(ValueError, match="Did you mean 'given'"):
         TextTasks(folder, tokenizer, tasks=["givem"])
-    with pytest.raises(ValueError, match="unknown `metric` 'bleu'"):
+    with pytest.raises(ValueError, match=r"`metric` should be one of .* but is 'bleu'"):
         TextTasks(folder, tokenizer, metric="bleu")
     with pytest.raises(ValueError, match="`test_fraction` is 1"):
         TextTasks(folder, tokenizer, test_fraction=1)

@@ -170,7 +170,9 @@ def test_missing_tasks_and_unknown_names_are_refused(tiny, make_tokenizer, tmp_p
     root = tiny(["FOMC", "Py150"])
     with pytest.raises(FileNotFoundError, match=r"lacks C-STANCE/train\.json.*\(FOMC, Py150\)"):
         TRACE(root, tokenizer)
-    with pytest.raises(ValueError, match=r"unknown `variant` '50'; known: 500, 1000, 5000"):
+    with pytest.raises(
+        ValueError, match=r"`variant` should be one of 500, 1000, 5000, but is '50'"
+    ):
         TRACE(root, tokenizer, "50")
     with pytest.raises(ValueError, match="Did you mean 'FOMC'"):
         TRACE(root, tokenizer, tasks=["FOMCA"])

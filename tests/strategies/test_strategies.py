@@ -414,7 +414,11 @@ def test_gem_step_keeps_every_constraint(tiny_vit, tiny_benchmark):
         (EWCLoRA, {"mode": "onlin"}, "Did you mean 'online'"),
         (GEMLoRA, {"patterns_per_experience": 0}, "patterns_per_experience"),
         (GEMLoRA, {"memory_strength": -0.5}, "memory_strength"),
-        (SeqLoRA, {"head": "gaussian"}, "unknown `head`"),
+        (
+            SeqLoRA,
+            {"head": "gaussian"},
+            "`head` should be one of linear, task_adaptive, but is 'gaussian'",
+        ),
         (TreeLoRAStrategy, {"inference": "route"}, "Did you mean 'routed'"),
     ],
 )

@@ -17,22 +17,20 @@ from treelora_avalanche.adapters.attach import (
 )
 from treelora_avalanche.adapters.bank import AdapterBank, merge_factors
 from treelora_avalanche.adapters.classifier import classifier_name, find_classifier
-from treelora_avalanche.adapters.defaults import (
-    DEFAULT_LAYERS,
-    ENCODER_LORA,
-    LANGUAGE_LORA,
-    VISION_LORA,
-    LoRADefaults,
-)
 from treelora_avalanche.adapters.factors import LayerShape, LoRAFactors, SignatureSketch
 from treelora_avalanche.adapters.folders import load_adapter, save_adapter
 from treelora_avalanche.adapters.merging import merged_weights
 from treelora_avalanche.adapters.past import PastAdapters
 from treelora_avalanche.adapters.subspaces import SubspaceMemory, new_directions, project_off
 from treelora_avalanche.adapters.trainable_view import TrainableView
+from treelora_avalanche.defaults import (
+    ENCODER_LORA,
+    LANGUAGE_LORA,
+    VISION_LORA,
+    LoRADefaults,
+)
 
 __all__ = [
-    "DEFAULT_LAYERS",
     "ENCODER_LORA",
     "LANGUAGE_LORA",
     "VISION_LORA",

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from treelora_avalanche.adapters.classifier import classifier_name
-from treelora_avalanche.adapters.defaults import LANGUAGE_LORA, VISION_LORA, LoRADefaults
 from treelora_avalanche.choices import did_you_mean
+from treelora_avalanche.defaults import LANGUAGE_LORA, VISION_LORA, LoRADefaults
 
 LayerChoice = str | Sequence[int]
 

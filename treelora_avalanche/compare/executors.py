@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from treelora_avalanche.choices import check_known
+from treelora_avalanche.choices import EXECUTORS, check_known
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import run, write_text
 
-EXECUTORS = ("processes", "slurm")
 SUBMITIT = {"partition": "slurm_partition", "time": "timeout_min", "gpus_per_job": "gpus_per_node"}
 
 Task = tuple[str, int, RunSettings, Path]
@@ -50,7 +49,7 @@ def settings_of_jobs(
     """The settings with a device that does not depend on the machine that submits.
 
     :param settings: the settings.
-    :param executor: a name in :data:`EXECUTORS`.
+    :param executor: a name in :data:`~treelora_avalanche.choices.EXECUTORS`.
     :param options: see :func:`attempt_all`.
     :raises ValueError: if there is no such executor.
     """

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rapidfuzz import fuzz
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from treelora_avalanche.choices import check_known
+from treelora_avalanche.choices import TEXT_METRICS, check_known
 
 _ROUGE_EPSILON = 1e-8  # of the `rouge` package: a perfect match scores 0.999999995
 _SARI_MAX_N = 4
@@ -206,12 +206,18 @@ def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / both if both else 0.0
 
 
-SCORES: dict[str, Callable[[str, str, str], float]] = {
-    "accuracy": lambda prediction, answer, source: accuracy(prediction, answer),
-    "rouge_l": lambda prediction, answer, source: rouge_l(prediction, answer),
-    "edit_similarity": lambda prediction, answer, source: edit_similarity(prediction, answer),
-    "sari": lambda prediction, answer, source: sari(prediction, [answer], source),
-}
+SCORES: dict[str, Callable[[str, str, str], float]] = dict(
+    zip(
+        TEXT_METRICS,
+        (
+            lambda prediction, answer, source: accuracy(prediction, answer),
+            lambda prediction, answer, source: rouge_l(prediction, answer),
+            lambda prediction, answer, source: edit_similarity(prediction, answer),
+            lambda prediction, answer, source: sari(prediction, [answer], source),
+        ),
+        strict=True,
+    )
+)
 """ By the name of a task's metric: the score of a prediction, its answer and its source. """
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from treelora_avalanche.adapters import ENCODER_LORA
+from treelora_avalanche.defaults import ENCODER_LORA
 from treelora_avalanche.models.hub import from_folder_or_hub
 from treelora_avalanche.models.tokens import PADDING, crop
 

@@ -155,7 +155,7 @@ def avalanche_method(name: str, *, lora: bool = True, joint: bool = False, **fix
         from treelora_avalanche.adapters import TrainableView, add_lora
         from treelora_avalanche.models.views.precision import set_precision
         from treelora_avalanche.plugins import CosineSchedulePlugin, FiniteLossPlugin
-        from treelora_avalanche.strategies.base.defaults import LANGUAGE_TRAINING, VISION_TRAINING
+        from treelora_avalanche.strategies.base.defaults import LANGUAGE, VISION
 
         if settings.accumulation_steps > 1:
             raise ValueError(
@@ -169,8 +169,8 @@ def avalanche_method(name: str, *, lora: bool = True, joint: bool = False, **fix
         view.to(shared["device"])
         head = [] if joint else _head(settings)
         plugins = [*head, *shared["plugins"], FiniteLossPlugin()]
-        defaults = LANGUAGE_TRAINING if settings.on_language else VISION_TRAINING
-        if defaults.schedule == "cosine":
+        defaults = LANGUAGE if settings.on_language else VISION
+        if defaults.numbers.schedule == "cosine":
             plugins.append(CosineSchedulePlugin())
         strategy: SupervisedTemplate = getattr(training, name)(
             model=view,

@@ -5,17 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from treelora_avalanche.choices import check_known
+from treelora_avalanche.choices import (
+    DTYPES,
+    HEADS,
+    PRECISIONS,
+    SELECTIONS,
+    TEXT_METRICS,
+    TRACE_VARIANTS,
+    check_known,
+)
+from treelora_avalanche.defaults import (
+    LANGUAGE_LORA,
+    LANGUAGE_TRAINING,
+    LAST_TREE_LAMBDA,
+    VISION_LORA,
+)
 from treelora_avalanche.registry.scenarios import SCENARIO_OPTIONS, SCENARIOS, Scenario
 
 DIGITS_VIT = "digits_vit"
 IMAGE_MODEL = "vit_base_patch16_224"
-SELECTIONS = ("lcb", "nearest", "random")
-HEADS = ("linear", "task_adaptive")
-DTYPES = ("float32", "bfloat16", "float16")
-PRECISIONS = ("fp32", "bf16", "auto")
-VARIANTS = ("500", "1000", "5000")
-METRICS = ("accuracy", "rouge_l", "edit_similarity", "sari")
 EQUAL_EPOCHS, PAPER_EPOCHS = "equal", "paper"
 
 # What a setting is where the user gives none; see RunSettings.
@@ -23,17 +31,17 @@ VISION_DEFAULTS: dict[str, Any] = {
     "epochs": 4,
     "batch_size": 32,
     "eval_batch_size": 256,
-    "rank": 10,
-    "alpha": 10.0,
-    "layers": "first:5",
+    "rank": VISION_LORA.rank,
+    "alpha": float(VISION_LORA.alpha),
+    "layers": VISION_LORA.layers,
 }
 LANGUAGE_DEFAULTS: dict[str, Any] = {
-    "batch_size": 4,
-    "eval_batch_size": 16,
-    "rank": 8,
-    "alpha": 32.0,
-    "layers": "all",
-    "tree_lambda": 0.5,
+    "batch_size": LANGUAGE_TRAINING.train_mb_size,
+    "eval_batch_size": LANGUAGE_TRAINING.eval_mb_size,
+    "rank": LANGUAGE_LORA.rank,
+    "alpha": float(LANGUAGE_LORA.alpha),
+    "layers": LANGUAGE_LORA.layers,
+    "tree_lambda": LAST_TREE_LAMBDA,
 }
 
 
@@ -83,7 +91,8 @@ class RunSettings:
     variant: str = field(
         default="500",
         metadata=_help(
-            f"TRACE's samples per task: {', '.join(VARIANTS)} (trace, math_llm, long_sequence)"
+            f"TRACE's samples per task: {', '.join(TRACE_VARIANTS)} "
+            "(trace, math_llm, long_sequence)"
         ),
     )
     order: int = field(default=1, metadata=_help("O-LoRA's order of tasks, 1 to 6 (o_lora_order)"))
@@ -96,7 +105,7 @@ class RunSettings:
     )
     metric: str = field(
         default="rouge_l",
-        metadata=_help(f"score of generated answers: {', '.join(METRICS)} (text_tasks)"),
+        metadata=_help(f"score of generated answers: {', '.join(TEXT_METRICS)} (text_tasks)"),
     )
     max_new_tokens: int = field(
         default=128, metadata=_help("where a generated answer is stopped (text_tasks)")
@@ -218,8 +227,8 @@ class RunSettings:
         check_known("`--scenario`", self.scenario, SCENARIOS)
         check_known("`--selection`", self.selection, SELECTIONS)
         check_known("`--head`", self.head, HEADS)
-        check_known("`--variant`", self.variant, VARIANTS)
-        check_known("`--metric`", self.metric, METRICS)
+        check_known("`--variant`", self.variant, TRACE_VARIANTS)
+        check_known("`--metric`", self.metric, TEXT_METRICS)
         check_known("`--precision`", self.precision, PRECISIONS)
         if self.dtype is not None:
             check_known("`--dtype`", self.dtype, DTYPES)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from treelora_avalanche.adapters import find_host
-from treelora_avalanche.choices import check_known
+from treelora_avalanche.choices import TEXT_METRICS, check_known
 from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.token_loss import IGNORED
 from treelora_avalanche.models.tokenization import EncodedSample, encode_sample
@@ -26,8 +26,6 @@ from treelora_avalanche.models.tokens import PADDING
 from treelora_avalanche.scenarios.data.text_records import SUFFIXES, Records, read_records
 
 logger = logging.getLogger(__name__)
-
-METRICS = ("accuracy", "rouge_l", "edit_similarity", "sari")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class TextTask:
     :param name: the task's name.
     :param train: its records for training, and where they are from.
     :param test: the same for testing.
-    :param metric: how generated answers are scored: a name in :data:`METRICS`.
+    :param metric: how generated answers are scored: a name in
+        :data:`~treelora_avalanche.choices.TEXT_METRICS`.
     :param max_new_tokens: where a generated answer that does not end is stopped.
     """
 
@@ -228,8 +227,9 @@ def TextTasks(
     :param tasks: names of the tasks to use, in the order in which they arrive; by default all, in
         alphabetical order.
     :param order: another order, as places in that list.
-    :param metric: how generated answers are scored, see :data:`METRICS`; one for all tasks, or by
-        the name of the task.
+    :param metric: how generated answers are scored, see
+        :data:`~treelora_avalanche.choices.TEXT_METRICS`; one for all tasks, or by the name of the
+        task.
     :param max_new_tokens: where a generated answer is stopped, likewise.
     :param limit: the first so many records of each file; None for all.
     :param test_fraction: share of a task's records that is drawn for testing where it has one file.
@@ -242,7 +242,7 @@ def TextTasks(
     built = []
     for name, train, test in read_tasks(folder, tasks, order, test_fraction, seed):
         one_metric = metric if isinstance(metric, str) else metric.get(name, "rouge_l")
-        check_known("`metric`", one_metric, METRICS)
+        check_known("`metric`", one_metric, TEXT_METRICS)
         length = (
             max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens.get(name, 128)
         )

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 
 from avalanche.benchmarks import CLScenario
 
-from treelora_avalanche.choices import check_known
+from treelora_avalanche.choices import TRACE_VARIANTS, check_known
 from treelora_avalanche.scenarios.data.text_records import read_records
 from treelora_avalanche.scenarios.text_tasks import TextTask, arranged, text_benchmark
-
-VARIANTS = ("500", "1000", "5000")
 
 
 class _TaskOfTrace(NamedTuple):
@@ -117,7 +115,7 @@ def trace_tasks(data_root: str | Path, variant: str, names: Sequence[str]) -> li
     :raises FileNotFoundError: if the variant lacks a task.
     """
     variant = str(variant)
-    check_known("`variant`", variant, VARIANTS)
+    check_known("`variant`", variant, TRACE_VARIANTS)
     for name in names:
         check_known("task in `tasks`", name, TRACE_TASKS)
     root = Path(data_root).expanduser()

@@ -12,11 +12,12 @@ from torch import nn
 
 from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.checkpoint import Resumable
+from treelora_avalanche.defaults import LANGUAGE_TRAINING
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
 from treelora_avalanche.models.views.in_context_language import InContextLanguageModel
 from treelora_avalanche.plugins.baselines.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.strategies.base.arguments import check_language_model, positional_model
-from treelora_avalanche.strategies.base.defaults import LANGUAGE_TRAINING, language_evaluator
+from treelora_avalanche.strategies.base.defaults import language_evaluator
 from treelora_avalanche.strategies.base.token_batches import TokenBatches
 
 

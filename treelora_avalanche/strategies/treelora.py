@@ -14,7 +14,8 @@ from treelora_avalanche.adapters import (
     find_adaptable_layers,
     lora_layers,
 )
-from treelora_avalanche.choices import check_known
+from treelora_avalanche.choices import INFERENCE, SELECTIONS, check_known
+from treelora_avalanche.defaults import LAST_TREE_LAMBDA, TREE_LAMBDA
 from treelora_avalanche.models.views.routed_vit import RoutedAdapters
 from treelora_avalanche.plugins import (
     LCBSelectorPlugin,
@@ -32,12 +33,13 @@ from treelora_avalanche.strategies.base.arguments import positional_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.tree import AdapterTree
 
-SELECTORS: dict[str, type[SelectorPlugin]] = {
-    "lcb": LCBSelectorPlugin,
-    "nearest": NearestSelectorPlugin,
-    "random": RandomSelectorPlugin,
-}
-INFERENCE = ("merged", "last", "routed")
+SELECTORS: dict[str, type[SelectorPlugin]] = dict(
+    zip(
+        SELECTIONS,
+        (LCBSelectorPlugin, NearestSelectorPlugin, RandomSelectorPlugin),
+        strict=True,
+    )
+)
 
 
 @positional_model
@@ -90,12 +92,12 @@ class TreeLoRAStrategy(SeqLoRA):
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Any,
     ):
-        check_known("`selection`", selection, SELECTORS)
+        check_known("`selection`", selection, SELECTIONS)
         if inference is None:
             inference = "merged" if _fits_head(head, plugins) else "last"
         check_known("`inference`", inference, INFERENCE)
         if tree_lambda is None:
-            tree_lambda = 0.5 if inference == "last" else 0.1
+            tree_lambda = LAST_TREE_LAMBDA if inference == "last" else TREE_LAMBDA
         if depth is not None:
             n_layers = len(lora_layers(model)) or len(
                 find_adaptable_layers(model, kwargs.get("layers"), kwargs.get("target_modules"))

@@ -7,9 +7,7 @@ from typing import Any, cast
 import torch
 
 from treelora_avalanche.adapters import TrainableView
-from treelora_avalanche.choices import check_known
-
-PRECISIONS = ("fp32", "bf16", "auto")
+from treelora_avalanche.choices import PRECISIONS, check_known
 
 
 def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | None:

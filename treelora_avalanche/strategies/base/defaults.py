@@ -1,4 +1,4 @@
-"""How each kind of model is trained where the user says nothing."""
+"""The default optimizer, criterion and evaluator for each kind of model."""
 
 from __future__ import annotations
 
@@ -14,27 +14,36 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from torch import nn
 from torch.optim import Optimizer
 
+from treelora_avalanche.defaults import LANGUAGE_TRAINING, VISION_TRAINING, TrainingDefaults
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
-SCHEDULES = ("constant", "cosine")
 
+class Training(NamedTuple):
+    """How one kind of model is trained by default.
 
-class TrainingDefaults(NamedTuple):
-    """How one kind of model is trained."""
+    :param numbers: the hyper-parameters.
+    :param criterion: constructor of the loss.
+    :param evaluator: constructor of the evaluation plugin.
+    """
 
-    optimizer: OptimizerFactory
-    schedule: str
+    numbers: TrainingDefaults
     criterion: Callable[[], nn.Module]
-    train_mb_size: int
-    train_epochs: int
-    eval_mb_size: int
     evaluator: Callable[[], EvaluationPlugin]
+
+    def optimizer(self, lr: float | None = None) -> OptimizerFactory:
+        """Returns a constructor of the optimizer from parameters.
+
+        :param lr: learning rate; by default that of :attr:`numbers`.
+        """
+        kind = getattr(torch.optim, self.numbers.optimizer)
+        # The paper decays no weights; Adam's default is 0, AdamW's is not.
+        return partial(kind, lr=lr or self.numbers.lr, weight_decay=0.0)
 
 
 def language_evaluator() -> EvaluationPlugin:
-    """Avalanche's default evaluator for language models: losses and times.
+    """Returns the default evaluator for language models, which logs losses and times.
 
     Accuracy, which is part of Avalanche's own, does not take the logits of tokens.
     """
@@ -45,25 +54,5 @@ def language_evaluator() -> EvaluationPlugin:
     )
 
 
-VISION_TRAINING = TrainingDefaults(
-    optimizer=partial(torch.optim.Adam, lr=0.005),
-    schedule="constant",
-    criterion=nn.CrossEntropyLoss,
-    train_mb_size=192,
-    train_epochs=20,
-    eval_mb_size=192,
-    evaluator=default_evaluator,
-)
-"""TreeLoRA's for vision transformers (Appendix A.3)."""
-
-LANGUAGE_TRAINING = TrainingDefaults(
-    optimizer=partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0),
-    schedule="cosine",
-    criterion=TokenCrossEntropy,
-    train_mb_size=4,
-    train_epochs=1,
-    eval_mb_size=16,
-    evaluator=language_evaluator,
-)
-"""TreeLoRA's for language models; of the two learning rates that the paper gives, that of TRACE's
-scripts. The epochs differ from task to task, see :mod:`treelora_avalanche.scenarios.trace`."""
+VISION = Training(VISION_TRAINING, nn.CrossEntropyLoss, default_evaluator)
+LANGUAGE = Training(LANGUAGE_TRAINING, TokenCrossEntropy, language_evaluator)

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from treelora_avalanche.adapters import TrainableView, find_host
 from treelora_avalanche.adapters.classifier import check_classes
 from treelora_avalanche.checkpoint import Resumable
-from treelora_avalanche.choices import check_known
-from treelora_avalanche.models.views.precision import PRECISIONS, set_precision
+from treelora_avalanche.choices import HEADS, PRECISIONS, SCHEDULES, check_known
+from treelora_avalanche.models.views.precision import set_precision
 from treelora_avalanche.plugins import (
     CosineSchedulePlugin,
     DataParallelPlugin,
@@ -26,19 +26,13 @@ from treelora_avalanche.plugins import (
 )
 from treelora_avalanche.strategies.base.accumulation import GradientAccumulation, check_accumulation
 from treelora_avalanche.strategies.base.defaults import (
-    LANGUAGE_TRAINING,
-    SCHEDULES,
-    VISION_TRAINING,
+    LANGUAGE,
+    VISION,
     OptimizerFactory,
 )
 from treelora_avalanche.strategies.base.token_batches import TokenBatches
 
 logger = logging.getLogger(__name__)
-
-HEADS: dict[str, Callable[[], list[SupervisedPlugin]]] = {
-    "linear": list,
-    "task_adaptive": lambda: [TaskAdaptiveHeadPlugin()],
-}
 
 
 class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, SupervisedTemplate):
@@ -104,8 +98,8 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
             accumulation_steps=accumulation_steps,
             plugins=plugins,
         )
-        defaults = LANGUAGE_TRAINING if find_host(model) else VISION_TRAINING
-        schedule = schedule or defaults.schedule
+        defaults = LANGUAGE if find_host(model) else VISION
+        schedule = schedule or defaults.numbers.schedule
         self.accumulation_steps = accumulation_steps
         parallel = [p for p in plugins or () if isinstance(p, DataParallelPlugin)]
         for plugin in parallel:
@@ -114,23 +108,25 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         # On its device now: an optimizer made of parameters that move later would train copies.
         model.to(device)
         if optimizer is None:
-            optimizer = defaults.optimizer
+            optimizer = defaults.optimizer()
         if not isinstance(optimizer, Optimizer):
             optimizer = optimizer(model.parameters())
         if criterion is None:
             criterion = defaults.criterion()
         if evaluator is default_evaluator:
             evaluator = defaults.evaluator
-        own: list[SupervisedPlugin] = [*HEADS[head](), FiniteLossPlugin()]
+        own: list[SupervisedPlugin] = [FiniteLossPlugin()]
+        if head == "task_adaptive":
+            own.insert(0, TaskAdaptiveHeadPlugin())
         if schedule == "cosine":
             own.append(CosineSchedulePlugin())
         super().__init__(
             model=model,
             optimizer=optimizer,
             criterion=criterion,
-            train_mb_size=train_mb_size or defaults.train_mb_size,
-            train_epochs=defaults.train_epochs if train_epochs is None else train_epochs,
-            eval_mb_size=eval_mb_size or defaults.eval_mb_size,
+            train_mb_size=train_mb_size or defaults.numbers.train_mb_size,
+            train_epochs=defaults.numbers.train_epochs if train_epochs is None else train_epochs,
+            eval_mb_size=eval_mb_size or defaults.numbers.eval_mb_size,
             device=device,
             # Processes are alike, and gradients whole, before anything looks at them.
             plugins=[*parallel, *(p for p in plugins or () if p not in parallel), *own],
