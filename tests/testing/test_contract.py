@@ -18,7 +18,7 @@ from treelora_avalanche.models import TokenCrossEntropy
 from treelora_avalanche.registry.methods import LANGUAGE, METHODS, VISION, find_method
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import prepare, stored_bytes
-from treelora_avalanche.runs.config import method_config
+from treelora_avalanche.runs.config import resolve_config
 from treelora_avalanche.scenarios.data.images import _Images
 from treelora_avalanche.scenarios.text_tasks import TokenRows
 
@@ -131,7 +131,7 @@ def build(method, settings, plugins=()):
     strategy = entry.build(
         ingredients.backbone,
         settings,
-        method_config(method, 0, settings).get("lr") or 0.0,
+        resolve_config(method, 0, settings).get("lr") or 0.0,
         0,
         {
             "train_mb_size": settings.batch_size,
