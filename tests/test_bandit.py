@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support import identical
 from treelora_avalanche import bandit
 from treelora_avalanche.bandit import LCBSearch, lower_confidence_bound, pooled_sigma
+from treelora_avalanche.state import clone_state
 from treelora_avalanche.tree import AdapterTree, FlatTree
 
 # Nodes 4 (root), 5 (arms 0 and 1), 6 (arms 2 and 3).
@@ -434,3 +436,33 @@ def test_update_needs_one_distance_per_layer():
 
 def test_examples_in_the_documentation():
     assert doctest.testmod(bandit).failed == 0
+
+
+def test_a_loaded_search_goes_on_like_the_saved_one():
+    tree = AdapterTree.build(torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0)))
+    noise = torch.rand(60, 2, generator=torch.Generator().manual_seed(1))
+    search = LCBSearch(tree.flatten(), 2, horizon=60)
+    for xi in noise[:30]:
+        search.select()
+        search.update(xi)
+    search.select()  # in the middle of a step
+    other = LCBSearch(tree.flatten(), 2, horizon=9, seed=7)
+    means = other.means
+    other.load_state_dict(clone_state(search.state_dict()))
+    assert other.means is means
+    for xi in noise[30:]:
+        for each in (search, other):
+            each.update(xi)
+        assert torch.equal(search.select(), other.select())
+    assert identical(search.state_dict(), other.state_dict())
+
+    before = clone_state(other.state_dict())
+    with pytest.raises(ValueError, match="keys"):
+        other.load_state_dict({})
+    larger = LCBSearch(tree.flatten(), 3, horizon=9)
+    with pytest.raises(ValueError, match=r"should have the shape \(2, .*Use the tree"):
+        other.load_state_dict(larger.state_dict())
+    state = {**search.state_dict(), "children": search.state_dict()["children"].flip(0)}
+    with pytest.raises(ValueError, match="another tree"):
+        other.load_state_dict(state)
+    assert identical(other.state_dict(), before)

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support import identical
+from treelora_avalanche.state import clone_state
 from treelora_avalanche.tree import AdapterTree, Merge, closest_pair, principal_direction
 
 SPLITS = ("principal", "median_l1")
@@ -407,7 +409,10 @@ def test_drawing():
     [
         ({"depth": 0}, "`depth` should be at least 1 .* passed is 0"),
         ({"max_adapters": 0}, "`max_adapters` should be at least 1 .* passed is 0"),
-        ({"split": "principle"}, "'principle'.*median_l1.* Did you mean 'principal'"),
+        (
+            {"split": "principle"},
+            "principal, median_l1, but is 'principle'. Did you mean 'principal'",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -474,3 +479,21 @@ def test_examples_in_the_documentation():
     result = doctest.testmod(sys.modules[AdapterTree.__module__])
     assert result.attempted
     assert not result.failed
+
+
+@given(n=st.integers(0, 12), max_adapters=st.sampled_from([None, 3]), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_a_loaded_tree_grows_like_the_saved_one(n, max_adapters, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Of such different sizes that the order of summation shows in the last bit.
+    scales = 10.0 ** -torch.randint(0, 13, (n + 6, 3, 5), generator=generator)
+    signatures = torch.randn(n + 6, 3, 5, generator=generator) * scales
+    tree, other = (AdapterTree(max_adapters=max_adapters) for _ in range(2))
+    for signature in signatures[:n]:
+        tree.insert(signature)
+    other.insert(torch.ones(2, 2))  # it is replaced
+    other.load_state_dict(clone_state(tree.state_dict()))
+    for signature in signatures[n:]:
+        assert other.insert(signature) == tree.insert(signature)
+        assert identical(other.state_dict(), tree.state_dict())
+    assert all(map(torch.equal, tree.flatten()[:2], other.flatten()[:2]))

@@ -69,16 +69,16 @@ def load_own_state(strategy: Any, state: State) -> None:
 # Data of past experiences
 
 
-def keeps_past(strategy: Any) -> bool:
+def needs_past_experiences(strategy: Any) -> bool:
     """Whether a strategy has to see its past experiences again to continue.
 
     :param strategy: an Avalanche strategy.
     """
-    return isinstance(strategy, tuple(_TAKE_AGAIN))
+    return isinstance(strategy, tuple(_REBUILD))
 
 
-def takes_again(strategy: Any, plugin: Any) -> bool:
-    """Whether :func:`take_again` brings back what a plugin keeps.
+def can_be_rebuilt(strategy: Any, plugin: Any) -> bool:
+    """Whether :func:`rebuild_memory` brings back what a plugin keeps.
 
     :param strategy: an Avalanche strategy.
     :param plugin: one of its plugins.
@@ -88,13 +88,13 @@ def takes_again(strategy: Any, plugin: Any) -> bool:
     return isinstance(strategy, LwF) and isinstance(plugin, LwFPlugin)
 
 
-def take_again(strategy: Any, past: Sequence[Any]) -> None:
+def rebuild_memory(strategy: Any, past: Sequence[Any]) -> None:
     """Bring back what a strategy keeps of its past, once its state is loaded.
 
     :param strategy: an Avalanche strategy.
     :param past: the experiences that it was trained on, in this order.
     """
-    for kind, take in _TAKE_AGAIN.items():
+    for kind, take in _REBUILD.items():
         if isinstance(strategy, kind):
             take(strategy, past)
 
@@ -141,7 +141,7 @@ def _plugin(strategy: Any, kind: type) -> Any:
     return next((plugin for plugin in strategy.plugins if isinstance(plugin, kind)), None)
 
 
-_TAKE_AGAIN: dict[type, Callable[[Any, Sequence[Any]], None]] = {
+_REBUILD: dict[type, Callable[[Any, Sequence[Any]], None]] = {
     Cumulative: _cumulate,
     LwF: _distil,
     Replay: _draw,
@@ -149,10 +149,10 @@ _TAKE_AGAIN: dict[type, Callable[[Any, Sequence[Any]], None]] = {
 
 
 __all__ = [
+    "can_be_rebuilt",
     "check_own_state",
-    "keeps_past",
     "load_own_state",
+    "needs_past_experiences",
     "own_state",
-    "take_again",
-    "takes_again",
+    "rebuild_memory",
 ]

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from treelora_avalanche.checkpoint.avalanche_plugins import has_state, item_state, load_item_state
 from treelora_avalanche.checkpoint.avalanche_strategies import (
     check_own_state,
-    keeps_past,
     load_own_state,
+    needs_past_experiences,
     own_state,
 )
 from treelora_avalanche.state import (
@@ -99,7 +99,7 @@ def check_fits(strategy: Any, state: State, past: Sequence[Any]) -> None:
     check_own_state(strategy, state["own"])
     check_keys(state["clock"], _counters(strategy), "its list of counters")
     n_trained = state["clock"]["train_exp_counter"]
-    if keeps_past(strategy) and len(past) != n_trained:
+    if needs_past_experiences(strategy) and len(past) != n_trained:
         raise ValueError(
             f"{name} keeps data of its past experiences, which is not saved; pass the {n_trained} "
             f"that it was trained on as `past` (it has {len(past)})."

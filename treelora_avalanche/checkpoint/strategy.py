@@ -14,8 +14,8 @@ from avalanche.training.templates.base_sgd import PeriodicEval
 
 from treelora_avalanche.checkpoint.avalanche_plugins import has_state
 from treelora_avalanche.checkpoint.avalanche_strategies import (
-    take_again,
-    takes_again,
+    can_be_rebuilt,
+    rebuild_memory,
 )
 from treelora_avalanche.checkpoint.parts import apply, check_fits, collect, undo_steps
 from treelora_avalanche.provenance import versions
@@ -75,7 +75,7 @@ def plugins_without_state(strategy: Any) -> list[str]:
         type(plugin).__name__
         for plugin in strategy.plugins
         if not has_state(plugin)
-        and not takes_again(strategy, plugin)
+        and not can_be_rebuilt(strategy, plugin)
         and not isinstance(plugin, (EvaluationPlugin, PeriodicEval, Clock))
         and vars(plugin)
     ]
@@ -100,7 +100,7 @@ def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -
         apply(strategy, state)
         undo.pop_all()
     strategy.experience = None
-    take_again(strategy, past)
+    rebuild_memory(strategy, past)
     for plugin in strategy.plugins:
         # What a plugin makes of its state with the strategy's model, which it sees only now.
         if hasattr(plugin, "prepare_loaded"):
@@ -163,7 +163,7 @@ class Resumable:
         Avalanche has ``save_checkpoint`` and ``maybe_load_checkpoint`` (in
         ``avalanche.checkpointing``) for this. **They do not work with today's torch**: Avalanche
         0.6 pickles the whole strategy with dill, which fails on every optimizer of ``torch.optim``,
-        and the file that was there before is lost. ``tests/checkpoint/test_state.py`` tells when
+        and the file that was there before is lost. ``tests/checkpoint/test_resume.py`` tells when
         that is mended. Use this method.
 
         :param folder: where to, a folder for the state alone.

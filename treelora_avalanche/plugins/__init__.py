@@ -20,7 +20,7 @@ from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
-from treelora_avalanche.plugins.training.activation_cache import PrefixCachePlugin
+from treelora_avalanche.plugins.training.activation_cache import ActivationCachePlugin
 from treelora_avalanche.plugins.training.cosine_schedule import CosineSchedulePlugin
 from treelora_avalanche.plugins.training.data_parallel import DataParallelPlugin
 from treelora_avalanche.plugins.training.finite_loss import FiniteLossPlugin, NonFiniteLossError
@@ -29,7 +29,11 @@ from treelora_avalanche.plugins.training.memory_draws import MemoryDrawsPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 
+# Former name of ActivationCachePlugin, kept for existing code.
+PrefixCachePlugin = ActivationCachePlugin
+
 __all__ = [
+    "ActivationCachePlugin",
     "ContrastivePlugin",
     "CosineSchedulePlugin",
     "DataParallelPlugin",

@@ -35,6 +35,9 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     :param kind: what is remembered of a class, see :class:`TaskAdaptiveHeadPlugin`.
     """
 
+    requires_whole_adapter: str | None = "predicts with a whole adapter per task"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+
     def __init__(
         self, tree: AdapterTree | None = None, seed: int = 0, kind: StatisticsKind | None = None
     ):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.models.features.signature import activation_signature, stack_samples
-from treelora_avalanche.state import check_keys, check_same_settings, forget
+from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 from treelora_avalanche.tree import AdapterTree
 
 
@@ -37,6 +37,9 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     :param seed: seed of their choice.
     :raises ValueError: if ``n_samples`` is below 1.
     """
+
+    requires_whole_adapter: str | None = "starts an experience from the whole adapter of a past one"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
 
     def __init__(self, tree: AdapterTree, bank: AdapterBank, n_samples: int = 64, seed: int = 0):
         super().__init__()
@@ -70,7 +73,7 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
             factors = LoRAFactors(strategy.model)
             factors.stack.copy_(self.bank[self.tree.adapter_of_task[nearest]])
             # What the optimizer has gathered led to where the adapter was.
-            forget(strategy.optimizer, chain.from_iterable(factors.parameters))
+            reset_optimizer_state(strategy.optimizer, chain.from_iterable(factors.parameters))
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Files the signature."""

@@ -28,9 +28,9 @@ from treelora_avalanche.state.files import (
 from treelora_avalanche.state.fingerprint import backbone_fingerprint
 from treelora_avalanche.state.optimizer import (
     check_optimizer_state,
-    forget,
     load_optimizer_state,
     optimizer_state,
+    reset_optimizer_state,
 )
 from treelora_avalanche.state.random_state import check_random_state, random_state, set_random_state
 
@@ -46,12 +46,12 @@ __all__ = [
     "check_same_settings",
     "check_same_tensors",
     "clone_state",
-    "forget",
     "has_state",
     "load_optimizer_state",
     "load_state",
     "optimizer_state",
     "random_state",
+    "reset_optimizer_state",
     "save_state",
     "set_random_state",
 ]

@@ -37,7 +37,7 @@ def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
     }
 
 
-def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Lets go of what an optimizer has gathered of parameters that begin anew.
 
     :param optimizer: the optimizer.

@@ -17,7 +17,7 @@ from torch import nn
 
 from support import weights
 from treelora_avalanche.metrics import AccuracyMatrix
-from treelora_avalanche.plugins import PrefixCachePlugin
+from treelora_avalanche.plugins import ActivationCachePlugin
 from treelora_avalanche.strategies import (
     OGD,
     EWCLoRA,
@@ -254,7 +254,7 @@ def test_the_benchmark_keeps_its_images_and_memory_is_let_go(tiny_vit, tiny_benc
     strategy = make("SeqLoRA", tiny_vit())
     kept = []
 
-    class Watch(PrefixCachePlugin):
+    class Watch(ActivationCachePlugin):
         def before_training_exp(self, strategy, **kwargs):
             x, y, *_ = strategy.experience.dataset[3]
             assert x.shape == (5, 16)  # four patches and the class token
@@ -283,4 +283,4 @@ def test_a_stream_continues_with_another_cache(tiny_vit, tiny_benchmark, tmp_pat
 @pytest.mark.parametrize("value", ["1 GB", -1, 0.5])
 def test_memory_out_of_range(value):
     with pytest.raises(ValueError, match=r"`memory` is .*'auto', or None"):
-        PrefixCachePlugin(value)
+        ActivationCachePlugin(value)

@@ -5,11 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from treelora_avalanche.adapters import lora_layers
-from treelora_avalanche.plugins import FirstSessionPlugin
+from treelora_avalanche.plugins import FirstSessionPlugin, OGDPlugin, RouterPlugin
 from treelora_avalanche.strategies import (
     OGD,
     EWCLoRA,
@@ -156,13 +157,13 @@ def test_decoder_layers_of_a_language_model_settle(make_language_model, tiny_tex
     ("build", "message"),
     [
         (partial(SeqLoRA, layers="last:1"), "no block below the last 1 of 3 is adapted"),
-        (partial(OLoRA, layers="all"), "one for each"),
-        (partial(InfLoRA, layers="all"), "one for each"),
+        (partial(OLoRA, layers="all"), "freezes a whole adapter per experience"),
+        (partial(InfLoRA, layers="all"), "freezes a whole adapter per experience"),
         (
             partial(TreeLoRAStrategy, layers="all", head="task_adaptive", inference="routed"),
-            "by the model without it",
+            "TaskStartPlugin starts an experience from the whole adapter",
         ),
-        (partial(OGD, layers="all"), "moves all of it"),
+        (partial(OGD, layers="all"), "OGDPlugin projects gradients and steps of the whole adapter"),
     ],
 )
 def test_where_blocks_cannot_settle(build, message, tiny_vit, tiny_benchmark):
@@ -173,9 +174,49 @@ def test_where_blocks_cannot_settle(build, message, tiny_vit, tiny_benchmark):
     assert equal(before, all_weights(strategy))
 
 
+class OGDVariantPlugin(OGDPlugin, supports_distributed=True):
+    """A subclass that says nothing about FirstSessionPlugin itself."""
+
+
+class ThirdPartyPlugin(SupervisedPlugin):
+    """A plugin of another package, with the reason as an attribute."""
+
+    requires_whole_adapter = "rotates the whole adapter"
+
+
+class PermissivePlugin(OGDPlugin, supports_distributed=True):
+    """A subclass that works with part of the adapter."""
+
+    requires_whole_adapter = None
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (OGDVariantPlugin(), "OGDVariantPlugin projects gradients and steps of the whole adapter"),
+        (RouterPlugin(), "RouterPlugin predicts with a whole adapter per task"),
+        (ThirdPartyPlugin(), "ThirdPartyPlugin rotates the whole adapter. Leave one of the two"),
+    ],
+)
+def test_a_plugin_that_requires_the_whole_adapter_is_refused(
+    plugin, message, tiny_vit, tiny_benchmark
+):
+    strategy = make("SeqLoRA", tiny_vit(), FirstSessionPlugin(1), plugin)
+    before = all_weights(strategy)
+    with pytest.raises(ValueError, match=message):
+        strategy.train(tiny_benchmark.train_stream[0])
+    assert equal(before, all_weights(strategy))
+
+
+def test_a_subclass_may_lift_the_restriction(tiny_vit, tiny_benchmark):
+    strategy = make("SeqLoRA", tiny_vit(), FirstSessionPlugin(1), PermissivePlugin(2))
+    strategy.train(tiny_benchmark.train_stream[0])
+    assert strategy.model.n_settled == 2
+
+
 def test_an_adapter_that_is_consolidated_cannot_settle(make_language_model, tiny_texts):
     strategy = TaSL(make_language_model(), plugins=[FirstSessionPlugin(1)])
-    with pytest.raises(ValueError, match="consolidates all of it"):
+    with pytest.raises(ValueError, match="TaSLPlugin consolidates the whole adapter"):
         strategy.train(tiny_texts.train_stream[0])
 
 

@@ -21,7 +21,7 @@ from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
-from treelora_avalanche.state import check_keys, check_same_settings, forget
+from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
 def contrastive_regularisation(features: Tensor, centroids: Tensor, temperature: float) -> Tensor:
@@ -131,6 +131,9 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     :param bank: the bank of finished adapters.
     """
 
+    requires_whole_adapter: str | None = "stores a whole adapter per experience"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+
     def __init__(self, bank: AdapterBank):
         super().__init__()
         self.bank = bank
@@ -146,7 +149,7 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
                 _, b = shape.split(row)
                 b[: shape.n_out // 3] = True
         if len(self.bank):
-            forget(strategy.optimizer, chain.from_iterable(self._factors.parameters))
+            reset_optimizer_state(strategy.optimizer, chain.from_iterable(self._factors.parameters))
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Takes back what the step has done to the queries."""

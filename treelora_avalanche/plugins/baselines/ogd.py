@@ -56,6 +56,9 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
     :raises ValueError: if an argument is out of range, or the budget is below one task.
     """
 
+    requires_whole_adapter: str | None = "projects gradients and steps of the whole adapter"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+
     def __init__(self, samples_per_task: int = 200, memory_size: int = 1000):
         super().__init__()
         if samples_per_task < 1:

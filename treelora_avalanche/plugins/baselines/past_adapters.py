@@ -8,7 +8,7 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 
 from treelora_avalanche.adapters import LoRAFactors, PastAdapters
-from treelora_avalanche.state import check_keys, forget
+from treelora_avalanche.state import check_keys, reset_optimizer_state
 
 
 class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -22,6 +22,9 @@ class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     :param past: the past adapters of the strategy's model.
     """
 
+    requires_whole_adapter: str | None = "freezes a whole adapter per experience"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+
     def __init__(self, past: PastAdapters):
         super().__init__()
         self.past = past
@@ -31,7 +34,7 @@ class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         self._factors = LoRAFactors(strategy.model)
         if any(b.detach().any() for _, b in self._factors.parameters):
             self.past.fold()
-            forget(strategy.optimizer, chain.from_iterable(self._factors.parameters))
+            reset_optimizer_state(strategy.optimizer, chain.from_iterable(self._factors.parameters))
 
     def state_dict(self) -> dict[str, Any]:
         """The past adapters."""

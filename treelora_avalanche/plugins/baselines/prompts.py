@@ -8,7 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from treelora_avalanche.models.prompts.pools import TaskPrompts
-from treelora_avalanche.state import check_keys, check_same_settings, forget
+from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
 @runtime_checkable
@@ -91,7 +91,7 @@ class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         # Not where a task that was interrupted is trained again.
         if len(self.prompts) <= strategy.clock.train_exp_counter:
             self.prompts.fold()
-            forget(strategy.optimizer, self.prompts.parameters())
+            reset_optimizer_state(strategy.optimizer, self.prompts.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The prompts and keys of the past tasks, and the weight that they have."""

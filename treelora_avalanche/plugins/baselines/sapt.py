@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors
 from treelora_avalanche.models.views.attentive_language import SharedAttention, attention_scores
-from treelora_avalanche.state import check_keys, check_same_settings, forget
+from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
 def attention_divergence(old: Tensor, new: Tensor) -> Tensor:
@@ -43,6 +43,9 @@ class SAPTPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
     :raises ValueError: if ``distillation`` is negative.
     """
 
+    requires_whole_adapter: str | None = "freezes a whole adapter per experience"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+
     attention: SharedAttention
     """Set by the strategy, once its model has one."""
 
@@ -58,7 +61,9 @@ class SAPTPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
         factors = LoRAFactors(strategy.model).parameters
         if any(b.detach().any() for _, b in factors):
             self.attention.fold()
-            forget(strategy.optimizer, [self.attention.key, *chain.from_iterable(factors)])
+            reset_optimizer_state(
+                strategy.optimizer, [self.attention.key, *chain.from_iterable(factors)]
+            )
         self._teacher = self.attention.teacher() if len(self.attention) else None
 
     def penalty(self) -> Tensor:

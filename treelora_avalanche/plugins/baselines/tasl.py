@@ -66,6 +66,9 @@ class TaSLPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
     :raises ValueError: if a share is not between 0 and 1.
     """
 
+    requires_whole_adapter: str | None = "consolidates the whole adapter after every experience"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+
     def __init__(
         self, important: float = 0.2, past_weight: float = 0.7, past_importance: float = 0.7
     ):

@@ -66,7 +66,7 @@ class _Kept(NamedTuple):
         return 0 if self.hidden.untyped_storage().filename else self.hidden.nbytes
 
 
-class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Lets every pass over an experience start where the first trained block does.
 
     The blocks below it are frozen: what they make of a sample is the same in every epoch, and in

@@ -6,14 +6,9 @@ from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
-from treelora_avalanche.adapters import lora_layers
-from treelora_avalanche.models.views.router import RoutedView
 from treelora_avalanche.models.views.split_language import LanguagePrefixView
 from treelora_avalanche.models.views.split_vit import PrefixView
-from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
-from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
-from treelora_avalanche.plugins.task_start import TaskStartPlugin
-from treelora_avalanche.state import check_keys, check_same_settings, forget
+from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
 class FirstSessionPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -21,8 +16,8 @@ class FirstSessionPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
     What the data have in common, as their look and their resolution, is learned from the first
     experience by all adapted blocks, as in first-session adaptation (Panos et al., ICCV 2023). From
-    the second on the lower blocks are as good as frozen: no gradient reaches them, and the
-    :class:`~treelora_avalanche.plugins.PrefixCachePlugin` computes them once for every sample. So
+    the second on the lower blocks are as good as frozen: no gradient reaches them, and
+    :class:`~treelora_avalanche.plugins.ActivationCachePlugin` computes them once per sample. So
     the stream costs little more than with the last blocks alone adapted, and these start from a
     model that knows the data (docs/performance.md).
 
@@ -68,7 +63,7 @@ class FirstSessionPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         if not self.settled:
             self.settled = True
             self.prepare_loaded(strategy)
-            forget(strategy.optimizer, self._parameters)
+            reset_optimizer_state(strategy.optimizer, self._parameters)
 
     def prepare_loaded(self, strategy: Any) -> None:
         """Tells the model which blocks are settled.
@@ -101,11 +96,12 @@ class FirstSessionPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
                 "cannot settle; use one of this library's strategies with LoRA, with a timm vision "
                 "transformer or a language model, or leave FirstSessionPlugin out."
             )
-        if reason := _unsuited(strategy):
-            raise ValueError(
-                "FirstSessionPlugin is for one adapter that goes on from experience to experience, "
-                f"and this {type(strategy).__name__} {reason}. Leave FirstSessionPlugin out."
-            )
+        for plugin in strategy.plugins:
+            if reason := getattr(plugin, "requires_whole_adapter", None):
+                raise ValueError(
+                    "FirstSessionPlugin freezes part of the adapter after the first experience, "
+                    f"and {type(plugin).__name__} {reason}. Leave one of the two out."
+                )
         if model.n_frozen is None:
             raise ValueError(
                 "what lies below the blocks is trained, so these cannot settle; freeze it, or "
@@ -116,17 +112,3 @@ class FirstSessionPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
                 f"`n_blocks` is {self.n_blocks}, and no block below the last {self.n_blocks} of "
                 f"{len(model.blocks)} is adapted; adapt more of them, as with layers='all'."
             )
-
-
-def _unsuited(strategy: Any) -> str | None:
-    """Why the adapter of a strategy cannot settle in part; None where it can."""
-    kinds = {type(plugin) for plugin in strategy.plugins}
-    if any(hasattr(layer, "past_A") for layer in lora_layers(strategy.model).values()):
-        return "has one for each"
-    if isinstance(strategy.model, RoutedView) or TaskStartPlugin in kinds:
-        return "tells experiences apart by the model without it"
-    if OGDPlugin in kinds:
-        return "moves all of it, to stay orthogonal to past gradients"
-    if TaSLPlugin in kinds:
-        return "consolidates all of it after every experience"
-    return None
