@@ -158,8 +158,11 @@ def test_a_state_that_does_not_fit_is_refused_and_the_strategy_stays(
         ({"rank": 4}, r"lora_A.default.weight is \(10, 16\).*in the state and \(4, 16\)"),
         ({"layers": "last:1"}, "blocks.0.attn.qkv.lora_A.*missing here.*same rank, layers"),
         ({"target_modules": ["attn.proj"]}, "do not fit.*and 9 more.*target_modules"),
-        ({"max_adapters": 3}, "`max_adapters` of the tree is None in the state and 3 here"),
-        ({"depth": 2}, "`depth` of the tree is None in the state and 2 here"),
+        (
+            {"max_adapters": 3},
+            "`max_adapters` of the tree should be None, as .*, but is 3",
+        ),
+        ({"depth": 2}, "`depth` of the tree should be None, as in the state, but is 2"),
         ({"selection": "nearest"}, "'NearestSelectorPlugin.0'.*unknown key 'LCBSelectorPlugin.0'"),
         ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "the optimizer Adam"),
         ({"evaluator": None}, "list of metrics has the unknown keys"),
