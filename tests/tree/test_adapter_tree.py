@@ -445,7 +445,8 @@ def test_integers_are_refused():
 
 
 def test_depth_beyond_the_layers_is_refused():
-    with pytest.raises(ValueError, match="`depth` should be at most 4, .*, but is 5"):
+    message = "`depth` should be at most 4, the number of layers of `signature`, but is 5"
+    with pytest.raises(ValueError, match=message):
         AdapterTree(5).insert(random_signatures(1)[0])
 
 

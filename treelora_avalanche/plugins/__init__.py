@@ -1,4 +1,8 @@
-"""Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
+"""Avalanche plugins: the parts of TreeLoRA, and of the other methods, for any strategy.
+
+TreeLoRA's own modules lie in this folder, those of other methods in ``baselines``, those that are
+useful to every method in ``training``.
+"""
 
 from treelora_avalanche.plugins.baselines.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.plugins.baselines.hide import ContrastivePlugin, TaskAdaptersPlugin

@@ -1,11 +1,11 @@
 """State as plain files: all tensors in one safetensors file, everything else in one JSON file.
 
 A state is a dictionary of nested dictionaries and lists, with tensors, strings, numbers, booleans
-and None at the ends. Nothing is pickled, so a state of unknown origin can be read without running
-what it holds, and any other program can read it too. A folder is written beside its place and then
-renamed: whatever happens meanwhile, either the old state or the new one is there, and whole.
+and None as leaves. Nothing is pickled, so a state of unknown origin can be read without running
+its content, and any other program can read it too. A folder is written under another name and then
+renamed: after an interruption at any moment, either the old state or the new one is complete.
 
-Beside the files, this package reads and writes what every strategy has: an optimizer's state by the
+The package also reads and writes the parts that every strategy has: an optimizer's state by the
 names of its parameters, the state of the global random generators, and a fingerprint of a frozen
 backbone.
 """
