@@ -54,7 +54,7 @@ def test_the_middle_of_an_experience_cannot_be_saved(
     with pytest.raises(KeyboardInterrupt):
         train(strategy, tiny_benchmark, 1)
     assert not Path("never").exists()
-    with pytest.raises(RuntimeError, match=r"was interrupted.*save when"):
+    with pytest.raises(RuntimeError, match=r"was interrupted.*Save when"):
         strategy.save("state")
     strategy.load("state")  # back to before the interrupted experience
     assert identical(outcome(strategy), before)
@@ -62,7 +62,9 @@ def test_the_middle_of_an_experience_cannot_be_saved(
 
 def test_a_plugin_that_cannot_be_saved_is_named(tiny_vit, tmp_path):
     strategy = make("SeqLoRA", tiny_vit(), plugins=[LwFPlugin(), SupervisedPlugin()])
-    with pytest.raises(TypeError, match="the plugins LwFPlugin have no `state_dict`"):
+    with pytest.raises(
+        TypeError, match="should have `state_dict` and `load_state_dict`, but LwFPlugin do not"
+    ):
         strategy.save(tmp_path / "state")
     assert not list(tmp_path.iterdir())
 
@@ -95,9 +97,15 @@ def test_a_state_that_does_not_fit_is_refused_and_the_strategy_stays(
     cases = {
         "lacks the key 'clock'": lambda s: s.pop("clock"),
         "has the unknown key 'extra'": lambda s: s.update(extra=1),
-        "checkpoint of another method: OGD": lambda s: s.update(strategy="OGD"),
-        "another backbone, with other weights": lambda s: s["backbone"].update(values="0" * 64),
-        "another backbone, with other layers": lambda s: s["backbone"].update(structure="0" * 64),
+        "strategy should be OGD, as in the state, but is TreeLoRAStrategy": lambda s: s.update(
+            strategy="OGD"
+        ),
+        "backbone should be that of the state, but has other weights": lambda s: s[
+            "backbone"
+        ].update(values="0" * 64),
+        "backbone should be that of the state, but has other layers": lambda s: s[
+            "backbone"
+        ].update(structure="0" * 64),
         rf"{lora} is missing in the state and \(10, 16\)": (
             lambda s: s["model"]["parameters"].pop(lora)
         ),
@@ -113,7 +121,7 @@ def test_a_state_that_does_not_fit_is_refused_and_the_strategy_stays(
         "TreeBuilderPlugin.0.*lacks the key 'bank'": (
             lambda s: s["plugins"]["TreeBuilderPlugin.0"].pop("bank")
         ),
-        "2 adapters in the tree and 1 in the bank": (
+        "bank should have 2 adapters, as the tree of the state, but has 1": (
             lambda s: s["plugins"]["TreeBuilderPlugin.0"]["bank"].update(
                 factors=s["plugins"]["TreeBuilderPlugin.0"]["bank"]["factors"][:1]
             )
@@ -121,19 +129,19 @@ def test_a_state_that_does_not_fit_is_refused_and_the_strategy_stays(
         "is not a tree": (
             lambda s: s["plugins"]["TreeBuilderPlugin.0"]["tree"].update(root={"left": [0]})
         ),
-        "`tree_lambda` is 0.7 in the state, and 0.5 here": (
+        "`tree_lambda` should be 0.7, as in the state, but is 0.5": (
             lambda s: s["plugins"]["SparseUpdatePlugin.0"].update(tree_lambda=0.7)
         ),
-        "has the seed 5, and this one has 0": (
+        "`seed` of LCBSelectorPlugin should be 5, as in the state, but is 0": (
             lambda s: s["plugins"]["LCBSelectorPlugin.0"].update(seed=5)
         ),
         "AccuracyMatrix.0.*lacks the key 'trained'": (
             lambda s: s["metrics"]["AccuracyMatrix.0"].pop("trained")
         ),
-        "optimizer SGD, and this strategy has Adam": (
+        "optimizer should be SGD, as in the state, but is Adam": (
             lambda s: s["optimizer"]["state"].update({"class": "SGD"})
         ),
-        "2 parameter groups in the state, and 1 here": (
+        "should have 2 parameter groups, as in the state, but has 1": (
             lambda s: s["optimizer"]["state"]["groups"].append({})
         ),
         "random state of numpy lacks the key 'keys'": lambda s: s["random"]["numpy"].pop("keys"),
@@ -164,7 +172,7 @@ def test_a_state_that_does_not_fit_is_refused_and_the_strategy_stays(
         ),
         ({"depth": 2}, "`depth` of the tree should be None, as in the state, but is 2"),
         ({"selection": "nearest"}, "'NearestSelectorPlugin.0'.*unknown key 'LCBSelectorPlugin.0'"),
-        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "the optimizer Adam"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "the optimizer should be Adam"),
         ({"evaluator": None}, "list of metrics has the unknown keys"),
     ],
 )
@@ -179,15 +187,25 @@ def test_a_strategy_built_otherwise_is_told_what_differs(tiny_vit, saved, option
 
 def test_another_method_backbone_or_head_is_refused(tiny_vit, saved):
     _, folder = saved
-    refuse(fresh("SeqLoRA", tiny_vit), folder, "TreeLoRAStrategy was saved, and this is SeqLoRA")
+    refuse(
+        fresh("SeqLoRA", tiny_vit),
+        folder,
+        "should be TreeLoRAStrategy, as in the state, but is SeqLoRA",
+    )
     model = tiny_vit()
     model.reset_classifier(4)
     refuse(make("lcb", model), folder, r"\(6, 16\).*\(4, 16\).*number of classes")
-    refuse(make("lcb", tiny_vit(depth=4)), folder, "another backbone, with other layers")
+    refuse(
+        make("lcb", tiny_vit(depth=4)),
+        folder,
+        "backbone should be that of the state, but has other layers",
+    )
     model = tiny_vit()
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[3, 4] += 1e-3
-    refuse(make("lcb", model), folder, "another backbone, with other weights")
+    refuse(
+        make("lcb", model), folder, "backbone should be that of the state, but has other weights"
+    )
 
 
 def test_a_late_refusal_undoes_what_was_loaded_before(tiny_vit, tiny_benchmark, saved):
@@ -238,15 +256,19 @@ def test_an_unknown_format_is_named(tiny_vit, saved):
     for version in (2, None, "1"):
         document["format_version"] = version
         (folder / VALUE_FILE).write_text(json.dumps(document))
-        refuse(strategy, folder, f"format version {version!r}, and this release reads version 1")
+        refuse(strategy, folder, f"should have format version 1, but has {version!r}")
     (folder / VALUE_FILE).write_text("[]")
-    refuse(strategy, folder, "format version None")
+    refuse(strategy, folder, "should have format version 1, but has None")
 
 
 def test_another_strength_of_a_built_in_plugin_is_refused(tiny_vit, tmp_path):
     make("EWC online", tiny_vit()).save(tmp_path / "state")
     strategy = fresh("EWC online", tiny_vit, ewc_lambda=7.0)
-    refuse(strategy, tmp_path / "state", "`ewc_lambda` of EWCPlugin is 5.0 in the state and 7.0")
+    refuse(
+        strategy,
+        tmp_path / "state",
+        "`ewc_lambda` of EWCPlugin should be 5.0, as in the state, but is 7.0",
+    )
 
 
 def test_other_library_versions_are_told(tiny_vit, saved, caplog):

@@ -138,9 +138,9 @@ def test_proximal_step_leaves_what_is_near_exactly_at_the_anchor():
 
 
 def test_negative_strength_is_refused():
-    with pytest.raises(ValueError, match=r"must be at least 0, and is -0\.1"):
+    with pytest.raises(ValueError, match=r"should be at least 0, but is -0\.1"):
         parts(tree_lambda=-0.1)
-    with pytest.raises(ValueError, match="must be at least 0, and is nan"):
+    with pytest.raises(ValueError, match="should be at least 0, but is nan"):
         parts(tree_lambda=math.nan)
 
 

@@ -191,7 +191,7 @@ def test_the_stream_goes_on_from_a_saved_state():
     twin.load_state_dict(start.state_dict())
     assert twin.starts == [None, 0]
     assert twin.nearest(torch.full((2, 3), 0.9)) == 1
-    with pytest.raises(ValueError, match=r"`n_samples` is 32 in the state, and 64 here"):
+    with pytest.raises(ValueError, match=r"`n_samples` should be 32, as in the state, but is 64"):
         TaskStartPlugin(AdapterTree(), AdapterBank()).load_state_dict(start.state_dict())
-    with pytest.raises(ValueError, match="`n_samples` must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="`n_samples` should be at least 1, but is 0"):
         TaskStartPlugin(AdapterTree(), AdapterBank(), n_samples=0)

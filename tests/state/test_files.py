@@ -68,11 +68,14 @@ def test_tensors_that_overlap_or_have_gradients():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"a": {"b": {1: 2}}}, r"`state\['a'\]\['b'\]` has the key 1 \(int\).*with str\(\)"),
-        ({"a": [1, (2,)]}, r"`state\['a'\]\['1'\]` is a tuple.*pass a list"),
-        ({"a": object()}, r"`state\['a'\]` is a object"),
-        ({"a": torch.zeros(2, dtype=torch.complex128)}, "cannot be saved.*complex128"),
-        ({"a": torch.eye(2).to_sparse()}, "cannot be saved.*sparse"),
+        (
+            {"a": {"b": {1: 2}}},
+            r"`state\['a'\]\['b'\]` should have strings as keys, but has 1 \(int\).*with str\(\)",
+        ),
+        ({"a": [1, (2,)]}, r"`state\['a'\]\['1'\]` should be .* but is a tuple.*Pass a list"),
+        ({"a": object()}, r"`state\['a'\]` should be .* but is a object"),
+        ({"a": torch.zeros(2, dtype=torch.complex128)}, "should be a dense tensor.*complex128"),
+        ({"a": torch.eye(2).to_sparse()}, "should be a dense tensor.*sparse"),
     ],
 )
 def test_what_is_no_state_is_refused(tmp_path, state, message):

@@ -144,8 +144,8 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         if layers is None:
             raise ValueError(
                 f"`shard_backbone` should be False for {type(model).__name__}, whose blocks are "
-                "not known, but is True. Use a vision transformer of timm or a causal language model "
-                "of transformers, or shard_backbone=False."
+                "not known, but is True. Use a vision transformer of timm or a causal language "
+                "model of transformers, or shard_backbone=False."
             )
         self._is_sharded = True
         n = self.accelerator.num_processes
