@@ -51,7 +51,7 @@ VARIANTS = {
 
 
 class Picks(SupervisedPlugin):
-    """Writes down what the selector picks; draws from all generators, as an augmentation would."""
+    """Records the picks of the selector; draws from all generators, as an augmentation would."""
 
     def __init__(self):
         super().__init__()

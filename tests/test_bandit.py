@@ -241,7 +241,7 @@ class WideReference(Reference):
 
 @pytest.mark.parametrize("n_tasks", [9, 20, 33])
 def test_halving_a_leaf_changes_no_bound(n_tasks):
-    # The order in which new arms are tried differs; so the reference is told what was picked.
+    # The order of unvisited arms differs, so the reference takes the picks as given.
     tree = random_tree(n_tasks, seed=n_tasks, depth=1)
     assert tree.delta.isinf().any()
     search = LCBSearch(tree, 1, horizon=300, seed=n_tasks)
@@ -292,7 +292,7 @@ def test_global_random_state_is_left_alone():
 
 
 def test_layers_are_independent():
-    # What the other layers observe changes nothing for layer 1.
+    # Observations of other layers change nothing in layer 1.
     tree = random_tree(20, seed=0)
     searches = [LCBSearch(tree, 3, horizon=100, seed=4) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
@@ -370,7 +370,7 @@ def test_selecting_again_changes_nothing():
     assert torch.equal(search.select(), search.select())
 
 
-def test_arms_handed_out_are_not_written_to():
+def test_returned_arms_are_not_written_to():
     search = LCBSearch(FOUR_LEAVES, 2, horizon=10)
     first = search.select()
     kept = first.clone()
@@ -381,7 +381,7 @@ def test_arms_handed_out_are_not_written_to():
     assert torch.equal(first, kept)
 
 
-def test_a_step_waits_for_no_device():
+def test_a_step_does_not_synchronise():
     # A tensor on the meta device has no values: a step that read one would raise.
     search = LCBSearch(random_tree(20, seed=0), 4, horizon=10, device="meta")
     for _ in range(3):
@@ -391,7 +391,7 @@ def test_a_step_waits_for_no_device():
 
 
 def test_statistics_stay_where_they_are():
-    # As a captured CUDA graph needs it.
+    # Required by a captured CUDA graph.
     search = LCBSearch(random_tree(20, seed=0), 4, horizon=10)
     tensors = {k: v.data_ptr() for k, v in vars(search).items() if isinstance(v, torch.Tensor)}
     for _ in range(3):
@@ -438,7 +438,7 @@ def test_examples_in_the_documentation():
     assert doctest.testmod(bandit).failed == 0
 
 
-def test_a_loaded_search_goes_on_like_the_saved_one():
+def test_a_loaded_search_continues_like_the_saved_one():
     tree = AdapterTree.build(torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0)))
     noise = torch.rand(60, 2, generator=torch.Generator().manual_seed(1))
     search = LCBSearch(tree.flatten(), 2, horizon=60)

@@ -176,7 +176,7 @@ def test_a_state_that_does_not_fit_is_refused_and_the_strategy_stays(
         ({"evaluator": None}, "list of metrics has the unknown keys"),
     ],
 )
-def test_a_strategy_built_otherwise_is_told_what_differs(tiny_vit, saved, options, message):
+def test_a_strategy_built_otherwise_is_refused_by_the_first_difference(tiny_vit, saved, options, message):
     _, folder = saved
     strategy = fresh("lcb", tiny_vit, **{"train_epochs": 1, **options})
     before = clone_state(strategy.state_dict())
@@ -271,7 +271,7 @@ def test_another_strength_of_a_built_in_plugin_is_refused(tiny_vit, tmp_path):
     )
 
 
-def test_other_library_versions_are_told(tiny_vit, saved, caplog):
+def test_other_library_versions_are_logged(tiny_vit, saved, caplog):
     _, folder = saved
     strategy = fresh("lcb", tiny_vit, train_epochs=1)
     caplog.set_level("WARNING")

@@ -110,7 +110,7 @@ def test_a_new_process_continues_the_stream(tiny_vit, tiny_benchmark, tmp_path):
         assert identical(load_state(tmp_path / f"{variant}-outcome"), state), variant
 
 
-def test_avalanches_own_strategies_go_on_too(tiny_benchmark, tmp_path):
+def test_avalanches_own_strategies_continue_too(tiny_benchmark, tmp_path):
     def build():
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 6))
         # Only some parameters: Avalanche adds the rest at the first experience.
@@ -133,7 +133,7 @@ def test_avalanches_own_strategies_go_on_too(tiny_benchmark, tmp_path):
     assert identical(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
 
 
-def test_plugins_attached_to_a_built_in_strategy_go_on(tiny_vit, tiny_benchmark, tmp_path):
+def test_plugins_of_a_built_in_strategy_continue(tiny_vit, tiny_benchmark, tmp_path):
     def build(seed):
         torch.manual_seed(seed)
         model = TrainableView(add_lora(tiny_vit()))
@@ -158,7 +158,7 @@ def test_plugins_attached_to_a_built_in_strategy_go_on(tiny_vit, tiny_benchmark,
     load_strategy(resumed, tmp_path / "state")
     stacks = []
     for strategy in (whole, resumed):
-        load_strategy(strategy, tmp_path / "state")  # also back into the one it came from
+        load_strategy(strategy, tmp_path / "state")  # also into the original
         strategy.train(tiny_benchmark.train_stream[2])
         stacks.append(LoRAFactors(strategy.model).stack)
     assert torch.equal(*stacks)

@@ -78,7 +78,7 @@ def test_tensors_that_overlap_or_have_gradients():
         ({"a": torch.eye(2).to_sparse()}, "should be a dense tensor.*sparse"),
     ],
 )
-def test_what_is_no_state_is_refused(tmp_path, state, message):
+def test_other_values_are_refused(tmp_path, state, message):
     with pytest.raises(TypeError, match=message):
         save_state(tmp_path / "state", state)
     assert not list(tmp_path.iterdir())
@@ -99,7 +99,7 @@ def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_state_is_there_whatever_rename_was_the_last(tmp_path, monkeypatch, step):
+def test_a_state_is_complete_after_every_rename(tmp_path, monkeypatch, step):
     folder = tmp_path / "state"
     save_state(folder, {"a": 1})
     done = []
@@ -107,7 +107,7 @@ def test_a_state_is_there_whatever_rename_was_the_last(tmp_path, monkeypatch, st
 
     def stop(self, target):
         if len(done) == step:
-            raise KeyboardInterrupt  # as good as a power cut: nothing after it runs
+            raise KeyboardInterrupt  # like a power cut: nothing after it runs
         done.append(target)
         return rename(self, target)
 
@@ -125,7 +125,7 @@ def test_a_state_is_there_whatever_rename_was_the_last(tmp_path, monkeypatch, st
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
-def test_other_peoples_files_are_not_replaced(tmp_path):
+def test_other_files_are_not_replaced(tmp_path):
     assert not has_state(tmp_path)
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\)"):

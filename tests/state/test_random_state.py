@@ -13,7 +13,7 @@ def test_random_generators_go_back_to_where_they_were():
     def draw():
         return random.gauss(0, 1), np.random.randn(3).tolist(), torch.rand(3).tolist()
 
-    draw()  # so that a second gaussian number is waiting
+    draw()  # so that a second gaussian number is cached
     with tempfile.TemporaryDirectory() as folder:
         save_state(folder, random_state())
         first = draw()

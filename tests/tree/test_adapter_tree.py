@@ -109,7 +109,7 @@ def test_hierarchy_on_separate_axes_is_split_level_by_level():
     assert deltas == pytest.approx({8: 0.5 + 0.2 + 0.08, 4: 0.2 + 0.08, 2: 0.08, 1: 0}, abs=1e-7)
 
 
-def test_each_level_looks_at_its_own_layer():
+def test_each_level_splits_by_its_own_layer():
     layer_0 = torch.tensor([0.1, 0.9, 0.2, 0.8])  # parts {0, 2} from {1, 3}
     layer_1 = torch.tensor([0.5, 0.4, 0.3, 0.6])  # within each, 2 < 0 and 1 < 3
     x = torch.stack([layer_0, layer_1], dim=1)
@@ -117,7 +117,7 @@ def test_each_level_looks_at_its_own_layer():
     assert structure(tree.root) == (((2,), (0,)), ((1,), (3,)))
 
 
-def test_paper_cut_puts_near_and_far_into_two_children():
+def test_split_of_the_paper_puts_near_and_far_into_two_children():
     # Mean 0.5; distances 2 |x - 0.5| = 0.6, 0.2, 0, 0.2, 0.6: the nearer three go left.
     tree = AdapterTree.build(on_a_line(0.2, 0.4, 0.5, 0.6, 0.8), 1, split="median_l1")
     assert structure(tree.root) == ((1, 2, 3), (0, 4))
@@ -152,7 +152,7 @@ def test_principal_direction_is_that_of_the_svd(n_members, seed):
 @properties
 @given(st.integers(1, 60), seeds)
 def test_partition_is_that_of_brute_force(n_tasks, seed):
-    # One dimension matters, so the principal direction needs no computing.
+    # One dimension varies, so the principal direction is known.
     values = np.random.default_rng(seed).uniform(size=(n_tasks, 3)).astype(np.float32)
     signatures = torch.tensor(np.stack([values, np.zeros_like(values)], axis=-1))
 
@@ -219,7 +219,7 @@ def test_order_of_arrival_does_not_matter_after_a_rebuild(order, split, seed):
 @pytest.mark.parametrize("positions", [[0.9**k for k in range(120)], [k / 120 for k in range(120)]])
 @pytest.mark.parametrize("depth", [3, 5, 24])
 def test_balance_after_adversarial_insertions(positions, depth):
-    # Each task lies beyond all before it: left alone, the tree is one long branch.
+    # Each task lies beyond its predecessors: without rebuilds the tree is one long branch.
     tree = inserted(on_a_line(*positions, n_layers=24), depth)
     for node in tree.root.walk():
         n = len(node.members)
@@ -367,7 +367,7 @@ def test_flat_tree_of_one_task():
 
 @properties
 @given(st.integers(0, 30), st.integers(1, 5), st.sampled_from([None, 6]), seeds)
-def test_a_restored_tree_goes_on_like_the_first(n_tasks, depth, max_adapters, seed):
+def test_a_restored_tree_grows_like_the_original(n_tasks, depth, max_adapters, seed):
     signatures = random_signatures(n_tasks + 10, 5, seed=seed)
     tree = inserted(signatures[:n_tasks], depth, max_adapters=max_adapters)
     state = tree.to_dict()
@@ -415,7 +415,7 @@ def test_drawing():
         ),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AdapterTree(**options)
 
