@@ -176,7 +176,9 @@ def test_a_state_that_does_not_fit_is_refused_and_the_strategy_stays(
         ({"evaluator": None}, "list of metrics has the unknown keys"),
     ],
 )
-def test_a_strategy_built_otherwise_is_refused_by_the_first_difference(tiny_vit, saved, options, message):
+def test_a_strategy_built_otherwise_is_refused_by_the_first_difference(
+    tiny_vit, saved, options, message
+):
     _, folder = saved
     strategy = fresh("lcb", tiny_vit, **{"train_epochs": 1, **options})
     before = clone_state(strategy.state_dict())

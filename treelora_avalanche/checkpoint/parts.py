@@ -69,15 +69,7 @@ def check_fits(strategy: Any, state: State, past: Sequence[Any]) -> None:
             f"choose a folder of {name}."
         )
     check_keys(state, parts, "the state")
-    own = backbone_fingerprint(strategy.model)
-    check_keys(state["backbone"], own, "the backbone's fingerprint")
-    for part, what in (("structure", "other layers"), ("values", "other weights")):
-        if state["backbone"][part] != own[part]:
-            raise ValueError(
-                f"the backbone should be that of the state, but has {what} (fingerprint of the "
-                f"{part} {own[part][:12]}, in the state {state['backbone'][part][:12]}). Build the "
-                "model from the same pretrained weights."
-            )
+    _check_backbone(strategy.model, state["backbone"])
     check_keys(state["model"], {"parameters", "buffers"}, "the model's state")
     check_same_tensors(
         state["model"]["parameters"],
@@ -108,6 +100,18 @@ def check_fits(strategy: Any, state: State, past: Sequence[Any]) -> None:
             f"{len(past)}. Pass them: their data is not saved."
         )
     check_random_state(state["random"])
+
+
+def _check_backbone(model: nn.Module, saved: State) -> None:
+    own = backbone_fingerprint(model)
+    check_keys(saved, own, "the backbone's fingerprint")
+    for part, what in (("structure", "other layers"), ("values", "other weights")):
+        if saved[part] != own[part]:
+            raise ValueError(
+                f"the backbone should be that of the state, but has {what} (fingerprint of the "
+                f"{part} {own[part][:12]}, in the state {saved[part][:12]}). Build the "
+                "model from the same pretrained weights."
+            )
 
 
 _PARTS = ("model", "optimizer", "plugins", "metrics", "own", "clock", "random")
