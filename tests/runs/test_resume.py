@@ -165,7 +165,7 @@ def test_what_is_kept_of_the_past_is_taken_again_from_the_stream(strategy_class,
         whole.train(experience)
     save_strategy(whole, tmp_path / "state")
     before = resumed.model.weight.clone()
-    with pytest.raises(ValueError, match="pass the 3 that it was trained on as `past`"):
+    with pytest.raises(ValueError, match="`past` should hold the 3 experiences"):
         load_strategy(resumed, tmp_path / "state", stream[:2])
     assert torch.equal(resumed.model.weight, before)
     weights = []

@@ -97,7 +97,7 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     message of an adapter's size. All processes then have the same weights, and so the same
     signatures, bandit statistics, tree and bank.
 
-    Evaluation of images is divided too: every process passes a part of each batch through the
+    Evaluation of classifiers is divided too: every process passes a part of each batch through the
     model, and all get the logits of the whole. So are text generation, features for class
     statistics, and the activation cache, which the processes of one machine share. Not divided are
     the evaluation losses of texts, whose logits are large, and the passes of GEM, OGD, InfLoRA and
