@@ -211,7 +211,7 @@ def test_penalty_is_non_zero_from_the_second_task_on_and_reaches_what_is_trained
     assert {task for task, _, _ in watched.penalties} == {1}
     assert all(penalty < -0.01 for _, penalty, _ in watched.penalties)
     assert all(reached for _, _, reached in watched.penalties)
-    with pytest.raises(RuntimeError, match="no past classes"):
+    with pytest.raises(RuntimeError, match="needs past classes"):
         watched.penalty()
 
 

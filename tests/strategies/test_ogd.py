@@ -261,5 +261,5 @@ def test_other_parameters_than_before_are_refused(tiny_vit, tiny_benchmark):
     strategy = make(OGD, tiny_vit(), samples_per_task=4)
     train(strategy, tiny_benchmark, 0)
     next(iter(strategy.model.parameters())).requires_grad_(False)
-    with pytest.raises(ValueError, match=r"but have .* Train the same parameters in every experience"):
+    with pytest.raises(ValueError, match="Train the same parameters in every experience"):
         train(strategy, tiny_benchmark, 1)
