@@ -288,7 +288,7 @@ def test_rows_shorter_than_they_say_are_found_out(make_model, caplog):
     stream = with_task_labels(benchmark_from_datasets(train=[dataset]))
     lines = said(make("SeqLoRA", make_model()), stream, caplog)
     assert len(lines) == 1
-    assert "a row is not as long as `lengths` tells" in lines[0]
+    assert "a token sequence differs from its `lengths`" in lines[0]
 
 
 def test_hidden_rows_are_padded_as_tokens_are():
