@@ -1,4 +1,4 @@
-"""Class statistics, pseudo-features, and the head re-trained on them."""
+"""Class statistics, pseudo-features, and the head retrained on them."""
 
 import pytest
 import torch

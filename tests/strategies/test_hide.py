@@ -211,7 +211,7 @@ def test_penalty_is_non_zero_from_the_second_task_on_and_reaches_what_is_trained
     assert {task for task, _, _ in watched.penalties} == {1}
     assert all(penalty < -0.01 for _, penalty, _ in watched.penalties)
     assert all(reached for _, _, reached in watched.penalties)
-    with pytest.raises(RuntimeError, match="no past classes"):
+    with pytest.raises(RuntimeError, match="needs past classes"):
         watched.penalty()
 
 
@@ -369,11 +369,11 @@ def test_a_peft_model_or_its_view_is_taken_and_routed(tiny_vit, tiny_benchmark):
     ("name", "options", "message"),
     [
         ("HiDePrompt", {"momentum": 1.0}, "`momentum` must be at least 0 and below 1"),
-        ("HiDePrompt", {"contrast": -0.1}, "`contrast` must be at least 0"),
+        ("HiDePrompt", {"contrast": -0.1}, "`contrast` should be at least 0, but is"),
         ("HiDePrompt", {"prompt_layers": (0, 5)}, "`prompt_layers` is"),
         ("HiDePrompt", {"prompt_length": 0}, "`prompt_length` must be at least 1"),
         ("HiDePrompt", {"n_centroids": 0}, "`n_centroids` must be at least 1, and is 0"),
-        ("HiDeLoRA", {"contrast": -0.1}, "`contrast` must be at least 0"),
+        ("HiDeLoRA", {"contrast": -0.1}, "`contrast` should be at least 0, but is"),
         ("HiDeLoRA", {"rank": 0}, "`rank` must be at least 1"),
     ],
 )
@@ -412,5 +412,7 @@ def test_a_language_model_is_refused(name):
 @pytest.mark.parametrize(("option", "value"), [("contrast", 0.5), ("momentum", 0.5)])
 def test_another_strength_is_refused(tiny_vit, option, value):
     state = make("HiDePrompt", tiny_vit()).state_dict()
-    with pytest.raises(ValueError, match=rf"`{option}` is 0\.1 in the state, and 0\.5 here"):
+    with pytest.raises(
+        ValueError, match=rf"`{option}` should be 0\.1, as in the state, but is 0\.5"
+    ):
         make("HiDePrompt", tiny_vit(), **{option: value}).load_state_dict(state)

@@ -169,7 +169,7 @@ def test_learning_rate_is_that_of_the_default_optimizer(tiny_vit):
         ({"pool_size": 0}, "`pool_size` must be at least 1, and is 0"),
         ({"prompt_length": 0}, "`prompt_length` must be at least 1"),
         ({"pool_size": 3}, "`top_k` is 5, and the pool has 3 prompts"),
-        ({"sim_coefficient": -1.0}, "`sim_coefficient` must be at least 0"),
+        ({"sim_coefficient": -1.0}, "`sim_coefficient` should be at least 0, but is"),
         ({"head": "taskadaptive"}, "`head`"),
     ],
 )
@@ -192,11 +192,13 @@ def test_key_loss_needs_keys(tiny_vit, tiny_benchmark):
     strategy = SeqLoRA(
         tiny_vit(), train_mb_size=8, train_epochs=1, evaluator=None, plugins=[KeyLossPlugin(0.5)]
     )
-    with pytest.raises(ValueError, match="no keys to be pulled"):
+    with pytest.raises(ValueError, match="should have keyed prompts, but is a"):
         strategy.train(tiny_benchmark.train_stream[0])
 
 
 def test_another_coefficient_is_refused(tiny_vit, tiny_benchmark):
     state = clone_state(make(tiny_vit()).state_dict())
-    with pytest.raises(ValueError, match=r"`sim_coefficient` is 0\.5 in the state, and 1\.0 here"):
+    with pytest.raises(
+        ValueError, match=r"`sim_coefficient` should be 0\.5, as in the state, but is 1\.0"
+    ):
         make(tiny_vit(), sim_coefficient=1.0).load_state_dict(state)

@@ -331,10 +331,12 @@ def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(tiny_vit, tiny_benchmar
     assert same(weights(whole), weights(resumed))
     assert torch.equal(logits(whole.model), logits(resumed.model))
     assert len(resumed.past) == 2
-    with pytest.raises(ValueError, match=r"`orthogonality` is 0.5 in the state, and 1.0 here"):
+    with pytest.raises(
+        ValueError, match=r"`orthogonality` should be 0.5, as in the state, but is 1.0"
+    ):
         make(OLoRA, tiny_vit(), rank=5, orthogonality=1.0).load(tmp_path / "state")
 
 
 def test_negative_strength_is_refused(tiny_vit):
-    with pytest.raises(ValueError, match="`orthogonality` must be at least 0, and is -1"):
+    with pytest.raises(ValueError, match="`orthogonality` should be at least 0, but is -1"):
         make(OLoRA, tiny_vit(), orthogonality=-1)

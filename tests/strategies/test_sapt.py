@@ -325,7 +325,7 @@ def test_a_bad_argument_is_refused(make, tiny_vit, make_language_model):
         SAPT(tiny_vit())
     for options, message in (
         ({"bottleneck": 0}, "`bottleneck` must be at least 1, and is 0"),
-        ({"distillation": -1.0}, "`distillation` must be at least 0"),
+        ({"distillation": -1.0}, "`distillation` should be at least 0, but is"),
     ):
         model = make_language_model()
         with pytest.raises(ValueError, match=message):

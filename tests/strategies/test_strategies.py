@@ -246,7 +246,7 @@ def test_strategy_equals_its_plugins_attached_to_naive(tiny_vit, tiny_benchmark)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tree_lambda": -1}, "`tree_lambda` must be at least 0, and is -1"),
+        ({"tree_lambda": -1}, "`tree_lambda` should be at least 0, but is -1"),
         ({"selection": "nearst"}, "Did you mean 'nearest'"),
         ({"depth": 0}, "depth"),
         ({"depth": 4}, "only 3 matrices are adapted"),

@@ -19,7 +19,7 @@ from treelora_avalanche.adapters import (
 )
 from treelora_avalanche.models.views.split_language import LanguagePrefixView, takes_parts
 from treelora_avalanche.models.views.split_vit import trainable_view
-from treelora_avalanche.plugins import PrefixCachePlugin
+from treelora_avalanche.plugins import ActivationCachePlugin
 from treelora_avalanche.strategies.base.arguments import positional_model
 from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
@@ -50,7 +50,7 @@ class SeqLoRA(ParameterEfficientStrategy):
         language models queries and values.
     :param head: see :class:`ParameterEfficientStrategy`.
     :param cache: bytes of memory in which to keep what the blocks below the adapter make of the
-        samples, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
+        samples, ``"auto"`` or None: see :class:`~treelora_avalanche.plugins.ActivationCachePlugin`.
     :param compile: whether to compile the model by ``torch.compile``.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`ParameterEfficientStrategy`: optimizer, criterion, batch
@@ -75,7 +75,7 @@ class SeqLoRA(ParameterEfficientStrategy):
     ):
         check_training(model, head=head, plugins=plugins, **kwargs)
         _check_answers_with_logits(model)
-        prefix_cache = PrefixCachePlugin(cache)
+        prefix_cache = ActivationCachePlugin(cache)
         if not lora_layers(model):
             model = add_lora(
                 model, rank=rank, alpha=alpha, layers=layers, target_modules=target_modules

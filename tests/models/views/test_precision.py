@@ -6,7 +6,7 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from treelora_avalanche.models.views.precision import autocast_dtype
 from treelora_avalanche.models.views.split_vit import PrefixView
-from treelora_avalanche.plugins import PrefixCachePlugin
+from treelora_avalanche.plugins import ActivationCachePlugin
 from treelora_avalanche.registry import METHODS, RunSettings
 from treelora_avalanche.runs.setup import Ingredients, build_strategy
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
@@ -248,7 +248,7 @@ def test_no_step_waits_for_the_gpu(tiny_vit, tiny_benchmark, selection, cache):
 def test_what_is_kept_comes_from_pinned_memory(tiny_vit, tiny_benchmark):
     pinned = []
 
-    class Seen(PrefixCachePlugin):
+    class Seen(ActivationCachePlugin):
         def before_training_epoch(self, strategy, **kwargs):
             pinned.append(next(iter(strategy.dataloader))[0].is_pinned())
 

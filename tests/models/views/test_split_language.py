@@ -245,7 +245,7 @@ def test_compiled_layers_answer_the_same(make_model):
 def said(strategy, stream, caplog):
     with caplog.at_level(logging.INFO):
         strategy.train(stream.train_stream[0])
-    return [r.getMessage() for r in caplog.records if "not kept" in r.getMessage()]
+    return [r.getMessage() for r in caplog.records if "not cached" in r.getMessage()]
 
 
 def test_it_says_why_it_is_off_where_all_layers_are_adapted(make_model, tiny_texts, caplog):
@@ -272,7 +272,7 @@ def test_a_model_whose_layers_read_more_than_hidden_states_is_found_out(
     layers[3].register_forward_hook(lambda _, __, output: output + left["first"])
     lines = said(make("SeqLoRA", model), tiny_texts, caplog)
     assert len(lines) == 1
-    assert "read more than what the layer below hands on" in lines[0]
+    assert "read more than the output of the layer below" in lines[0]
 
 
 def test_rows_shorter_than_they_say_are_found_out(make_model, caplog):
@@ -288,7 +288,7 @@ def test_rows_shorter_than_they_say_are_found_out(make_model, caplog):
     stream = with_task_labels(benchmark_from_datasets(train=[dataset]))
     lines = said(make("SeqLoRA", make_model()), stream, caplog)
     assert len(lines) == 1
-    assert "a row is not as long as `lengths` tells" in lines[0]
+    assert "a token sequence differs from its `lengths`" in lines[0]
 
 
 def test_hidden_rows_are_padded_as_tokens_are():

@@ -1,7 +1,7 @@
 """A vision transformer in two parts: the blocks that nothing trains, and the rest.
 
 What the frozen part computes of an image does not change while the model is trained. So it needs no
-gradient, and can be kept: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
+gradient, and can be kept: see :class:`~treelora_avalanche.plugins.ActivationCachePlugin`.
 """
 
 from __future__ import annotations
