@@ -79,11 +79,11 @@ def test_a_new_task_starts_from_the_last_prompt_and_leaves_it_alone():
     for task in range(3):
         assert len(prompts) == task + 1
         with torch.no_grad():
-            prompts.live.copy_(torch.full((2, 3), float(task)))
+            prompts.active.copy_(torch.full((2, 3), float(task)))
             prompts.key.copy_(nn.functional.one_hot(torch.tensor(task), 4).float())
-        live, key = prompts.live.clone(), prompts.key.clone()
+        live, key = prompts.active.clone(), prompts.key.clone()
         prompts.fold()
-        assert torch.equal(prompts.live, live)
+        assert torch.equal(prompts.active, live)
         assert not torch.equal(prompts.key, key)
     assert [float(p.mean()) for p in prompts.stacked()] == [0, 1, 2, 2]
     assert prompts.past_state()["keys"].tolist() == torch.eye(4)[:3].tolist()
@@ -101,12 +101,12 @@ def test_ensemble_is_the_weighted_mean_with_the_past():
         if used:
             prompts.fold()
         with torch.no_grad():
-            prompts.live.copy_(torch.tensor(values))
+            prompts.active.copy_(torch.tensor(values))
         used.append(prompts.current().tolist())
     # By hand: 3/4 of the live one and 1/4 of the mean of those used before.
     assert used == [[4.0, 0.0], [7.0, 3.0], [0.25 * 5.5, 6 + 0.25 * 1.5]]
     prompts.current().sum().backward()
-    assert prompts.live.grad.tolist() == [0.75, 0.75]
+    assert prompts.active.grad.tolist() == [0.75, 0.75]
 
 
 def test_prompts_without_keys_match_nothing():
@@ -134,7 +134,7 @@ def test_each_sample_gets_the_expert_of_its_nearest_key(tiny_vit, tiny_benchmark
     keys = queries[[0, 16, 32]]
     nearest = nn.functional.cosine_similarity(queries[:, None], keys[None], dim=2).argmax(1)
     assert len(nearest.unique()) == 3
-    experts = torch.cat((model.experts.past, model.experts.live[None]))
+    experts = torch.cat((model.experts.past, model.experts.active[None]))
     hidden = bare._pos_embed(bare.patch_embed(images))
     for number, block in enumerate(bare.blocks):
         prefix = model.general[[0]] if number == 0 else experts[nearest, number - 1]
@@ -152,7 +152,13 @@ def test_past_prompts_and_backbone_stay_bit_for_bit(tiny_vit, tiny_benchmark, he
     model = strategy.model.module
     parameters = dict(model.named_parameters())
     trained = {n for n, p in parameters.items() if p.requires_grad}
-    assert trained == {"vit.head.weight", "vit.head.bias", "general", "experts.live", "experts.key"}
+    assert trained == {
+        "vit.head.weight",
+        "vit.head.bias",
+        "general",
+        "experts.active",
+        "experts.key",
+    }
     finished = []
     for experience in tiny_benchmark.train_stream:
         before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -160,7 +166,7 @@ def test_past_prompts_and_backbone_stay_bit_for_bit(tiny_vit, tiny_benchmark, he
         same = {name for name, p in parameters.items() if torch.equal(before[name], p)}
         assert same == set(parameters) - trained
         assert all(torch.equal(a, b) for a, b in zip(finished, model.experts.past, strict=True))
-        finished.append(model.experts.live.detach().clone())
+        finished.append(model.experts.active.detach().clone())
         assert len(model.experts) == len(finished)
 
 
@@ -208,7 +214,7 @@ def test_paper_defaults(tiny_vit):
     model = DualPrompt(tiny_vit(depth=6), evaluator=None).model.module
     assert (model.general_layers, model.expert_layers) == ((0, 1), (2, 3, 4))
     assert model.general.shape == (2, 2, 5, 2, 8)
-    assert model.experts.live.shape == (3, 2, 20, 2, 8)
+    assert model.experts.active.shape == (3, 2, 20, 2, 8)
 
 
 def test_past_of_another_shape_is_refused(tiny_vit, tiny_benchmark):
@@ -216,7 +222,7 @@ def test_past_of_another_shape_is_refused(tiny_vit, tiny_benchmark):
     prompts.fold()
     other = TaskPrompts((2, 3))
     with pytest.raises(ValueError, match="do not fit"):
-        other.load_past(prompts.past_state())
+        other.load_past_state(prompts.past_state())
     assert len(other) == 1
 
 

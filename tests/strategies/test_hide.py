@@ -343,7 +343,7 @@ def test_paper_defaults(tiny_vit):
     strategy = HiDePrompt(tiny_vit(depth=6), evaluator=None)
     module = strategy.model.module
     assert module.layers == (0, 1, 2, 3, 4)
-    assert module.prompts.live.shape == (5, 2, 20, 2, 8)
+    assert module.prompts.active.shape == (5, 2, 20, 2, 8)
     assert module.prompts.momentum == 0.1
     assert plugin_of(strategy, TaskAdaptiveHeadPlugin).kind == Centroids(10)
     lora = HiDeLoRA(tiny_vit(depth=6), evaluator=None)

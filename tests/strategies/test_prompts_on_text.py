@@ -289,7 +289,7 @@ def test_dual_prompt_attends_to_the_prefixes_of_the_nearest_key(make_model, text
     strategy.train(texts.train_stream)
     network, bare = prompted(strategy), make_model()
     keys = [*network.experts.past_keys, network.experts.key]
-    experts = [*network.experts.past, network.experts.live]
+    experts = [*network.experts.past, network.experts.active]
     embeddings = bare.network.get_input_embeddings().weight
     rows = rows_of(texts)
     chosen = []
@@ -309,11 +309,11 @@ def test_every_task_has_an_expert_that_later_tasks_leave_alone(make_model, texts
     strategy = make("DualPrompt", make_model())
     strategy.train(texts.train_stream[0])
     experts = prompted(strategy).experts
-    first, key = experts.live.detach().clone(), experts.key.detach().clone()
+    first, key = experts.active.detach().clone(), experts.key.detach().clone()
     strategy.train(texts.train_stream[1])
     assert torch.equal(experts.past[0], first)
     assert torch.equal(experts.past_keys[0], key)
-    assert not torch.equal(experts.live, first)
+    assert not torch.equal(experts.active, first)
     assert stored_bytes(strategy) == 4 * (2 * 2 * 3 * 2 * 4 + 16)
 
 

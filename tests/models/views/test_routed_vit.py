@@ -52,7 +52,7 @@ def test_routing_with_the_true_adapter_equals_that_adapters_own_output(trained, 
         trained.model.router = always(router, adapter)
         routed = trained.model(images)
         factors.stack.copy_(trained.bank[adapter])
-        assert torch.equal(routed, trained.model.live(images))
+        assert torch.equal(routed, trained.model.forward_active(images))
         factors.stack.copy_(live)
 
 
@@ -89,7 +89,7 @@ def test_live_adapter_is_back_after_routing_and_answers_in_training_mode(trained
     trained.model(images)
     assert torch.equal(LoRAFactors(trained.model).stack, live)
     trained.model.train()
-    assert torch.equal(trained.model(images), trained.model.live(images))
+    assert torch.equal(trained.model(images), trained.model.forward_active(images))
 
 
 def test_router_adds_up_the_classes_of_an_adapter_by_hand():

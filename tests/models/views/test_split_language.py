@@ -23,10 +23,10 @@ from support import weights
 from treelora_avalanche.adapters import add_lora
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.features.signature import activation_signature
-from treelora_avalanche.models.token_batches import collate_hidden_rows, collate_token_rows
+from treelora_avalanche.models.token_batches import collate_hidden_states, collate_tokens
 from treelora_avalanche.models.tokenization import EncodedSample
 from treelora_avalanche.models.tokens import PADDING, crop
-from treelora_avalanche.models.views.split_language import LanguagePrefixView, frozen_layers
+from treelora_avalanche.models.views.split_language import SplitLanguageModel, frozen_layers
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche.scenarios.text_tasks import TokenRows, TokenTargets
 from treelora_avalanche.strategies import (
@@ -190,19 +190,19 @@ def test_bit_for_bit_where_all_batches_have_one_shape(kind, make_model, tmp_path
 def test_the_parts_answer_as_the_whole_in_every_kind_of_model(kind, make_model):
     model = make_model(kind)
     targets = None if kind != "OPT" else ["q_proj", "v_proj"]
-    view = LanguagePrefixView(add_lora(model, layers="last:2", target_modules=targets)).eval()
+    view = SplitLanguageModel(add_lora(model, layers="last:2", target_modules=targets)).eval()
     for factors in view.parameters():
         torch.nn.init.normal_(factors, std=0.3)
     tokens = torch.randint(98, (3, 9))
     tokens[1, 5:] = PADDING
     assert view.n_frozen == 2
     with torch.no_grad():
-        hidden = view.prefix(tokens)
+        hidden = view.frozen_output(tokens)
         assert torch.equal(hidden.isnan().all(2), tokens == PADDING)
         torch.testing.assert_close(view(hidden), view(tokens))
         torch.testing.assert_close(view(hidden, last=3), view(tokens, last=3))
         # What is kept of a row depends neither on its padding nor on the other rows.
-        torch.testing.assert_close(hidden[1:2, :5], view.prefix(tokens[1:2, :5]))
+        torch.testing.assert_close(hidden[1:2, :5], view.frozen_output(tokens[1:2, :5]))
     assert view.agrees(tokens)
     kept = [parameter.grad is None for parameter in view.parameters()]
     view(hidden).sum().backward()
@@ -223,21 +223,21 @@ def test_which_layers_are_frozen(make_model):
 
 
 def test_layers_have_their_own_forward_pass_again(make_model):
-    view = LanguagePrefixView(add_lora(make_model(), layers="last:2"))
-    view(view.prefix(torch.tensor([[1, 2, 3]])))
+    view = SplitLanguageModel(add_lora(make_model(), layers="last:2"))
+    view(view.frozen_output(torch.tensor([[1, 2, 3]])))
     assert not any("forward" in layer.__dict__ for layer in view.module.base.model.layers)
     with pytest.raises(IndexError):
-        view.prefix(torch.tensor([[1, 2, 300]]))
+        view.frozen_output(torch.tensor([[1, 2, 300]]))
     assert not any("forward" in layer.__dict__ for layer in view.module.base.model.layers)
 
 
 def test_compiled_layers_answer_the_same(make_model):
-    view = LanguagePrefixView(add_lora(make_model(), layers="last:2"))
+    view = SplitLanguageModel(add_lora(make_model(), layers="last:2"))
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, PADDING, PADDING]])
     with torch.no_grad():
         logits = view(tokens)
         view.compile(backend="eager")
-        torch.testing.assert_close(view(view.prefix(tokens)), logits)
+        torch.testing.assert_close(view(view.frozen_output(tokens)), logits)
         torch.testing.assert_close(view(tokens), logits)
     assert all(layer._compiled_call_impl for layer in view.module.base.model.layers)
 
@@ -300,18 +300,18 @@ def test_hidden_rows_are_padded_as_tokens_are():
         for t, y, n in zip(tokens, targets, lengths, strict=True)
     ]
     rows = [(t, y, 0) for t, y in zip(tokens, targets, strict=True)]
-    for make_batch, width in ((collate_token_rows, 3), (partial(collate_hidden_rows, width=4), 4)):
+    for make_batch, width in ((collate_tokens, 3), (partial(collate_hidden_states, width=4), 4)):
         x, y, task = make_batch(hidden)
         assert x.shape == (2, width, 2)
         assert torch.equal(x.isnan().all(2), torch.stack(tokens)[:, :width] == PADDING)
         assert torch.equal(y, torch.stack(targets)[:, :width])
         assert torch.equal(task, torch.zeros(2, dtype=torch.long))
         assert crop(x).shape == (2, 3, 2)
-    assert torch.equal(collate_token_rows(rows)[1], collate_token_rows(hidden)[1])
+    assert torch.equal(collate_tokens(rows)[1], collate_tokens(hidden)[1])
 
 
 def test_the_signature_of_a_task_is_that_of_its_tokens(make_model):
-    view = LanguagePrefixView(add_lora(make_model(), layers="last:2"))
+    view = SplitLanguageModel(add_lora(make_model(), layers="last:2"))
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, PADDING, PADDING]])
     signature = activation_signature(view, tokens)
-    torch.testing.assert_close(activation_signature(view, view.prefix(tokens)), signature)
+    torch.testing.assert_close(activation_signature(view, view.frozen_output(tokens)), signature)

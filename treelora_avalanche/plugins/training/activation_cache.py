@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from treelora_avalanche.models.tokens import crop, real_tokens
-from treelora_avalanche.models.views.split_language import LanguagePrefixView
-from treelora_avalanche.models.views.split_vit import PrefixView
+from treelora_avalanche.models.views.split import SplitView
+from treelora_avalanche.models.views.split_language import SplitLanguageModel
 from treelora_avalanche.plugins.training.cached_tokens import HiddenRows, like, rows_of
 from treelora_avalanche.processes import Processes, shared_work
 from treelora_avalanche.state import random_state, set_random_state
@@ -146,7 +146,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         view, dataset = strategy.model, strategy.experience.dataset
         if self.memory is None or len(dataset) == 0:
             return
-        if not isinstance(view, (PrefixView, LanguagePrefixView)):
+        if not isinstance(view, SplitView):
             self._say("the model is not known in two parts")
             return
         if not view.n_frozen:
@@ -177,7 +177,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
                 return None
         if kept is not None:
             return kept._replace(for_training=kept.for_training or training)
-        compute = self._of_texts if isinstance(view, LanguagePrefixView) else self._of_images
+        compute = self._of_texts if isinstance(view, SplitLanguageModel) else self._of_images
         computed = compute(strategy, num_workers, processes)
         # Nothing is read before every process has done its part.
         if not _all_agree(computed is not None, processes) or computed is None:
@@ -189,7 +189,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     ) -> tuple[Any, Tensor] | None:
         """A dataset of what the prefix makes of images, and where it lies."""
         view, dataset = strategy.model, strategy.experience.dataset
-        one = view.prefix(dataset.eval()[0][0].to(strategy.device)[None])
+        one = view.frozen_output(dataset.eval()[0][0].to(strategy.device)[None])
         hidden = self._room((len(dataset), *one.shape[1:]), view.dtype, processes)
         if hidden is None:
             return None
@@ -203,7 +203,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             collate_fn=dataset.collate_fn,
         )
         for numbers, (x, *_) in zip(batches, loader, strict=True):
-            part = view.prefix(x.to(strategy.device, non_blocking=True))
+            part = view.frozen_output(x.to(strategy.device, non_blocking=True))
             hidden[numbers] = part.to(hidden)
         targets, task_labels = list(dataset.targets), list(dataset.targets_task_labels)
         as_dataset = _make_taskaware_classification_dataset(
@@ -217,7 +217,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         """The same of texts, of whose rows the tokens alone are kept."""
         view, dataset = strategy.model, strategy.experience.dataset.eval()
         lengths = list(dataset.lengths)
-        one = view.prefix(dataset[0][0][None, :1].to(strategy.device))
+        one = view.frozen_output(dataset[0][0][None, :1].to(strategy.device))
         hidden = self._room((sum(lengths), one.shape[2]), view.dtype, processes)
         every_target = self._room((sum(lengths),), torch.long, processes)
         if hidden is None or every_target is None:
@@ -230,7 +230,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             num_workers=num_workers,
             pin_memory=strategy.device.type == "cuda",
         ):
-            part = view.prefix(tokens.to(strategy.device, non_blocking=True)).cpu()
+            part = view.frozen_output(tokens.to(strategy.device, non_blocking=True)).cpu()
             if real_tokens(part).sum(1).tolist() != [lengths[number] for number in numbers]:
                 self._say("a row is not as long as `lengths` tells, or becomes NaN")
                 return None
@@ -240,7 +240,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     def _repeats(
         self,
-        view: PrefixView | LanguagePrefixView,
+        view: SplitView,
         dataset: Any,
         device: torch.device,
         training: bool,
@@ -249,7 +249,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         rows = torch.linspace(0, len(dataset) - 1, TRIED_SAMPLES).long().unique().tolist()
         readings = [dataset.eval(), *([dataset.train()] * 2 if training else [dataset.eval()])]
         images, *again = ([part[row][0] for row in rows] for part in readings)
-        on_text = isinstance(view, LanguagePrefixView)
+        on_text = isinstance(view, SplitLanguageModel)
         if not all(isinstance(x, Tensor) and x.ndim == (1 if on_text else 3) for x in images):
             self._say(f"the samples are not {'rows of tokens' if on_text else 'images'} as tensors")
             return False
@@ -262,13 +262,13 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             self._say("a sample read again differs (random augmentation, or two transforms)")
             return False
         some = torch.stack(images[:2]).to(device)
-        if isinstance(view, LanguagePrefixView):
+        if isinstance(view, SplitLanguageModel):
             some = crop(some)
             if not view.agrees(crop(some[:1])):
                 self._say("the layers of the model read more than what the layer below hands on")
                 return False
         if view.training:
-            first, second = view.prefix(some), view.prefix(some)
+            first, second = view.frozen_output(some), view.frozen_output(some)
             if not torch.allclose(first, second, rtol=1e-2, atol=1e-2, equal_nan=True):
                 self._say("the frozen blocks are random (dropout)")
                 return False

@@ -8,8 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from treelora_avalanche.adapters import lora_layers
 from treelora_avalanche.models.views.router import RoutedView
-from treelora_avalanche.models.views.split_language import LanguagePrefixView
-from treelora_avalanche.models.views.split_vit import PrefixView
+from treelora_avalanche.models.views.split import SplitView
 from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
@@ -95,7 +94,7 @@ class FirstSessionPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
     def _check(self, strategy: Any) -> None:
         model = strategy.model
-        if not isinstance(model, (PrefixView, LanguagePrefixView)):
+        if not isinstance(model, SplitView):
             raise ValueError(
                 f"`model` ({type(model).__name__}) is not known in two parts, so its lower blocks "
                 "cannot settle; use one of this library's strategies with LoRA, with a timm vision "
