@@ -281,7 +281,7 @@ def test_what_takes_images_alone_refuses_a_language_model(make_language_model, s
 
 # ------------------------------------------------------------------ more classes than the head has
 
-TOO_MANY = r"experience 1 has class 6, and the model's classifier 6 outputs; .*num_classes=7"
+TOO_MANY = r"class 6 of experience 1, but has 6 outputs\. .*num_classes=7"
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "StreamingLDA"])

@@ -160,9 +160,9 @@ def test_missing_and_extra_keys_are_named(backbone, tmp_path):
     names = r"missing: blocks\.1\.attn\.qkv\.bias; unexpected: blocks\.1\.gamma_1, head2\.weight"
     refused(rf"`checkpoint` .*checkpoint\.pth.*{names}")
     torch.save({"epoch": 3, "args": argparse.Namespace(), "model_weights": {}}, file)
-    refused("holds no state dict.*not tensors: args, epoch, model_weights")
+    refused("should hold a state dict.*not tensors: args, epoch, model_weights")
     torch.save({"teacher": {}}, file)
-    refused("holds no state dict.*all is empty")
+    refused("should hold a state dict.*all is empty")
     torch.save([1, 2], file)
     refused(r"`checkpoint` .*checkpoint\.pth")
 

@@ -214,7 +214,7 @@ def test_loss_never_holds_all_logits_in_float32(monkeypatch):
 
 
 def test_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="`reduction` is 'sum'"):
+    with pytest.raises(ValueError, match=r"`reduction` should be .*, but is 'sum'"):
         TokenCrossEntropy("sum")
 
 
@@ -281,18 +281,18 @@ def test_no_room_is_an_error(make_tokenizer):
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(ValueError, match="no room"):
         encode_sample(tokenizer, 90 * "a", "b", 40)
-    with pytest.raises(ValueError, match="room for 3 tokens"):
+    with pytest.raises(ValueError, match="but is 3"):
         encode_prompt(tokenizer, "a", 3)
 
 
 def test_tokenizer_without_end_token_is_refused(make_model, make_tokenizer):
-    with pytest.raises(ValueError, match="no end token"):
+    with pytest.raises(ValueError, match="should have an end token"):
         LanguageModel(make_model().network, make_tokenizer(eos_token=None))
 
 
 def test_tokenizer_of_another_model_is_refused(make_tokenizer):
     network = LlamaForCausalLM(LlamaConfig(vocab_size=50, **SIZES))
-    with pytest.raises(ValueError, match="98 tokens, and the network embeds 50"):
+    with pytest.raises(ValueError, match=r"at most 50 tokens, .* but has 98"):
         LanguageModel(network, make_tokenizer())
 
 
@@ -428,13 +428,13 @@ def test_length_is_at_most_the_context(make_model, caplog):
 
 
 def test_folder_without_safetensors_is_refused(make_model, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"without config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"should hold a config\.json"):
         create_language_model(tmp_path)
     make_model().network.config.save_pretrained(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"safetensors \(found pytorch_model\.bin"):
+    with pytest.raises(FileNotFoundError, match=r"safetensors.* \(found pytorch_model\.bin"):
         create_language_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="not a folder"):
+    with pytest.raises(FileNotFoundError, match="should be a folder"):
         create_language_model(tmp_path / "missing")
 
 
@@ -443,7 +443,7 @@ def test_hub_out_of_reach_is_one_line_that_names_the_model(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="'nobody/no-such-model' could not be fetched") as error:
+    with pytest.raises(OSError, match="no-such-model', which could not be fetched") as error:
         create_language_model("nobody/no-such-model")
     assert "pass a folder" in str(error.value)
     assert "\n" not in str(error.value)

@@ -190,7 +190,7 @@ def test_encoder_from_a_folder(tmp_path, make_tokenizer, make_encoder):
     encoder = create_text_encoder(tmp_path, 3, max_length=10)
     rows = encode_texts(encoder.tokenizer, ["abc"], 10)
     assert encoder(rows).shape == (1, 3)
-    with pytest.raises(ValueError, match="`num_classes` is 0"):
+    with pytest.raises(ValueError, match="`num_classes` should be at least 1, but is 0"):
         create_text_encoder(tmp_path, 0)
     with pytest.raises(ValueError, match="create_text_encoder` gives"):
         TextClasses(tmp_path, encoder.encoder)

@@ -110,9 +110,9 @@ def test_ensemble_is_the_weighted_mean_with_the_past():
 
 
 def test_prompts_without_keys_match_nothing():
-    with pytest.raises(ValueError, match="made without keys"):
+    with pytest.raises(ValueError, match="`key_dim` should be given"):
         TaskPrompts((2,)).match(torch.ones(1, 2))
-    with pytest.raises(ValueError, match=r"`momentum` must be at least 0 and below 1, and is 1\.0"):
+    with pytest.raises(ValueError, match=r"`momentum` should be .* 0 and below 1, but is 1\.0"):
         TaskPrompts((2,), momentum=1.0)
 
 
@@ -221,7 +221,7 @@ def test_past_of_another_shape_is_refused(tiny_vit, tiny_benchmark):
     prompts = TaskPrompts((2, 3), key_dim=4)
     prompts.fold()
     other = TaskPrompts((2, 3))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=r"should be of shape \(2, 3\), but are .* with keys"):
         other.load_past_state(prompts.past_state())
     assert len(other) == 1
 
@@ -232,12 +232,12 @@ def test_past_of_another_shape_is_refused(tiny_vit, tiny_benchmark):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"expert_layers": (1, 3)}, r"`expert_layers` is \[1, 3\]; .* 0 to 2"),
-        ({"general_layers": ()}, "`general_layers` is"),
+        ({"expert_layers": (1, 3)}, r"`expert_layers` .* 0 to 2, but is \[1, 3\]"),
+        ({"general_layers": ()}, r"`general_layers` .*, but is \[\]"),
         ({"general_layers": (0, 0)}, "different blocks"),
-        ({"general_layers": (0, 1)}, "share blocks"),
-        ({"general_length": 0}, "`general_length` must be at least 1, and is 0"),
-        ({"expert_length": 0}, "`expert_length` must be at least 1"),
+        ({"general_layers": (0, 1)}, "should have no block in common"),
+        ({"general_length": 0}, "`general_length` should be at least 1, but is 0"),
+        ({"expert_length": 0}, "`expert_length` should be at least 1"),
         ({"sim_coefficient": -1.0}, "`sim_coefficient`"),
         ({"head": "other"}, "`head`"),
     ],
@@ -251,7 +251,7 @@ def test_wrong_arguments_leave_the_model_as_it_was(tiny_vit, options, message):
 
 def test_other_models_are_refused():
     resnet = timm.create_model("resnet10t", num_classes=4)
-    with pytest.raises(ValueError, match="DualPrompt takes a VisionTransformer of timm"):
+    with pytest.raises(ValueError, match="should be a VisionTransformer of timm for DualPrompt"):
         make(resnet)
     parallel = timm.models.VisionTransformer(
         img_size=8,

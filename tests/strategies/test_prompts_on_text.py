@@ -380,9 +380,9 @@ def test_another_model_is_refused_by_name(strategy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"query_length": 0}, "`query_length` must be at least 1, and is 0"),
-        ({"top_k": 9}, "`top_k` is 9, and the pool has 6"),
-        ({"prompt_length": 20}, "take 40 of the model's context of 64.*max_length=24 or less"),
+        ({"query_length": 0}, "`query_length` should be at least 1, but is 0"),
+        ({"top_k": 9}, "`top_k` should be at most 6, the size of the pool, but is 9"),
+        ({"prompt_length": 20}, r"at most 24, its context of 64 less .* = 40, but is"),
         ({"head": "task_adaptive"}, "a language model has none"),
     ],
 )
@@ -399,17 +399,17 @@ def test_l2p_refuses_before_it_touches_the_model(make_model, options, message):
 def test_prompts_are_put_on_a_model_once(make_model, prompts):
     model = make_model()
     make(prompts, model)
-    with pytest.raises(ValueError, match="carries prompts or LoRA already"):
+    with pytest.raises(ValueError, match="should carry neither prompts nor LoRA"):
         make(prompts, model)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"query_length": 0}, "`query_length` must be at least 1, and is 0"),
-        ({"expert_layers": (2, 3)}, r"`expert_layers` is \[2, 3\].*which are 0 to 2"),
-        ({"expert_layers": (0, 1)}, "share blocks"),
-        ({"general_length": 0}, "`general_length` must be at least 1"),
+        ({"query_length": 0}, "`query_length` should be at least 1, but is 0"),
+        ({"expert_layers": (2, 3)}, r"`expert_layers` .*which are 0 to 2, but is \[2, 3\]"),
+        ({"expert_layers": (0, 1)}, "should have no block in common"),
+        ({"general_length": 0}, "`general_length` should be at least 1"),
     ],
 )
 def test_dual_prompt_refuses_before_it_touches_the_model(make_model, options, message):
@@ -429,9 +429,9 @@ def test_dual_prompt_refuses_gradient_checkpointing(make_model):
 
 
 def test_hide_lora_refuses_what_it_cannot_do(make_model):
-    with pytest.raises(ValueError, match="`query_length` must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="`query_length` should be at least 1, but is 0"):
         make("HiDeLoRA", make_model(), query_length=0)
-    with pytest.raises(ValueError, match="`n_centroids` must be at least 1"):
+    with pytest.raises(ValueError, match="`n_centroids` should be at least 1"):
         make("HiDeLoRA", make_model(), n_centroids=0)
-    with pytest.raises(ValueError, match=r"`target_modules` names 'k_proj'.*Known:"):
+    with pytest.raises(ValueError, match=r"`target_modules` should be one of .*, but is 'k_proj'"):
         make("HiDeLoRA", make_model("gpt2"))

@@ -151,7 +151,7 @@ def _contrast(
 
 
 def _view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifts (up to a pixel of 8), turns (14 degrees), scales and makes noisy each of the images."""
+    """Shifts (up to a pixel of 8), turns (14 degrees), scales and perturbs each of the images."""
     turn, scale, *shift = torch.rand(4, len(images), generator=generator) * 2 - 1
     turn, scale = 0.25 * turn, 1 + 0.15 * scale
     cos, sin = scale * turn.cos(), scale * turn.sin()

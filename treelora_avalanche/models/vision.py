@@ -163,8 +163,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     if strange or not state:
         raise ValueError(
             f"`checkpoint` should hold a state dict, at its top or under 'state_dict', 'model' or "
-            f"'teacher', but {str(file)!r} does not (not tensors: {_some(strange) or 'all is empty'}"
-            ")."
+            f"'teacher', but {str(file)!r} does not "
+            f"(not tensors: {_some(strange) or 'all is empty'})."
         )
     state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     dropped = {name for name in state if IBOT_PRETRAINING_KEYS.match(name)}
