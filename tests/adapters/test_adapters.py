@@ -1,4 +1,4 @@
-"""LoRA on a model, its factors as one matrix, the bank, and peft folders."""
+"""LoRA adapters: attaching, factors as one matrix, the bank, and peft folders."""
 
 import copy
 import re
@@ -78,7 +78,7 @@ def test_several_kinds_come_in_the_order_of_the_model(tiny_vit):
         ({"alpha": 0}, "`alpha` should be positive, but is 0"),
     ],
 )
-def test_bad_arguments_leave_the_model_as_it_was(tiny_vit, arguments, message):
+def test_bad_arguments_leave_the_model_unchanged(tiny_vit, arguments, message):
     model = tiny_vit()
     with pytest.raises(ValueError, match=re.escape(message)):
         add_lora(model, **arguments)
@@ -220,7 +220,7 @@ def test_bank_returns_what_was_stored_and_what_was_picked(tiny_vit):
         assert torch.equal(bank.receive(), expected)
 
 
-def test_bank_refuses_adapters_of_another_shape_and_impatience(tiny_vit):
+def test_bank_refuses_adapters_of_another_shape_and_receiving_without_a_request(tiny_vit):
     bank = AdapterBank()
     with pytest.raises(IndexError, match="should hold an adapter, but is empty"):
         bank[0]
@@ -296,7 +296,7 @@ def test_adapter_saved_here_is_loaded_by_plain_peft(tiny_vit, tmp_path):
     assert any(parameter.requires_grad for parameter in again.parameters())
 
 
-def test_saving_again_replaces_the_folder_and_leaves_no_scraps(tiny_vit, tmp_path):
+def test_saving_again_replaces_the_folder_and_leaves_no_temporary_files(tiny_vit, tmp_path):
     model = adapted(tiny_vit).eval()
     save_adapter(model, tmp_path / "adapter")
     train_a_little(model)

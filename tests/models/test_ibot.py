@@ -1,4 +1,4 @@
-"""Checkpoints of iBOT's pretraining: the teacher's backbone is found in all published forms."""
+"""Checkpoints of iBOT's pretraining: the teacher's backbone is loaded from all published forms."""
 
 import argparse
 import logging
@@ -44,7 +44,7 @@ def prefixed(prefix, weights):
 
 
 def training_state(backbone):
-    """What iBOT's main_ibot.py saves: both networks, the optimizer, the arguments."""
+    """The state that iBOT's main_ibot.py saves: both networks, the optimizer, the arguments."""
     weights = backbone.state_dict()
     student = {name: torch.randn_like(tensor) for name, tensor in weights.items()}
     student["masked_embed"] = torch.zeros(1, 24)
@@ -91,7 +91,7 @@ def test_the_teachers_backbone_is_loaded_from_every_layout(backbone, tmp_path, l
     assert model(x).shape == (2, 5)
 
 
-def test_what_is_left_out_is_said(backbone, tmp_path, caplog):
+def test_left_out_tensors_are_logged(backbone, tmp_path, caplog):
     file = tmp_path / "checkpoint.pth"
     state = training_state(backbone)
     state["teacher"]["masked_embed"] = torch.zeros(1, 24)

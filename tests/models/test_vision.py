@@ -1,4 +1,4 @@
-"""Pretrained vision transformers: the weights are those of the file, errors say what to do."""
+"""Pretrained vision transformers: the weights are those of the file, errors name a remedy."""
 
 import copy
 import pickle
@@ -104,7 +104,7 @@ def test_weights_of_another_model_are_named(small_file):
 
 
 class _Trap:
-    """Unpickling it raises the alarm."""
+    """Unpickling it makes the test fail."""
 
     def __reduce__(self):
         return pytest.fail, ("a pickled object was executed",)
@@ -144,7 +144,7 @@ def test_model_names():
     assert isinstance(tagged, timm.models.VisionTransformer)
 
 
-def test_unreachable_hub_says_how_to_go_on(monkeypatch, tmp_path):
+def test_unreachable_hub_is_an_error_with_a_remedy(monkeypatch, tmp_path):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

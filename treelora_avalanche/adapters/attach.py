@@ -173,7 +173,7 @@ def add_lora(
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by r: any number does
         target_modules=names,
         modules_to_save=[classifier] if classifier else None,
-        # GPT-2 stores its weights transposed, and peft has to be told.
+        # GPT-2 stores its weights transposed, which peft does not detect.
         fan_in_fan_out=all(isinstance(network.get_submodule(name), Conv1D) for name in names),
         task_type=model.task_type if isinstance(model, AdapterHost) else None,
     )

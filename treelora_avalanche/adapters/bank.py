@@ -14,7 +14,7 @@ from treelora_avalanche.state import check_keys
 class AdapterBank:
     """Stores the finished adapters on the host; only the rows in use are copied to the device.
 
-    Adapter ``i`` is that of the :class:`~treelora_avalanche.tree.AdapterTree`'s index ``i``::
+    Its indices are those of the :class:`~treelora_avalanche.tree.AdapterTree`::
 
         bank = AdapterBank()
         bank.append(LoRAFactors(model))  # after a task

@@ -76,7 +76,7 @@ def collate_tokens(samples: Sequence[Any]) -> list[Tensor]:
     """Returns a batch of token sequences, without the columns that are padding in all of them.
 
     The targets keep the last columns alone, from the first that has a target in some sample: their
-    width tells the model how many columns of logits are needed.
+    width is how many columns of logits are needed.
 
     :param samples: tuples of tokens ``(width,)``, or the frozen layers' output for them, ``(length,
         dim)``; targets of the same width; and numbers.

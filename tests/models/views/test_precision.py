@@ -1,4 +1,4 @@
-"""Precision of the forward pass, compilation, and nothing in a step that waits for the device."""
+"""Precision of the forward pass, compilation, and steps that never synchronise with the device."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def make(model, kind=TreeLoRAStrategy, **kwargs):
 
 
 class Watch(SupervisedPlugin):
-    """Precision of what goes through the first adapted layer, of the logits, and the losses."""
+    """Precision of the first adapted layer's output and of the logits, and the losses."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def test_bf16_computes_in_half_the_bits_and_keeps_weights_in_all(tiny_vit, tiny_
     torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.05, atol=0.02)
 
 
-def test_features_and_answers_are_float32(tiny_vit, tiny_benchmark):
+def test_features_and_logits_are_float32(tiny_vit, tiny_benchmark):
     strategy = make(
         tiny_vit(), precision="bf16", head="task_adaptive", inference="routed", train_epochs=1
     )
@@ -162,9 +162,9 @@ def test_bf16_attention_on_a_cpu_is_that_of_float64(tiny_vit):
     hidden = exact.frozen_output(images.double())
     expected = exact.transformer.blocks[-2].attn(hidden)
     with model.autocasting():
-        answer = attention(hidden.float())
-    assert answer.dtype == torch.bfloat16
-    torch.testing.assert_close(answer.double(), expected, rtol=0.02, atol=0.02)
+        output = attention(hidden.float())
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("has_it", "expected"), [(True, torch.bfloat16), (False, None)])
@@ -203,7 +203,7 @@ def test_a_compiled_model_learns_the_same(tiny_vit, tiny_benchmark, monkeypatch)
 
 
 class NoWaiting(SupervisedPlugin):
-    """Raises where something in a step waits for the device."""
+    """Raises where something in a step synchronises with the device."""
 
     def __init__(self):
         super().__init__()
@@ -238,7 +238,7 @@ def test_no_step_waits_for_the_gpu(tiny_vit, tiny_benchmark, selection, cache):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_is_kept_comes_from_pinned_memory(tiny_vit, tiny_benchmark):
+def test_cached_activations_come_from_pinned_memory(tiny_vit, tiny_benchmark):
     pinned = []
 
     class Seen(PrefixCachePlugin):

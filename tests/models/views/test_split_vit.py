@@ -1,4 +1,4 @@
-"""The view of a vision transformer in two parts: equal to timm's own pass, with less work."""
+"""Split vision transformers: equal to timm's own forward pass, with less computation."""
 
 import copy
 
@@ -100,7 +100,7 @@ def test_hidden_states_stand_for_the_images(blocks, kind):
     assert torch.equal(hidden, truth)
 
 
-def test_the_last_block_works_for_the_class_token_alone(images):
+def test_the_last_block_computes_the_class_token_alone(images):
     for kind, expected in (("plain", 1), ("mean of the patches", 5)):
         view = SplitViT(lora_vit(kind))
         seen = []
@@ -112,7 +112,7 @@ def test_the_last_block_works_for_the_class_token_alone(images):
         assert head_reads_class_token(view.transformer) == (expected == 1)
 
 
-def test_the_prefix_has_no_gradients(images):
+def test_frozen_blocks_have_no_gradients(images):
     view = SplitViT(lora_vit(layers="last:2"))
     asked = images.clone().requires_grad_()  # as gradient checkpointing asks embeddings to be
     assert not view.frozen_output(asked).requires_grad
@@ -120,7 +120,7 @@ def test_the_prefix_has_no_gradients(images):
     assert asked.grad is None
 
 
-def test_what_counts_as_frozen():
+def test_frozen_blocks_are_those_below_the_lowest_trainable_one():
     assert [frozen_blocks(SplitViT(lora_vit(layers=c)).transformer) for c in ("all", "last:3")] == [
         0,
         1,
@@ -160,7 +160,7 @@ def test_checkpointing_computes_the_same(images):
         torch.testing.assert_close(gradient, truth[name])
 
 
-def test_models_with_a_pass_of_their_own_are_left_alone(images):
+def test_models_with_a_forward_pass_of_their_own_are_not_split(images):
     distilled = lora_vit(make=VisionTransformerDistilled)
     # Its blocks are run by timm's own pass, but its head reads two tokens.
     assert isinstance(trainable_view(distilled), SplitViT)

@@ -254,7 +254,7 @@ class AttentiveLanguageModel(TrainableView, GeneratingView):
         texts = [""] * len(rows)
         device = self.attention.key.device
         with evaluating(self), self.autocasting():
-            # The order of the model's own batches, in which the rows of the attention must stand.
+            # The order of the model's own batches, which the attention has to follow.
             for batch in LengthBatchSampler([*map(len, rows)], batch_size, shuffle=False):
                 given = [rows[i] for i in batch]
                 inputs = self._inputs(pad_tokens(given).to(device))
