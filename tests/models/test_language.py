@@ -279,9 +279,9 @@ def test_truncation_keeps_template_answer_and_the_end_of_the_prompt(
 def test_no_room_is_an_error(make_tokenizer):
     tokenizer = make_tokenizer(bos_token="<s>")
     tokenizer.chat_template = TEMPLATE
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="to make room for an answer"):
         encode_sample(tokenizer, 90 * "a", "b", 40)
-    with pytest.raises(ValueError, match="but is 3"):
+    with pytest.raises(ValueError, match=r"room for a prompt should be above .*, but is 3"):
         encode_prompt(tokenizer, "a", 3)
 
 
@@ -346,9 +346,12 @@ def test_generation_keeps_the_end_of_a_prompt_and_takes_tokens_too(make_model):
     assert model.generate([tokens], 8) == model.generate(["abc"], 8)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1), (4, 0), (128, 1)])
-def test_generation_refuses_numbers_below_one(make_model, arguments):
-    with pytest.raises(ValueError, match="`max_new_tokens`"):
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((0, 1), "max_new_tokens"), ((4, 0), "batch_size"), ((128, 1), "max_new_tokens")],
+)
+def test_generation_refuses_numbers_out_of_range(make_model, arguments, named):
+    with pytest.raises(ValueError, match=f"`{named}` should be at least 1"):
         make_model().generate(["a"], *arguments)
 
 
