@@ -250,15 +250,13 @@ class TaskPrompts(nn.Module):
         check_keys(state, {"prompts", "keys"}, "the state of TaskPrompts")
         prompts, keys = state["prompts"], state["keys"]
         n_keys = len(prompts) if self.key is not None else 0
-        fits = prompts.shape[1:] == self.active.shape and keys.shape == (
-            n_keys,
-            self.past_keys.shape[1],
-        )
-        if not fits:
+        found = tuple(prompts.shape), tuple(keys.shape)
+        expected = (len(prompts), *self.active.shape), (n_keys, self.past_keys.shape[1])
+        if found != expected:
             raise ValueError(
-                f"the past prompts in the state should be of shape {tuple(self.active.shape)}, but "
-                f"are {tuple(prompts.shape)} with keys {tuple(keys.shape)}. Build the strategy "
-                "with the same lengths and layers."
+                f"the past prompts in the state should be {expected[0]} with keys {expected[1]}, "
+                f"but are {found[0]} with keys {found[1]}. Build the strategy with the same lengths "
+                "and layers."
             )
         self.past_keys = keys.detach().to(self.active, copy=True)
         self._set_past(prompts.detach().to(self.active, copy=True))
