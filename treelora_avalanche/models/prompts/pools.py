@@ -255,8 +255,8 @@ class TaskPrompts(nn.Module):
         if found != expected:
             raise ValueError(
                 f"the past prompts in the state should be {expected[0]} with keys {expected[1]}, "
-                f"but are {found[0]} with keys {found[1]}. Build the strategy with the same lengths "
-                "and layers."
+                f"but are {found[0]} with keys {found[1]}. Build the strategy with the same "
+                "lengths and layers."
             )
         self.past_keys = keys.detach().to(self.active, copy=True)
         self._set_past(prompts.detach().to(self.active, copy=True))
