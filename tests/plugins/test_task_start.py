@@ -7,7 +7,8 @@ from avalanche.training.supervised import Naive
 from torch import nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView, add_lora
-from treelora_avalanche.models.features.signature import activation_signature, features_of
+from treelora_avalanche.models.features.extraction import features_of
+from treelora_avalanche.models.features.signature import activation_signature
 from treelora_avalanche.plugins import TaskStartPlugin, TreeBuilderPlugin
 from treelora_avalanche.tree import AdapterTree
 

@@ -291,5 +291,5 @@ def test_threshold_out_of_range_is_refused(tiny_vit, threshold):
 
 def test_a_subspace_of_another_layer_is_refused():
     memory = SubspaceMemory(4)
-    with pytest.raises(ValueError, match=r"basis of shape \(0, 5\), and the layer has 4 inputs"):
+    with pytest.raises(ValueError, match=r"\(n, 4\), as the layer has 4 inputs, but is \(0, 5\)"):
         memory.load_state_dict(SubspaceMemory(5).state_dict())

@@ -143,9 +143,9 @@ def test_a_past_of_other_layers_is_refused_and_nothing_changes(tiny_vit):
     model, past = folded(rank=4)
     expected = logits(model)
     for options, message in [
-        ({"rank": 3}, r"past factors \(3, 16\) and \(48, 3\) do not fit an adapter of \(4, 16\)"),
-        ({"layers": [0]}, "are of 1 layers, and the model has 3"),
-        ({"rank": 4, "target_modules": ["fc2"]}, r"past factors \(4, 64\)"),
+        ({"rank": 3}, r"should fit \(4, 16\) and .* but are \(3, 16\) and \(48, 3\)"),
+        ({"layers": [0]}, "should be of 3 layers, but are of 1"),
+        ({"rank": 4, "target_modules": ["fc2"]}, r"past factors .* but are \(4, 64\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             past.load_state_dict(folded(**options)[1].state_dict())
@@ -153,7 +153,7 @@ def test_a_past_of_other_layers_is_refused_and_nothing_changes(tiny_vit):
 
 
 def test_a_model_without_lora_is_refused(tiny_vit):
-    with pytest.raises(ValueError, match="carries no LoRA layers"):
+    with pytest.raises(ValueError, match="should carry LoRA layers"):
         PastAdapters(tiny_vit())
 
 

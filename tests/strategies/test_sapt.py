@@ -332,5 +332,5 @@ def test_a_bad_argument_is_refused(make, tiny_vit, make_language_model):
             SAPT(model, evaluator=None, **options)
         assert not lora_layers(model)
     view = AttentiveLanguageModel(add_lora(make_language_model(), rank=4), 8)
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="`batch_size` should be at least 1, but is 0"):
         view.generate(PROMPTS, 4, batch_size=0)

@@ -17,7 +17,7 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
-from treelora_avalanche.models.views.split_language import LanguagePrefixView, takes_parts
+from treelora_avalanche.models.views.split_language import SplitLanguageModel, supports_split
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import ActivationCachePlugin
 from treelora_avalanche.strategies.base.arguments import positional_model
@@ -89,7 +89,7 @@ class SeqLoRA(ParameterEfficientStrategy):
 
     def _view(self, model: nn.Module) -> TrainableView:
         """What :attr:`model` becomes, around a model with LoRA."""
-        return LanguagePrefixView(model) if takes_parts(model) else trainable_view(model)
+        return SplitLanguageModel(model) if supports_split(model) else trainable_view(model)
 
 
 def _check_answers_with_logits(model: nn.Module) -> None:

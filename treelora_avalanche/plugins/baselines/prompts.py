@@ -115,4 +115,4 @@ class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         """
         check_keys(state, {"past", "momentum"}, "the state of TaskPromptsPlugin")
         check_same_settings(state, {"momentum": self.prompts.momentum})
-        self.prompts.load_past(state["past"])
+        self.prompts.load_past_state(state["past"])

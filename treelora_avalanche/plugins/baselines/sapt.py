@@ -91,7 +91,7 @@ class SAPTPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Deletes the old projection and the last batch."""
         self._teacher = None
-        self.attention.forget_batch()
+        self.attention.clear_batch()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns factors and keys of the past tasks, and the weight."""

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from treelora_avalanche.models.tokens import crop, real_tokens
-from treelora_avalanche.models.views.split_language import LanguagePrefixView
-from treelora_avalanche.models.views.split_vit import PrefixView
+from treelora_avalanche.models.views.split import SplitView
+from treelora_avalanche.models.views.split_language import SplitLanguageModel
 from treelora_avalanche.plugins.training.cached_tokens import HiddenRows, like, rows_of
 from treelora_avalanche.processes import Processes, shared_work
 from treelora_avalanche.state import random_state, set_random_state
@@ -151,7 +151,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
         view, dataset = strategy.model, strategy.experience.dataset
         if self.memory is None or len(dataset) == 0:
             return
-        if not isinstance(view, (PrefixView, LanguagePrefixView)):
+        if not isinstance(view, SplitView):
             self._log_once("the model cannot be split at a block")
             return
         if not view.n_frozen:
@@ -182,7 +182,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
                 return None
         if kept is not None:
             return kept._replace(for_training=kept.for_training or training)
-        compute = self._of_texts if isinstance(view, LanguagePrefixView) else self._of_images
+        compute = self._of_texts if isinstance(view, SplitLanguageModel) else self._of_images
         computed = compute(strategy, num_workers, processes)
         # Wait until every process has computed its part.
         if not _all_agree(computed is not None, processes) or computed is None:
@@ -194,7 +194,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
     ) -> tuple[Any, Tensor] | None:
         """Returns a dataset of the frozen-block outputs of images, and their tensor."""
         view, dataset = strategy.model, strategy.experience.dataset
-        one = view.prefix(dataset.eval()[0][0].to(strategy.device)[None])
+        one = view.frozen_output(dataset.eval()[0][0].to(strategy.device)[None])
         hidden = self._room((len(dataset), *one.shape[1:]), view.dtype, processes)
         if hidden is None:
             return None
@@ -208,7 +208,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
             collate_fn=dataset.collate_fn,
         )
         for numbers, (x, *_) in zip(batches, loader, strict=True):
-            part = view.prefix(x.to(strategy.device, non_blocking=True))
+            part = view.frozen_output(x.to(strategy.device, non_blocking=True))
             hidden[numbers] = part.to(hidden)
         targets, task_labels = list(dataset.targets), list(dataset.targets_task_labels)
         as_dataset = _make_taskaware_classification_dataset(
@@ -222,7 +222,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
         """Returns the same for token sequences, without padding."""
         view, dataset = strategy.model, strategy.experience.dataset.eval()
         lengths = list(dataset.lengths)
-        one = view.prefix(dataset[0][0][None, :1].to(strategy.device))
+        one = view.frozen_output(dataset[0][0][None, :1].to(strategy.device))
         hidden = self._room((sum(lengths), one.shape[2]), view.dtype, processes)
         every_target = self._room((sum(lengths),), torch.long, processes)
         if hidden is None or every_target is None:
@@ -235,7 +235,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
             num_workers=num_workers,
             pin_memory=strategy.device.type == "cuda",
         ):
-            part = view.prefix(tokens.to(strategy.device, non_blocking=True)).cpu()
+            part = view.frozen_output(tokens.to(strategy.device, non_blocking=True)).cpu()
             if real_tokens(part).sum(1).tolist() != [lengths[number] for number in numbers]:
                 self._log_once("a token sequence differs from its `lengths`, or its output is NaN")
                 return None
@@ -245,7 +245,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
 
     def _repeats(
         self,
-        view: PrefixView | LanguagePrefixView,
+        view: SplitView,
         dataset: Any,
         device: torch.device,
         training: bool,
@@ -254,7 +254,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
         rows = torch.linspace(0, len(dataset) - 1, TRIED_SAMPLES).long().unique().tolist()
         readings = [dataset.eval(), *([dataset.train()] * 2 if training else [dataset.eval()])]
         images, *again = ([part[row][0] for row in rows] for part in readings)
-        on_text = isinstance(view, LanguagePrefixView)
+        on_text = isinstance(view, SplitLanguageModel)
         if not all(isinstance(x, Tensor) and x.ndim == (1 if on_text else 3) for x in images):
             self._log_once(
                 f"the samples are not {'token sequences' if on_text else 'images'} as tensors"
@@ -269,7 +269,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
             self._log_once("a sample read again differs (random augmentation, or two transforms)")
             return False
         some = torch.stack(images[:2]).to(device)
-        if isinstance(view, LanguagePrefixView):
+        if isinstance(view, SplitLanguageModel):
             some = crop(some)
             if not view.agrees(crop(some[:1])):
                 self._log_once(
@@ -277,7 +277,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
                 )
                 return False
         if view.training:
-            first, second = view.prefix(some), view.prefix(some)
+            first, second = view.frozen_output(some), view.frozen_output(some)
             if not torch.allclose(first, second, rtol=1e-2, atol=1e-2, equal_nan=True):
                 self._log_once("the frozen blocks are random (dropout)")
                 return False

@@ -11,7 +11,7 @@ from avalanche.benchmarks.utils import TaskAwareSupervisedClassificationDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from treelora_avalanche.models.token_batches import LengthBatchSampler, collate_hidden_rows
+from treelora_avalanche.models.token_batches import LengthBatchSampler, collate_hidden_states
 from treelora_avalanche.models.tokens import crop
 
 
@@ -83,5 +83,5 @@ def like(dataset: Any, rows: HiddenRows) -> TaskAwareSupervisedClassificationDat
         [rows],
         data_attributes=[dataset.targets, dataset.lengths, dataset.targets_task_labels],
         # Loaders that do not sort by length pad to the full width, as for tokens.
-        collate_fn=partial(collate_hidden_rows, width=len(dataset[0][0])),
+        collate_fn=partial(collate_hidden_states, width=len(dataset[0][0])),
     )

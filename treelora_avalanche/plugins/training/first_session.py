@@ -6,8 +6,7 @@ from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 
-from treelora_avalanche.models.views.split_language import LanguagePrefixView
-from treelora_avalanche.models.views.split_vit import PrefixView
+from treelora_avalanche.models.views.split import SplitView
 from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
@@ -97,7 +96,7 @@ class FirstSessionPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
     def _check(self, strategy: Any) -> None:
         model = strategy.model
-        if not isinstance(model, (PrefixView, LanguagePrefixView)):
+        if not isinstance(model, SplitView):
             raise ValueError(
                 "`model` should be a timm vision transformer or a language model in one of this "
                 f"library's strategies with LoRA, but is a {type(model).__name__}, which cannot be "
