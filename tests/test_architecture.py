@@ -1,37 +1,42 @@
-"""Who may import whom: downwards only."""
+"""Imports point downwards: the chain of layers, one a line."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
-# Lower numbers lie deeper; a module may import from its own layer and from deeper ones.
-LAYERS = {
-    "defaults": 0,
-    "registry": 4,
-    "checkpoint": 3,
-    "provenance": 0,
-    "processes": 0,
-    "choices": 0,
-    "_version": 0,
-    "tree": 0,
-    "bandit": 0,
-    "adapters": 1,
-    "state": 1,
-    "plugins": 2,
-    "models": 2,
-    "metrics": 2,
-    "strategies": 3,
-    "scenarios": 3,
-    "recipes": 4,
-    "runs": 4,
-    "compare": 5,
-    "reports": 5,
-    "cli": 6,
-}
-PURE = {
+# Highest first. A layer imports from lower ones only.
+CHAIN = (
+    "cli",
+    "compare",
+    "reports",
+    "runs",
+    "registry",
+    "recipes",
+    "testing",
+    "strategies",
+    "scenarios",
+    "checkpoint",
+    "metrics",
+    "plugins",
+    "models",
+    "adapters",
+    "state",
+    "bandit",
+    "tree",
+    "processes",
+    "provenance",
+    "defaults",
+    "choices",
+    "_version",
+)
+HEIGHT = {name: -line for line, name in enumerate(CHAIN)}
+PURE = {  # what these may import apart from the standard library
     "tree": {"torch", "rich", "treelora_avalanche.choices", "treelora_avalanche.tree"},
-    "bandit": {"torch", "treelora_avalanche.tree"},
+    "bandit": {"torch", "treelora_avalanche.choices", "treelora_avalanche.tree"},
+    "choices": set(),
+    "defaults": set(),
 }
 
 
@@ -39,56 +44,63 @@ def package(repository: Path) -> Path:
     return repository / "treelora_avalanche"
 
 
-def imports(file: Path, relative_to: Path) -> set[str]:
-    """Full names of all modules that a file imports, relative imports resolved."""
+def files_of(root: Path, layer: str) -> list[Path]:
+    file = root / f"{layer}.py"
+    return [file] if file.is_file() else sorted((root / layer).rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """Full names of all modules that a file imports."""
     names = set()
-    parents = ["treelora_avalanche", *file.relative_to(relative_to).parts[:-1]]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = parents[: len(parents) - node.level + 1] if node.level else []
-            names.add(".".join([*base, *([node.module] if node.module else [])]))
-            if not node.module or node.module == "treelora_avalanche":
-                names.discard("treelora_avalanche")
-                names.update(
-                    ".".join([*(base or ["treelora_avalanche"]), a.name]) for a in node.names
-                )
+            assert not node.level, f"{file}: relative import in line {node.lineno}"
+            module = node.module or ""
+            if module == "treelora_avalanche":
+                names.update(f"{module}.{alias.name}" for alias in node.names)
+            else:
+                names.add(module)
     return names
+
+
+def layers_of(file: Path) -> set[str]:
+    """Layers of this package that a file imports."""
+    return {name.split(".")[1] for name in imports(file) if name.startswith("treelora_avalanche.")}
 
 
 def test_every_module_has_a_layer(repository):
     modules = {p.stem for p in package(repository).iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert modules - {"__init__", "__pycache__", "py"} == set(LAYERS)
+    assert modules - {"__init__", "__pycache__", "py"} == set(HEIGHT)
 
 
-def test_imports_point_downwards(repository):
+@pytest.mark.parametrize("layer", HEIGHT)
+def test_imports_point_downwards(repository, layer):
     root = package(repository)
-    wrong = []
-    for file in root.rglob("*.py"):
-        if file == root / "__init__.py":
-            continue
-        module = file.relative_to(root).parts[0].removesuffix(".py")
-        for name in imports(file, root):
-            parts = name.split(".")
-            if parts[0] != "treelora_avalanche" or len(parts) < 2:
-                continue
-            if LAYERS[parts[1]] > LAYERS[module]:
-                wrong.append(f"{file.relative_to(root)} imports {name}")
+    wrong = [
+        f"{file.relative_to(root)} imports {other}"
+        for file in files_of(root, layer)
+        for other in layers_of(file) - {layer, "_version"}
+        if HEIGHT[other] >= HEIGHT[layer]
+    ]
     assert not wrong
 
 
-@pytest.mark.parametrize("module", PURE)
-def test_tree_and_bandit_stand_alone(repository, module):
-    import sys
-
-    root = package(repository)
-    allowed = PURE[module] | sys.stdlib_module_names
-    file = root / f"{module}.py"
-    for part in [file] if file.is_file() else (root / module).glob("*.py"):
-        for name in imports(part, root):
+@pytest.mark.parametrize("layer", PURE)
+def test_the_mathematics_stand_alone(repository, layer):
+    allowed = PURE[layer] | sys.stdlib_module_names
+    for file in files_of(package(repository), layer):
+        for name in imports(file):
             top = ".".join(name.split(".")[:2])
-            assert top in allowed or name.split(".")[0] in allowed, name
+            assert top in allowed or name.split(".")[0] in allowed, f"{file} imports {name}"
+
+
+def test_baselines_are_not_needed_by_other_plugins(repository):
+    plugins = package(repository) / "plugins"
+    for file in plugins.rglob("*.py"):
+        if "baselines" not in file.parts and file.name != "__init__.py":
+            assert not [name for name in imports(file) if ".baselines" in name], file
 
 
 @pytest.mark.parametrize("name", ["strategies", "scenarios"])

@@ -237,8 +237,8 @@ def _list_options(name: str, console: Any) -> None:
     console.print(f"[bold]{name}[/bold]: {entry.description}", highlight=False)
     defaults = {name: repr(value) for name, value in values.items()}
     rows = [
-        (option.name, defaults.get(option.name, show_default(option)), option.doc)
-        for option in own.values()
+        (name, defaults.get(option.name, show_default(option)), option.doc)
+        for name, option in own.items()
     ]
     if rows:
         _print_rows(console, "Options", rows)

@@ -52,6 +52,8 @@ class Method:
     :param family: supplies the optimizer, the learning rate and the shared arguments.
     :param models: kinds of models that the method is defined for.
     :param options: values of options that make the row what it is.
+    :param aliases: names of options whose parameters are called like a setting: by the name of the
+        option that of the parameter.
     :param also_reads: settings with a meaning for it beyond those of its family.
     :param does_not_read: settings of its family without a meaning for it.
     :param rates: default learning rates, where they are not its family's.
@@ -63,6 +65,7 @@ class Method:
     family: Family = LORA
     models: frozenset[str] = BOTH
     options: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     also_reads: frozenset[str] = frozenset()
     does_not_read: frozenset[str] = frozenset()
     rates: Rates | None = None
@@ -124,7 +127,9 @@ class Method:
         """Returns the options of its strategy's constructor; imports the strategy."""
         from treelora_avalanche.registry.options import own_options
 
-        return own_options(self.strategy_class(), SUPPLIED | METHOD_SETTINGS)
+        own = own_options(self.strategy_class(), SUPPLIED)
+        named = {alias: own[parameter] for alias, parameter in self.aliases.items()}
+        return named | {name: own[name] for name in own if name not in METHOD_SETTINGS}
 
     def build(self, given: SharedArguments) -> SupervisedTemplate:
         """Builds the strategy.
@@ -136,7 +141,8 @@ class Method:
 
         strategy, own = self.strategy_class(), given.options
         checked = check_options(strategy.__name__, own, self.own_options()) if own else {}
-        return self.family.build(strategy, given, self.reads, {**self.options, **checked})
+        renamed = {self.aliases.get(name, name): value for name, value in checked.items()}
+        return self.family.build(strategy, given, self.reads, {**self.options, **renamed})
 
 
 SUPPLIED = frozenset(
@@ -243,6 +249,7 @@ METHODS: Registry[Method] = Registry(
             "LoRA with learning without forgetting",
             family=AVALANCHE,
             options={"alpha": 1.0, "temperature": 2.0},
+            aliases={"distillation_alpha": "alpha"},
         ),
         "Replay": Method(
             _AVALANCHES + "Replay",

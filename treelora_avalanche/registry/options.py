@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import docstring_parser
 import jsonargparse
@@ -74,9 +74,10 @@ def own_options(function: Callable[..., Any], supplied: Collection[str]) -> dict
 def _documentation(function: Callable[..., Any]) -> dict[str, str]:
     classes = function.__mro__ if inspect.isclass(function) else (function,)
     docs: dict[str, str] = {}
-    for source in classes:
-        text = source.__doc__ or ""
-        for parameter in docstring_parser.parse(text).params:
+    # Avalanche documents the parameters of a class at its constructor.
+    texts = [text for c in classes for text in (c.__doc__, getattr(c.__init__, "__doc__", None))]
+    for text in texts:
+        for parameter in docstring_parser.parse(text or "").params:
             docs.setdefault(parameter.arg_name, _first_sentence(parameter.description or ""))
     return docs
 
@@ -108,10 +109,12 @@ def check_options(
     :param options: the known options.
     :raises ValueError: if a name is unknown, or a value is not of the option's type.
     """
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
     for name, value in given.items():
         check_known(f"option of {what}", name, options)
-        parser.add_argument(f"--{name}", type=options[name].annotation, default=None)
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        annotation = options[name].annotation
+        may_be_none = annotation is Any or type(None) in get_args(annotation)
+        parser.add_argument(f"--{name}", type=annotation, required=not may_be_none)
         try:
             given = {**given, name: parser.parse_object({name: value}, defaults=False)[name]}
         except jsonargparse.ArgumentError as error:
