@@ -146,7 +146,7 @@ def features_of(model, benchmark):
 
 def test_an_order_that_names_a_class_twice_is_refused():
     order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
-    with pytest.raises(ValueError, match=r"`fixed_class_order` is .*every label from 0 to 9 once"):
+    with pytest.raises(ValueError, match=r"`fixed_class_order` .*every label from 0 to 9 once"):
         SplitDigits(5, fixed_class_order=order)
 
 

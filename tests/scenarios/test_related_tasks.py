@@ -86,11 +86,11 @@ def test_the_seed_draws_the_order_and_the_parts():
 
 def test_wrong_arguments_are_explained():
     once = SplitDigits(5, seed=1)
-    with pytest.raises(ValueError, match="`times` must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="`times` should be at least 1, but is 0"):
         ReturningTasks(once, 0)
     with pytest.raises(ValueError, match="rounds"):
         ReturningTasks(once, order="round")
-    with pytest.raises(ValueError, match=r"`times` is 90, and class \d has only"):
+    with pytest.raises(ValueError, match=r"`times` .* but is 90, and class \d has only"):
         ReturningTasks(once, 90)
 
 
@@ -173,7 +173,9 @@ def test_a_task_holds_classes_of_its_group_alone(folder, seed):
 
 def test_groups_that_do_not_divide_are_refused(folder):
     root, groups = folder
-    with pytest.raises(ValueError, match=r"`classes_per_task` is 4, .* the 2 classes of 'tools'"):
+    with pytest.raises(
+        ValueError, match=r"`classes_per_task` .* the 2 classes of 'tools' evenly, but is 4\."
+    ):
         GroupedImageFolder(root, groups, 4, preprocessing=TINY)
 
 

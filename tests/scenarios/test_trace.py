@@ -149,11 +149,11 @@ def test_answers_that_do_not_fit_are_reported_and_the_rest_is_kept(tiny, make_to
     ("content", "message"),
     [
         ("{", r"train\.json is not valid JSON"),
-        ("[]", "holds none"),
+        ("[]", "but holds none"),
         ('{"prompt": "a", "answer": "b"}', "should hold a list of records"),
-        ("[1]", r"record 0 of .*train\.json is a int"),
+        ("[1]", r"record 0 of .*train\.json should be an object .* but is a int"),
         ([{"prompt": "a", "answer": "b"}, {"prompt": "a"}], r"record 1 of .*lacks 'answer'"),
-        ([{"prompt": "a", "answer": 3}], r"'answer' of record 0 of .* is a int"),
+        ([{"prompt": "a", "answer": 3}], r"'answer' of record 0 of .* but is a int"),
         ([{"prompt": "a", "answer": " \n"}], r"'answer' of record 0 of .* is empty"),
         ([{"prompt": "", "answer": "b"}], r"'prompt' of record 0 of .* is empty"),
     ],
@@ -180,7 +180,7 @@ def test_missing_tasks_and_unknown_names_are_refused(tiny, make_tokenizer, tmp_p
         TRACE(root, tokenizer, tasks=["FOMC", "FOMC"])
     with pytest.raises(ValueError, match="every number from 0 to 1 once"):
         TRACE(root, tokenizer, tasks=["FOMC", "Py150"], order=[0, 0])
-    with pytest.raises(ValueError, match="`limit` must be at least 1"):
+    with pytest.raises(ValueError, match="`limit` should be at least 1, but is 0"):
         TRACE(root, tokenizer, tasks=["FOMC"], limit=0)
     with pytest.raises(ValueError, match="no end token"):
         TRACE(root, make_tokenizer(eos_token=None), tasks=["FOMC"])
