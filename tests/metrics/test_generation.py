@@ -208,7 +208,7 @@ def test_tokens_per_second_counts_the_tokens_of_the_text(streams, monkeypatch):
     assert on_experience(results, "GenerationTokensPerSecond", 2) == 3 / 0.5
 
 
-def test_each_metric_works_alone_and_beside_accuracy(streams):
+def test_each_metric_works_alone_and_next_to_accuracy(streams):
     train, test = streams
     transfer, performance = GenerationBackwardTransfer(), GenerationOverallPerformance()
     strategy = build([transfer, AccuracyMatrix(), performance])
@@ -310,7 +310,7 @@ def test_state_is_plain_and_of_the_matrix_alone(streams, tmp_path):
     [
         ({"metric": "rouge"}, r"`metric` should be one of .*'rouge'\. .* mean 'rouge_l'"),
         ({"sources": None}, r"experience 2 of the test stream has no `sources`"),
-        ({"answers": []}, r"has 1 `prompts` and 0 `answers`; give it one per prompt"),
+        ({"answers": []}, r"one of `answers` per prompt, but has 1 `prompts` and 0 `answers`"),
         ({"sources": ["a", "b"]}, r"has 1 `prompts` and 2 `sources`"),
     ],
 )
@@ -333,7 +333,7 @@ def test_an_experience_without_texts_is_refused(streams):
 def test_a_model_that_cannot_generate_is_named(streams):
     _, test = streams
     strategy = build(generation_metrics(), model=nn.Linear(4, 3))
-    with pytest.raises(TypeError, match=r"\(Linear\) holds no module with `generate`"):
+    with pytest.raises(TypeError, match=r"should hold a module with `generate` .* but is a Linear"):
         strategy.eval(test[0])
 
 

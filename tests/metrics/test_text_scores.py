@@ -222,11 +222,13 @@ def test_mean_score_says_what_is_wrong():
         ValueError, match=r"`metric` should be one of .*'rouge-l'\. .* mean 'rouge_l'"
     ):
         mean_score("rouge-l", ["a"], ["a"])
-    with pytest.raises(ValueError, match=r"`sources` is None, but SARI"):
+    with pytest.raises(ValueError, match=r"`sources` should .* for SARI, but is None"):
         mean_score("sari", ["a"], ["a"])
     with pytest.raises(ValueError, match=r"one text per sample, but have 1, 2 and 2"):
         mean_score("accuracy", ["a"], ["a", "b"])
     with pytest.raises(ValueError, match=r"have 0, 0 and 0"):
         mean_score("accuracy", [], [])
-    with pytest.raises(ValueError, match="`references` is empty"):
+    with pytest.raises(
+        ValueError, match="`references` should hold at least one text, but is empty"
+    ):
         sari("a", [], "a")

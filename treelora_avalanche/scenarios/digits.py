@@ -15,6 +15,7 @@ from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 class LabelledImages(Dataset):
     """Images with their labels as Python integers, as Avalanche expects.
 
+    >>> import torch
     >>> LabelledImages(torch.zeros(2, 1, 8, 8), torch.tensor([3, 5])).targets
     [3, 5]
 
