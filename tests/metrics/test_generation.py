@@ -46,7 +46,7 @@ TASKS = {
         "max_new_tokens": 9,
     },
 }
-# By the number of experiences trained: what the model says, and the scores of that.
+# By the number of experiences trained: the generated texts, and their scores.
 REPLIES = [
     {"first?": "A", "second?": "?", "third?": "?", "fourth?": "?", "def f": "xy"},
     {"first?": "A", "second?": "B", "third?": "C", "fourth?": "?", "def f": "b"},
@@ -92,7 +92,7 @@ class Scripted(nn.Module):
 
 
 class Chatter(nn.Module):
-    """Like a model of transformers, whose `generate` is none of ours."""
+    """A wrapper with a `generate` from token ids, as a model of transformers has."""
 
     def __init__(self, inner):
         super().__init__()
@@ -102,7 +102,7 @@ class Chatter(nn.Module):
         return self.inner(x)
 
     def generate(self, input_ids):
-        raise AssertionError("no tokenizer, so this is not what generates from text")
+        raise AssertionError("without a tokenizer it should not be called")
 
 
 def give_texts(experience, task_name, **changes):
@@ -214,7 +214,7 @@ def test_each_metric_works_alone_and_next_to_accuracy(streams):
     strategy = build([transfer, AccuracyMatrix(), performance])
     strategy.train(train[0])
     strategy.eval(test)
-    assert len(scripted(strategy).calls) == 6, "they share nothing unless told to"
+    assert len(scripted(strategy).calls) == 6, "they share nothing by default"
     strategy.train(train[1])
     scripted(strategy).phase = 2
     results = strategy.eval(test)
@@ -223,14 +223,14 @@ def test_each_metric_works_alone_and_next_to_accuracy(streams):
     assert on_stream(results, "BackwardTransfer_Generation") == 0.0
 
 
-def test_batch_size_of_its_own(streams):
+def test_batch_size_can_differ_from_the_strategys(streams):
     _, test = streams
     strategy = build(generation_metrics(batch_size=2))
     strategy.eval(test[0])
     assert scripted(strategy).calls == [(4, 1, 2)]
 
 
-def test_what_was_not_evaluated_is_not_a_number(streams):
+def test_scores_not_evaluated_are_nan(streams):
     train, test = streams
     score, performance, transfer = generation_metrics()
     strategy = build([score, performance, transfer])
@@ -330,7 +330,7 @@ def test_an_experience_without_texts_is_refused(streams):
         strategy.eval(train[0])
 
 
-def test_a_model_that_cannot_generate_is_named(streams):
+def test_a_model_that_cannot_generate_is_refused(streams):
     _, test = streams
     strategy = build(generation_metrics(), model=nn.Linear(4, 3))
     with pytest.raises(TypeError, match=r"should hold a module with `generate` .* but is a Linear"):
@@ -348,7 +348,7 @@ def test_no_bar_where_the_output_is_no_terminal(streams, capfd):
     assert "letters" not in "".join(capfd.readouterr())
 
 
-def test_a_pretrained_model_says_what_transformers_says(data_root):
+def test_a_pretrained_model_generates_what_transformers_generates(data_root):
     folder = data_root / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"no data: {folder} is not a folder")

@@ -1,4 +1,4 @@
-"""Benchmarks of published layouts, on folders that the tests write in the same layout."""
+"""Benchmarks of published data sets, on small folders in the published layouts."""
 
 import hashlib
 import pickle
@@ -33,7 +33,7 @@ TINY = ImagePreprocessing(input_size=(3, 8, 8))
 
 
 @pytest.fixture(autouse=True)
-def _forget_resized_images():
+def _clear_image_caches():
     yield
     image_data._decoded.cache_clear()
     cifar100._resized.cache_clear()
@@ -123,7 +123,7 @@ def cifar_root(tmp_path, monkeypatch):
 
 
 def cifar_truth(root, part):
-    """What torchvision reads, resized; with its labels."""
+    """The images that torchvision reads, resized, and their labels."""
     reader = torchvision.datasets.CIFAR100(root, train=part == "train")
     return torch.stack([TINY(image) for image, _ in reader]), torch.tensor(reader.targets)
 
@@ -174,7 +174,7 @@ def test_cifar_is_resized_once_per_process_whatever_the_seed(cifar_root, monkeyp
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_cifar_default_size_and_place(cifar_root, monkeypatch):
+def test_cifar_default_size_and_folder(cifar_root, monkeypatch):
     monkeypatch.setattr(cifar100, "default_dataset_location", lambda name: cifar_root)
     benchmark = SplitCIFAR100(cache_bytes=0, shuffle=False, return_task_id=True)
     assert benchmark.train_stream[0].dataset[0][0].shape == (3, 224, 224)
@@ -198,9 +198,7 @@ def test_cifar_transforms_and_number_of_experiences(cifar_root):
 @pytest.mark.parametrize("download", [True, False])
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
 @pytest.mark.parametrize("damage", ["missing", "half", "altered"])
-def test_cifar_that_is_not_whole_says_what_to_fetch_and_where_to_put_it(
-    cifar_root, download, name, damage
-):
+def test_incomplete_cifar_names_the_archive_and_its_folder(cifar_root, download, name, damage):
     file = cifar_root / "cifar-100-python" / name
     content = file.read_bytes()
     if damage == "missing":
@@ -313,7 +311,7 @@ def test_imagenet_r_with_a_half_unpacked_class(imagenet_r_root):
     SplitImageNetR(10, dataset_root=imagenet_r_root, preprocessing=TINY, classes=imagenet_r.WNIDS)
 
 
-def test_imagenet_r_that_is_not_there(tmp_path):
+def test_missing_imagenet_r(tmp_path):
     for root in (tmp_path, tmp_path / "none"):
         with pytest.raises(FileNotFoundError, match=r"`download=True`.*imagenet-r\.tar.*n01443537"):
             SplitImageNetR(dataset_root=root)
@@ -435,7 +433,7 @@ def test_half_downloaded_birds_are_named(small_cub):
     )
 
 
-def test_birds_that_are_not_there(tmp_path):
+def test_missing_birds(tmp_path):
     cub_refused(tmp_path, r"`download=True` .*CUB_200_2011\.tgz.*images\.txt", FileNotFoundError)
     cub_refused(tmp_path, r"could not be downloaded.*MD5 97ece", OSError, download=True)
 
@@ -679,7 +677,7 @@ def test_real_domains(data_root):
 
 
 def read(image, path):
-    """What a benchmark reads from an image saved as a file, as colours of its four corners."""
+    """Saves an image, reads it as a benchmark does, and returns the colours of its corners."""
     options = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
     image.save(path, **options)
     small = ImagePreprocessing((3, 8, 8), interpolation="bilinear", crop_pct=1.0)
@@ -722,7 +720,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, suffix):
     assert read(image, tmp_path / f"deep.{suffix}") == [[v] * 3 for v in (0, 50, 100, 255)]
 
 
-def test_what_is_transparent_is_seen_on_white(tmp_path, palette_image):
+def test_transparent_pixels_are_blended_with_white(tmp_path, palette_image):
     clear_red, half_red = [255, 0, 0, 0], [255, 0, 0, 128]
     image = quarters([clear_red, half_red, [0, 255, 0, 255], [0, 0, 0, 0]])
     seen = [WHITE, [255, 127, 127], GREEN, WHITE]

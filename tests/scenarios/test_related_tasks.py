@@ -1,4 +1,4 @@
-"""Streams with known relations: what is in which task, and that the groups say the truth."""
+"""Streams with known relations: contents of the tasks, and their groups."""
 
 import pytest
 import torch
@@ -192,7 +192,7 @@ def test_the_groups_of_caltech101_are_classes_of_it(data_root):
 # ------------------------------------------------------------------------------------------- texts
 
 
-def test_texts_of_a_group_are_asked_the_same(o_lora, make_tokenizer):
+def test_texts_of_a_group_share_their_instruction(o_lora, make_tokenizer):
     stream = GroupedTexts(o_lora, make_tokenizer(), limit=2, seed=3)
     names = stream.task_names
     assert sorted(names) == sorted(name for of_group in TEXT_GROUPS.values() for name in of_group)

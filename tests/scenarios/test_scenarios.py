@@ -1,4 +1,4 @@
-"""Benchmarks: what is in which task, how it is drawn and read, and what wrong folders are told."""
+"""Benchmarks of image folders and digits: contents, random splits, reading, errors."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ TINY = ImagePreprocessing(input_size=(3, 8, 8))
 
 
 @pytest.fixture(autouse=True)
-def _forget_decoded_images():
+def _clear_image_cache():
     image_data._decoded.cache_clear()
     yield
     image_data._decoded.cache_clear()
@@ -93,7 +93,7 @@ def order_of(benchmark):
     return [sorted(e.classes_in_this_experience) for e in benchmark.train_stream]
 
 
-# -------------------------------------------------------------------------------- what is in a task
+# ------------------------------------------------------------------------------ contents of a task
 
 
 def test_given_split_holds_every_image_once_under_its_class(given_split):
@@ -316,7 +316,7 @@ def test_files_that_are_not_images_are_ignored(given_split):
     assert len(batches(benchmark.train_stream)[0]) == 12
 
 
-# ---------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------- errors
 
 
 def refused(root, match, error=ValueError, **options):

@@ -1,4 +1,4 @@
-"""Folders of one's own, and O-LoRA's text classifications."""
+"""Text tasks from a user's folder, and O-LoRA's text classifications."""
 
 import json
 
@@ -23,7 +23,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_both_layouts_side_by_side(folder, make_tokenizer):
+def test_both_layouts_in_one_folder(folder, make_tokenizer):
     benchmark = TextTasks(folder, make_tokenizer())
     assert benchmark.task_names == ["drawn", "given"]
     drawn, given = benchmark.train_stream
