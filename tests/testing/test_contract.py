@@ -19,8 +19,8 @@ from treelora_avalanche.registry.methods import LANGUAGE, METHODS, VISION, find_
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import prepare, stored_bytes
 from treelora_avalanche.runs.config import resolve_config
-from treelora_avalanche.scenarios.data.images import _Images
-from treelora_avalanche.scenarios.text_tasks import TokenRows
+from treelora_avalanche.scenarios.data.images import ResizedImages
+from treelora_avalanche.scenarios.data.text_benchmark import TokenSequences
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
@@ -75,8 +75,8 @@ class Kind:
 
 
 KINDS = {
-    VISION: Kind(image_settings, _Images, lambda sample: sample.path),
-    LANGUAGE: Kind(text_settings, TokenRows, lambda sample: tuple(sample[0].tolist())),
+    VISION: Kind(image_settings, ResizedImages, lambda sample: sample.path),
+    LANGUAGE: Kind(text_settings, TokenSequences, lambda sample: tuple(sample[0].tolist())),
 }
 CASES = [
     (kind, name)
