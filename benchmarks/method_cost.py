@@ -43,7 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 from treelora_avalanche.registry.methods import METHODS, find_method
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.reports.table import short_bytes
-from treelora_avalanche.runs.footprint import stored_bytes
+from treelora_avalanche.metrics.footprint import stored_bytes
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log
 

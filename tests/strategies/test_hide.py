@@ -18,7 +18,7 @@ from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.models.features.gaussians import train_head
 from treelora_avalanche.plugins import ContrastivePlugin, RouterPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.baselines.hide import contrastive_regularisation
-from treelora_avalanche.runs import stored_bytes
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.strategies import HiDeLoRA, HiDePrompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

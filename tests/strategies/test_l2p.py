@@ -14,7 +14,7 @@ from support import images_of
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.prompts.pools import PromptPool
 from treelora_avalanche.plugins import KeyLossPlugin
-from treelora_avalanche.runs import stored_bytes
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.state import clone_state
 from treelora_avalanche.strategies import L2P, SeqLoRA
 

@@ -19,7 +19,7 @@ from treelora_avalanche.adapters import LoRAFactors, lora_layers
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.tokens import first_tokens
-from treelora_avalanche.runs import stored_bytes
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.runs.monitors import training_in_words
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche.strategies import L2P, DualPrompt, HiDeLoRA

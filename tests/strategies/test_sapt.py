@@ -12,7 +12,7 @@ from treelora_avalanche.adapters import add_lora, lora_layers
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models.views.attentive_language import AttentiveLanguageModel
 from treelora_avalanche.plugins.baselines.sapt import attention_divergence
-from treelora_avalanche.runs.footprint import count_parameters
+from treelora_avalanche.metrics.footprint import count_parameters
 from treelora_avalanche.strategies import SAPT, SeqLoRA
 from treelora_avalanche.strategies.sapt import prompt_lengths
 

@@ -19,7 +19,7 @@ from treelora_avalanche.runs.folder import (
     to_json,
     write_text,
 )
-from treelora_avalanche.runs.footprint import stored_bytes
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.runs.monitors import JsonLinesLogger, Progress, ProgressPlugin
 from treelora_avalanche.runs.setup import Ingredients, check_arguments, prepare
 from treelora_avalanche.runs.training import run

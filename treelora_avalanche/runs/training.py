@@ -25,7 +25,7 @@ from treelora_avalanche.runs.folder import (
     remove_state,
     write_results,
 )
-from treelora_avalanche.runs.footprint import count_parameters, stored_bytes
+from treelora_avalanche.metrics.footprint import count_parameters, stored_bytes
 from treelora_avalanche.runs.monitors import (
     PeakMemory,
     ProgressCallback,
