@@ -40,10 +40,10 @@ from rich.table import Table
 from step_overhead import StepTimes
 from torch.profiler import ProfilerActivity, profile
 
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.registry.methods import METHODS, find_method
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.reports.table import short_bytes
-from treelora_avalanche.metrics.footprint import stored_bytes
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log
 

@@ -22,6 +22,7 @@ LAYERS = {
     "models": 2,
     "metrics": 2,
     "strategies": 3,
+    "testing": 3,
     "scenarios": 3,
     "recipes": 4,
     "runs": 4,

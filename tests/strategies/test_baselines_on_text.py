@@ -127,7 +127,7 @@ def test_trains_saves_and_goes_on(texts, tmp_path, name):
 def test_padding_is_no_input_of_inf_lora(texts, monkeypatch):
     """The covariances are those of the texts alone, each without padding."""
     taken = []
-    from treelora_avalanche.plugins import inf_lora
+    from treelora_avalanche.plugins.baselines import inf_lora
 
     original = inf_lora.input_covariances
 

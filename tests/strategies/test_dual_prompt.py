@@ -13,9 +13,9 @@ from torch import nn
 
 import support
 from support import images_of
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.prompts.pools import TaskPrompts
 from treelora_avalanche.models.prompts.vit import attend_with_prefix, block_with_prefix
-from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.strategies import DualPrompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

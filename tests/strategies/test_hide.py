@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from support import plugin_of
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora, lora_layers
 from treelora_avalanche.adapters.classifier import classifier_of
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.features.centroids import CentroidFeatures, Centroids, ClassCentroids
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.models.features.gaussians import train_head
 from treelora_avalanche.plugins import ContrastivePlugin, RouterPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.baselines.hide import contrastive_regularisation
-from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.strategies import HiDeLoRA, HiDePrompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

@@ -199,7 +199,9 @@ def test_a_run_of_the_command_line(make_language_model, tmp_path):
 
 
 def test_a_bad_argument_is_refused(tiny_vit, make_language_model, tiny_benchmark, make):
-    with pytest.raises(ValueError, match="InContext takes language models alone"):
+    with pytest.raises(
+        ValueError, match="should be a language model for InContext, but is a VisionTransformer"
+    ):
         InContext(tiny_vit())
     model = make_language_model()
     with pytest.raises(ValueError, match="`n_demonstrations` must be at least 1, and is 0"):

@@ -19,10 +19,10 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import InfLoRAPlugin
 from treelora_avalanche.plugins.baselines.inf_lora import input_covariances
-from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.strategies import InfLoRA, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

@@ -8,9 +8,9 @@ from torch import nn
 
 from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import LoRAFactors, add_lora
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import L2AnchorPlugin
-from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.strategies import L2Anchor, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

@@ -19,10 +19,10 @@ from treelora_avalanche.adapters import (
     lora_layers,
     save_adapter,
 )
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import NonFiniteLossError, OLoRAPlugin
 from treelora_avalanche.plugins.baselines.o_lora import overlap
-from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.state import backbone_fingerprint
 from treelora_avalanche.strategies import OLoRA, SeqLoRA
 

@@ -16,10 +16,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from treelora_avalanche.adapters import LoRAFactors, lora_layers
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.tokens import first_tokens
-from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.runs.monitors import training_in_words
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche.strategies import L2P, DualPrompt, HiDeLoRA
@@ -383,7 +383,7 @@ def test_another_model_is_refused_by_name(strategy):
         ({"query_length": 0}, "`query_length` must be at least 1, and is 0"),
         ({"top_k": 9}, "`top_k` is 9, and the pool has 6"),
         ({"prompt_length": 20}, "take 40 of the model's context of 64.*max_length=24 or less"),
-        ({"head": "task_adaptive"}, "a language model has none"),
+        ({"head": "task_adaptive"}, "has no classifier to re-train"),
     ],
 )
 def test_l2p_refuses_before_it_touches_the_model(make_model, options, message):

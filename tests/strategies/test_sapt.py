@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from support import train
 from treelora_avalanche.adapters import add_lora, lora_layers
+from treelora_avalanche.metrics.footprint import count_parameters
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models.views.attentive_language import AttentiveLanguageModel
 from treelora_avalanche.plugins.baselines.sapt import attention_divergence
-from treelora_avalanche.metrics.footprint import count_parameters
 from treelora_avalanche.strategies import SAPT, SeqLoRA
 from treelora_avalanche.strategies.sapt import prompt_lengths
 
@@ -321,7 +321,9 @@ def test_is_what_generates(trained):
 
 
 def test_a_bad_argument_is_refused(make, tiny_vit, make_language_model):
-    with pytest.raises(ValueError, match="SAPT takes language models alone"):
+    with pytest.raises(
+        ValueError, match="should be a language model for SAPT, but is a VisionTransformer"
+    ):
         SAPT(tiny_vit())
     for options, message in (
         ({"bottleneck": 0}, "`bottleneck` must be at least 1, and is 0"),

@@ -249,7 +249,7 @@ def test_strategy_equals_its_plugins_attached_to_naive(tiny_vit, tiny_benchmark)
         ({"tree_lambda": -1}, "`tree_lambda` must be at least 0, and is -1"),
         ({"selection": "nearst"}, "Did you mean 'nearest'"),
         ({"depth": 0}, "depth"),
-        ({"depth": 4}, "only 3 matrices are adapted"),
+        ({"depth": 4}, "at most the number of adapted matrices, 3, but is 4"),
         ({"max_adapters": 0}, "max_adapters"),
         ({"rank": 0}, "rank"),
         ({"layers": "middle"}, "`layers` is 'middle'"),

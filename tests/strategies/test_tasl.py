@@ -187,7 +187,9 @@ def test_stores_a_number_per_matrix_however_many_tasks(make, tiny_texts):
 
 
 def test_a_bad_argument_is_refused(tiny_vit, make):
-    with pytest.raises(ValueError, match="TaSL takes language models alone"):
+    with pytest.raises(
+        ValueError, match="should be a language model for TaSL, but is a VisionTransformer"
+    ):
         TaSL(tiny_vit())
     for name in ("important", "past_weight", "past_importance"):
         with pytest.raises(ValueError, match=rf"`{name}` must lie between 0 and 1, and is 1\.5"):

@@ -12,6 +12,7 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from treelora_avalanche.adapters import save_adapter
 from treelora_avalanche.adapters.classifier import check_classes
 from treelora_avalanche.checkpoint import load_strategy_state
+from treelora_avalanche.metrics.footprint import count_parameters, stored_bytes
 from treelora_avalanche.provenance import git_hash, hardware, versions
 from treelora_avalanche.registry.methods import Method, find_method
 from treelora_avalanche.registry.settings import RunSettings
@@ -25,7 +26,6 @@ from treelora_avalanche.runs.folder import (
     remove_state,
     write_results,
 )
-from treelora_avalanche.metrics.footprint import count_parameters, stored_bytes
 from treelora_avalanche.runs.monitors import (
     PeakMemory,
     ProgressCallback,

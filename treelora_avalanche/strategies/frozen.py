@@ -64,7 +64,7 @@ class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # typ
         head.bias.copy_(torch.where(self._counts > 0, bias, float("-inf")))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the feature sums and sample counts per class; None before the first experience."""
+        """Returns the feature sums and sample counts per class; None before the first task."""
         return {"sums": self._sums, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -244,8 +244,8 @@ def check_memory(trained: TrainedStrategy, bytes_per_task: int) -> None:
     """
     if len(trained.stored) < 2:
         raise ValueError(
-            f"`benchmark` should have at least 2 experiences, but has {len(trained.stored)}. Memory "
-            "growth is the difference between two."
+            f"`benchmark` should have at least 2 experiences, but has {len(trained.stored)}. Memory"
+            " growth is the difference between two."
         )
     for index, (before, after) in enumerate(pairwise(trained.stored), 1):
         if after - before > bytes_per_task:

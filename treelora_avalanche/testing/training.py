@@ -77,7 +77,9 @@ def train_and_record(
     """
     factories = Factories(make_strategy, make_model, benchmark)
     strategy, stream = factories.build()
-    before = {n: (p.requires_grad, p.detach().clone()) for n, p in model_parameters(strategy).items()}
+    before = {
+        n: (p.requires_grad, p.detach().clone()) for n, p in model_parameters(strategy).items()
+    }
     recorder = ReadRecorder([*stream.train_stream, *stream.test_stream])
     samples, read, stored = [], [], []
     with seeded():

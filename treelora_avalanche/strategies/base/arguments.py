@@ -81,8 +81,9 @@ class NamedArguments:
     Example::
 
         class MyMethod(SeqLoRA):
-            def __init__(self, model, *, strength: float = 1.0, **kwargs: Unpack[LoRAOptions]):
-                super().__init__(model, **kwargs)
+            def __init__(self, model, *, strength=1.0, plugins=None, **kwargs: Unpack[LoRAOptions]):
+                plugins = [*(plugins or ()), MyPlugin(strength)]
+                super().__init__(model, plugins=plugins, **kwargs)
 
 
         MyMethod(vit, strenght=2.0)  # TypeError: ... Did you mean `strength`?

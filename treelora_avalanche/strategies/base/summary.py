@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from treelora_avalanche.adapters import AdapterHost, TrainableView, lora_layers
+from treelora_avalanche.adapters import TrainableView, find_host, lora_layers
 from treelora_avalanche.adapters.classifier import find_classifier
 from treelora_avalanche.metrics.footprint import count_parameters
 
@@ -43,10 +43,14 @@ class StrategySummary:
 
 
 def _model_in_words(model: nn.Module) -> str:
-    inner = model.module if isinstance(model, TrainableView) else model
-    if isinstance(inner, AdapterHost):
-        return f"{type(inner).__name__}({_model_in_words(inner.network)})"
-    return type(inner.get_base_model() if isinstance(inner, PeftModel) else inner).__name__
+    host = find_host(model)
+    if host is not None:
+        return f"{type(host).__name__}({_base_class(host.network)})"
+    return _base_class(model.module if isinstance(model, TrainableView) else model)
+
+
+def _base_class(model: nn.Module) -> str:
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
 
 
 def _adapters_in_words(model: nn.Module) -> str:
