@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
+from avalanche.training import Replay
+from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from treelora_avalanche.adapters import find_adaptable_layers
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.plugins import MemoryDrawsPlugin
 from treelora_avalanche.strategies import FrozenNCM, SeqLoRA
@@ -78,6 +78,8 @@ class ReadsTheExperience(SeqLoRA):
 
     def forward(self) -> Tensor:
         logits = super().forward()
+        if self.is_training:
+            return logits
         classes = self.experience.classes_in_this_experience
         return logits.index_fill(1, torch.tensor(classes), 100.0)
 
@@ -115,8 +117,17 @@ class ReadsTheTestStream(Plain):
         strategy.experience.origin_stream.benchmark.test_stream[0].dataset[0]
 
 
-def replay(model: nn.Module) -> SeqLoRA:
-    return SeqLoRA(model, plugins=[ReplayPlugin(mem_size=12), MemoryDrawsPlugin()], **OPTIONS)
+def replay(model: nn.Module) -> Replay:
+    optimizer = torch.optim.Adam(model.parameters())
+    plugins = [MemoryDrawsPlugin()]
+    return Replay(
+        model=model,
+        optimizer=optimizer,
+        mem_size=12,
+        plugins=plugins,
+        criterion=nn.CrossEntropyLoss(),
+        **OPTIONS,
+    )
 
 
 class KeepsAVectorPerTask(Plain):
@@ -155,7 +166,6 @@ class HasNoState(SupervisedPlugin):
 def differs_in_a_new_process(home: int, model: nn.Module) -> SeqLoRA:
     """A factory that adapts fewer layers in any process but the one it was made for."""
     layers = [0, 1] if os.getpid() == home else [0]
-    assert find_adaptable_layers(model, layers)
     return SeqLoRA(model, layers=layers, **OPTIONS)
 
 

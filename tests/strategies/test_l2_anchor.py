@@ -1,4 +1,4 @@
-"""L2Anchor: the pull towards the adapter of the task before."""
+"""L2Anchor: the squared L2 penalty towards the previous adapter."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 
 class Watch(SupervisedPlugin):
-    """The penalty, as the plugin states it, as it is in the loss, and by hand."""
+    """The penalty as returned by the plugin, as part of the loss, and by hand."""
 
     def __init__(self):
         super().__init__()

@@ -161,7 +161,7 @@ def test_learning_rate_is_that_of_the_default_optimizer(tiny_vit):
     assert given.optimizer.param_groups[0]["lr"] == 0.5
 
 
-# --------------------------------------------------------------------------- what it does not take
+# --------------------------------------------------------------------------- refused arguments
 
 
 @pytest.mark.parametrize(

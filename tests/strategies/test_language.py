@@ -1,4 +1,4 @@
-"""One stream of texts, trained by Avalanche's strategies as they are, and by ours."""
+"""One stream of texts, trained by Avalanche's unchanged strategies and by ours."""
 
 import json
 import logging
@@ -405,14 +405,14 @@ def test_adapter_of_a_trained_strategy_generates_the_same_with_peft_alone(
     network = AutoModelForCausalLM.from_pretrained(story_teller)
     plain = PeftModel.from_pretrained(network, str(tmp_path / "adapter")).eval()
     prompts = stream.test_stream[0].prompts[:3]
-    answers = strategy.model.module.generate(prompts, 12, batch_size=3)
+    generated = strategy.model.module.generate(prompts, 12, batch_size=3)
     tokenizer = model.tokenizer
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, text in zip(prompts, generated, strict=True):
         tokens = torch.tensor([model_tokens(model, prompt)])
         new = plain.generate(input_ids=tokens, max_new_tokens=12, do_sample=False)
-        assert tokenizer.decode(new[0, tokens.shape[1] :], skip_special_tokens=True) == answer
+        assert tokenizer.decode(new[0, tokens.shape[1] :], skip_special_tokens=True) == text
     untrained = AutoModelForCausalLM.from_pretrained(story_teller).eval()
-    assert LanguageModel(untrained, tokenizer, max_length=96).generate(prompts, 12) != answers
+    assert LanguageModel(untrained, tokenizer, max_length=96).generate(prompts, 12) != generated
 
 
 def model_tokens(model, prompt):

@@ -39,7 +39,7 @@ def logits(model, seed=5):
 
 
 def randomize(model, seed):
-    """Factors as after some training."""
+    """Random factors, like trained ones."""
     stack = LoRAFactors(model).stack
     stack.copy_(torch.randn(stack.shape, generator=torch.Generator().manual_seed(seed)) / 10)
 
@@ -48,7 +48,7 @@ def randomize(model, seed):
 
 
 @pytest.mark.parametrize("rank", [2, 10], ids=["stacked", "as a product"])
-def test_past_adapters_answer_as_if_merged_into_the_weights(tiny_vit, rank):
+def test_past_adapters_act_as_if_merged_into_the_weights(tiny_vit, rank):
     model = add_lora(tiny_vit(), rank=rank, alpha=3, **BOTH)
     past = PastAdapters(model)
     merged = tiny_vit()

@@ -76,9 +76,10 @@ def forward(strategy: Any, inputs: Tensor, targets: Tensor, task_label: int = 0)
     """
     labels = torch.full((len(inputs),), task_label)
     batch = [t.to(strategy.device) for t in (inputs, targets.clamp(max=0), labels)]
-    before = {name: getattr(strategy, name, None) for name in ("mbatch", "experience")}
+    state = {"mbatch": batch, "experience": None, "is_training": False}
+    before = {name: getattr(strategy, name, None) for name in state}
     was_training = strategy.model.training
-    strategy.mbatch, strategy.experience = batch, None
+    vars(strategy).update(state)
     strategy.model.eval()
     try:
         with torch.no_grad():
