@@ -8,8 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from treelora_avalanche import executors
-from treelora_avalanche.compare import compare
+from treelora_avalanche.compare import compare, executors
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, training
 

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from treelora_avalanche import compare as compare_module
-from treelora_avalanche import executors
-from treelora_avalanche.compare import compare
+from treelora_avalanche.compare import compare, executors
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.plugins import NonFiniteLossError

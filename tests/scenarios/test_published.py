@@ -23,11 +23,11 @@ from treelora_avalanche.scenarios import (
     SplitCUB200,
     SplitImageFolder,
     SplitImageNetR,
-    archives,
     cifar100,
     imagenet_r,
-    vision,
 )
+from treelora_avalanche.scenarios.data import archives
+from treelora_avalanche.scenarios.data import images as images_module
 
 TINY = ImagePreprocessing(input_size=(3, 8, 8))
 
@@ -35,7 +35,7 @@ TINY = ImagePreprocessing(input_size=(3, 8, 8))
 @pytest.fixture(autouse=True)
 def _forget_resized_images():
     yield
-    vision._decoded.cache_clear()
+    images_module._decoded.cache_clear()
     cifar100._resized.cache_clear()
 
 
@@ -559,8 +559,8 @@ def test_drawn_split_of_a_domain_does_not_depend_on_the_others(tmp_path):
 
 def test_domains_share_one_copy_of_their_images(domain_root, monkeypatch):
     read = []
-    real = vision._read
-    monkeypatch.setattr(vision, "_read", lambda p, pre: read.append(p) or real(p, pre))
+    real = images_module._read
+    monkeypatch.setattr(images_module, "_read", lambda p, pre: read.append(p) or real(p, pre))
     for seed in (0, 1, 2):
         DomainImageFolder(domain_root, preprocessing=TINY, seed=seed)
     assert len(read) == 60
@@ -662,7 +662,7 @@ def read(image, path):
     options = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
     image.save(path, **options)
     small = ImagePreprocessing((3, 8, 8), interpolation="bilinear", crop_pct=1.0)
-    resized = vision._read(str(path), small)
+    resized = images_module._read(str(path), small)
     return resized[:, [0, 0, -1, -1], [0, -1, 0, -1]].T.tolist()
 
 

@@ -25,16 +25,17 @@ from treelora_avalanche.models import (
     image_preprocessing,
 )
 from treelora_avalanche.scenarios import SplitDigits, SplitImageFolder, digits_images
-from treelora_avalanche.scenarios import vision as vision_module
+from treelora_avalanche.scenarios.data import folders
+from treelora_avalanche.scenarios.data import images as images_module
 
 TINY = ImagePreprocessing(input_size=(3, 8, 8))
 
 
 @pytest.fixture(autouse=True)
 def _forget_decoded_images():
-    vision_module._decoded.cache_clear()
+    images_module._decoded.cache_clear()
     yield
-    vision_module._decoded.cache_clear()
+    images_module._decoded.cache_clear()
 
 
 def write_images(folder, n, seed=0, mode="RGB", size=(12, 10)):
@@ -73,9 +74,9 @@ def paths(benchmark, root):
 
 
 def _leaves(dataset):
-    if isinstance(dataset, vision_module._Images):
+    if isinstance(dataset, images_module._Images):
         yield dataset
-    for attribute in ("datasets", "_flat_data", "dataset"):
+    for attribute in ("_datasets", "_flat_data", "dataset"):
         inner = getattr(dataset, attribute, None)
         for part in inner if isinstance(inner, list) else [inner] * (inner is not None):
             yield from _leaves(part)
@@ -217,11 +218,11 @@ def test_drawn_split_follows_the_seed_and_not_the_file_system(one_folder, tmp_pa
 )
 def test_every_drawn_class_has_both_parts_in_the_right_share(sizes, fraction, seed):
     images = [
-        [vision_module._Image(f"{label}/{i}", label) for i in range(n)]
+        [folders.ImageRecord(f"{label}/{i}", label) for i in range(n)]
         for label, n in enumerate(sizes)
     ]
     names = [str(label) for label in range(len(sizes))]
-    train, test = vision_module._draw_split(images, names, fraction, seed)
+    train, test = folders.draw_split(images, names, fraction, seed)
     assert sorted(train + test) == sorted(chain(*images))
     for label, n in enumerate(sizes):
         n_test = sum(image.label == label for image in test)
@@ -253,8 +254,8 @@ def test_cache_bytes_is_the_size_of_all_resized_images(given_split):
 
 def test_files_are_decoded_once_per_process_whatever_the_seed(one_folder, monkeypatch):
     read = []
-    real = vision_module._read
-    monkeypatch.setattr(vision_module, "_read", lambda p, pre: read.append(p) or real(p, pre))
+    real = images_module._read
+    monkeypatch.setattr(images_module, "_read", lambda p, pre: read.append(p) or real(p, pre))
     for seed in (0, 1, 2):
         SplitImageFolder(one_folder, 3, preprocessing=TINY, seed=seed)
         SplitImageFolder(str(one_folder), 1, preprocessing=ImagePreprocessing((3, 8, 8)), seed=seed)
