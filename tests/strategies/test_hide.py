@@ -136,7 +136,7 @@ def test_moved_centroids_are_those_of_moved_features():
 
 
 def test_a_head_learns_classes_that_no_line_separates_by_their_means():
-    # Class 0 in two clusters, class 1 between them and to the side: one Gaussian each would overlap.
+    # Class 0 in two clusters, class 1 between them and aside: one Gaussian each would overlap.
     generator = torch.Generator().manual_seed(0)
     spots = {0: [(-4.0, 0.0), (4.0, 0.0)], 1: [(0.0, 3.0)]}
     points = {
@@ -157,7 +157,7 @@ def test_a_head_learns_classes_that_no_line_separates_by_their_means():
         assert (head(x).argmax(1) == label).float().mean() > 0.99
 
 
-# ------------------------------------------------------------------------------ the contrastive term
+# ----------------------------------------------------------------------------- the contrastive term
 
 
 def test_regularisation_equals_the_sum_by_hand():

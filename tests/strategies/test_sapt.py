@@ -326,7 +326,7 @@ def test_a_bad_argument_is_refused(make, tiny_vit, make_language_model):
     ):
         SAPT(tiny_vit())
     for options, message in (
-        ({"bottleneck": 0}, "`bottleneck` must be at least 1, and is 0"),
+        ({"bottleneck": 0}, "`bottleneck` should be at least 1, but is 0"),
         ({"distillation": -1.0}, "`distillation` must be at least 0"),
     ):
         model = make_language_model()

@@ -1,5 +1,6 @@
 """The checks of treelora_avalanche.testing: each finds its violation, and names it."""
 
+import pickle
 from functools import partial
 
 import pytest
@@ -46,7 +47,6 @@ VIOLATIONS = [
     ),
     (of_class, examples.MajorityOfTheBatch, check_batch_independence, "batches of 64 and of 1"),
     (of_class, examples.ReadsTheTaskLabel, check_no_task_labels, "task label 1 and no experience"),
-    (of_class, examples.ReadsTheExperience, check_no_task_labels, "raised AttributeError"),
     (of_class, examples.ChoosesByExperience, check_no_task_labels, "differ from those"),
     (with_plugin, examples.ReadsTheFuture, check_present_data, "experience 0 read 1 samples"),
     (with_plugin, examples.ReadsThePast, check_present_data, "experience 1 read 1 samples"),
@@ -68,6 +68,19 @@ def test_a_violation_fails_its_check_and_no_other(make, what, check, message):
     for other in IN_THIS_PROCESS:
         if other is not check:
             other(trained)
+
+
+@pytest.mark.parametrize("check", [check_no_task_labels, check_batch_independence])
+def test_a_strategy_that_fails_without_an_experience_reads_it(check):
+    trained = train_and_record(partial(of_class, examples.ReadsTheExperience))
+    with pytest.raises(ContractError, match=r"\[no task labels\].*no experience raised Attribute"):
+        check(trained)
+
+
+def test_the_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(ContractError("check", "It fails.", "Mend it.")))
+    assert str(error) == "[check] It fails. Mend it."
+    assert isinstance(error, AssertionError)
 
 
 def test_a_strategy_that_holds_the_contract_passes_by_reference():

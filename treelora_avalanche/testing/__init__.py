@@ -19,7 +19,6 @@ observation and the remedy.
 """
 
 from treelora_avalanche.testing.checks import (
-    ContractError,
     check_batch_independence,
     check_frozen_weights,
     check_memory,
@@ -29,6 +28,7 @@ from treelora_avalanche.testing.checks import (
     check_strategy,
     check_trainable_weights,
 )
+from treelora_avalanche.testing.errors import ContractError
 from treelora_avalanche.testing.factories import Factories
 from treelora_avalanche.testing.predictions import (
     EvaluatedBatch,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from treelora_avalanche.adapters.classifier import find_classifier
+from treelora_avalanche.testing.errors import INFER_THE_TASK, NO_TASK_LABELS, ContractError
 from treelora_avalanche.testing.factories import Factory
 from treelora_avalanche.testing.predictions import (
     EvaluatedBatch,
@@ -25,23 +26,6 @@ from treelora_avalanche.testing.tiny import tiny_benchmark, tiny_vit
 from treelora_avalanche.testing.training import TrainedStrategy, train_and_record
 
 TOLERANCE = 1e-5
-
-
-class ContractError(AssertionError):
-    """A strategy that violates the contract.
-
-    >>> raise ContractError("frozen weights", "3 frozen tensors changed.", "Freeze them.")
-    Traceback (most recent call last):
-    ContractError: [frozen weights] 3 frozen tensors changed. Freeze them.
-
-    :param check: name of the check.
-    :param observation: what was observed.
-    :param remedy: what to do.
-    """
-
-    def __init__(self, check: str, observation: str, remedy: str):
-        super().__init__(f"[{check}] {observation} {remedy}")
-        self.check = check
 
 
 def check_strategy(
@@ -186,21 +170,13 @@ def check_no_task_labels(trained: TrainedStrategy, tolerance: float = TOLERANCE)
 def _compare_without_label(
     strategy: Any, batch: EvaluatedBatch, label: int, tolerance: float
 ) -> None:
-    remedy = "Infer the task from the input: task labels are unknown at test time."
-    try:
-        output = forward(strategy, batch.inputs, batch.targets, label)
-    except Exception as error:
-        raise ContractError(
-            "no task labels",
-            f"the forward pass with task label {label} and no experience raised {error!r}.",
-            remedy,
-        ) from error
+    output = forward(strategy, batch.inputs, batch.targets, label)
     if not _close(output, batch.outputs, tolerance):
         raise ContractError(
-            "no task labels",
+            NO_TASK_LABELS,
             f"outputs with task label {label} and no experience differ from those of the "
             "evaluation.",
-            remedy,
+            INFER_THE_TASK,
         )
 
 
@@ -282,6 +258,8 @@ def check_new_process(
         else:
             with tempfile.TemporaryDirectory() as temporary:
                 loaded = _reload(trained, Path(temporary), executor)
+    except ContractError:
+        raise
     except Exception as error:
         raise ContractError(
             "new process",

@@ -11,6 +11,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from treelora_avalanche.metrics import find_text_generator
+from treelora_avalanche.testing.errors import INFER_THE_TASK, NO_TASK_LABELS, ContractError
 
 NEW_TOKENS = 6
 """Tokens generated per prompt: a difference between two models shows in the first few."""
@@ -73,6 +74,7 @@ def forward(strategy: Any, inputs: Tensor, targets: Tensor, task_label: int = 0)
     :param inputs: the inputs.
     :param targets: their targets, see :func:`predict`.
     :param task_label: the task label of all samples.
+    :raises ContractError: if the strategy fails, as one that needs the experience does.
     """
     labels = torch.full((len(inputs),), task_label)
     batch = [t.to(strategy.device) for t in (inputs, targets.clamp(max=0), labels)]
@@ -84,6 +86,12 @@ def forward(strategy: Any, inputs: Tensor, targets: Tensor, task_label: int = 0)
     try:
         with torch.no_grad():
             return strategy.forward()  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ContractError(
+            NO_TASK_LABELS,
+            f"the forward pass with task label {task_label} and no experience raised {error!r}.",
+            INFER_THE_TASK,
+        ) from error
     finally:
         vars(strategy).update(before)
         strategy.model.train(was_training)
