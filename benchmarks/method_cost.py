@@ -41,9 +41,9 @@ from step_overhead import StepTimes
 from torch.profiler import ProfilerActivity, profile
 
 from treelora_avalanche.metrics.footprint import stored_bytes
-from treelora_avalanche.registry.methods import METHODS, find_method
-from treelora_avalanche.registry.settings import RunSettings
+from treelora_avalanche.registry import METHODS, RunSettings
 from treelora_avalanche.reports.table import short_bytes
+from treelora_avalanche.runs.setup import Ingredients, build_strategy
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log
 
@@ -135,19 +135,17 @@ def _built(
 ) -> Cost:
     torch.manual_seed(0)
     watch = StepTimes()
-    entry = find_method(name)
     settings = RunSettings(scenario="image_folder", data=".", batch_size=batch_size)
     vit = timm.create_model(model, img_size=img_size, num_classes=n_tasks * CLASSES_PER_TASK)
-    shared = {
-        "train_mb_size": batch_size,
-        "train_epochs": 1,
-        "eval_mb_size": batch_size,
-        "device": torch.device(device),
-        "plugins": [watch],
-        "evaluator": EvaluationPlugin(loggers=[]),
-    }
-    vit = vit.to(getattr(torch, dtype))
-    return Cost(entry.build(vit, settings, entry.lr or 0.0, 0, shared), watch)
+    strategy = build_strategy(
+        name,
+        settings,
+        Ingredients(0, None, vit.to(getattr(torch, dtype))),
+        device=torch.device(device),
+        plugins=[watch],
+        evaluator=EvaluationPlugin(loggers=[]),
+    )
+    return Cost(strategy, watch)
 
 
 def _train(cost: Cost, past: int, experience: Any, epochs: int) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
-from treelora_avalanche.registry.methods import LANGUAGE, METHODS, VISION, find_method
+from treelora_avalanche.registry.families import SharedArguments
+from treelora_avalanche.registry.methods import METHODS
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, prepare
-from treelora_avalanche.runs.config import method_config
+from treelora_avalanche.runs.config import of_method
 from treelora_avalanche.testing import Factories
 
 CLASSES = ["airplanes", "Leopards", "Motorbikes", "accordion"]
@@ -57,6 +58,7 @@ def text_settings(data_root: Path) -> RunSettings:
     )
 
 
+VISION, LANGUAGE = "vision", "language"
 SETTINGS = {VISION: image_settings, LANGUAGE: text_settings}
 
 
@@ -127,21 +129,18 @@ def stream(kind: str, data_root: Path) -> Any:
 
 def build(kind: str, method: str, data_root: Path, model: Any) -> Any:
     """A strategy of the method, as the command line builds it."""
-    settings = SETTINGS[kind](data_root)
-    entry = find_method(method)
+    entry = METHODS[method]
+    settings, options = of_method(method, SETTINGS[kind](data_root))
+    shared = {
+        "train_mb_size": settings.batch_size,
+        "train_epochs": 1 if entry.frozen else settings.epochs,
+        "eval_mb_size": 32,
+        "device": torch.device("cpu"),
+        "plugins": [Watch(method in PENALISED)],
+        "evaluator": EvaluationPlugin(loggers=[]),
+    }
     return entry.build(
-        model,
-        settings,
-        method_config(method, 0, settings).get("lr") or 0.0,
-        0,
-        {
-            "train_mb_size": settings.batch_size,
-            "train_epochs": entry.epochs(settings),
-            "eval_mb_size": 32,
-            "device": torch.device("cpu"),
-            "plugins": [Watch(method in PENALISED)],
-            "evaluator": EvaluationPlugin(loggers=[]),
-        },
+        SharedArguments(model, settings, entry.lr(settings) or 0.0, 0, options, shared)
     )
 
 
@@ -157,6 +156,6 @@ def factories(kind: str, method: str, data_root: Path) -> Factories:
 CASES = [
     (kind, name)
     for kind in SETTINGS
-    for name, entry in METHODS.items()
+    for name, entry in METHODS.loadable()
     if kind in entry.models and not entry.joint
 ]

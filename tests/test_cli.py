@@ -9,8 +9,7 @@ import yaml
 
 from treelora_avalanche._version import __version__
 from treelora_avalanche.cli import main
-from treelora_avalanche.registry.methods import METHODS, Method
-from treelora_avalanche.registry.settings import SCENARIOS
+from treelora_avalanche.registry import METHODS, SCENARIOS, Family, Method
 
 QUICK = ["--epochs", "1", "--n_experiences", "2", "--layers", "last:1", "--device", "cpu"]
 
@@ -139,7 +138,9 @@ def test_a_failed_run_gives_exit_code_one(tmp_path, capsys, monkeypatch):
     def build(*args):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setitem(METHODS, "Broken", Method("fails", build, lr=0.1))
+    monkeypatch.setitem(
+        METHODS, "Broken", Method("avalanche.training:Naive", "fails", Family(build))
+    )
     output = tmp_path / "out"
     assert (
         call("compare", "--methods", "Broken", "Naive", "--seeds", 0, "--output", output, *QUICK)
@@ -168,8 +169,8 @@ def test_a_loss_that_is_no_number(tmp_path, capsys):
         (["list", "recipe"], "Did you mean 'recipes'?"),
         (["compare", "--epocs", "3"], "--epocs"),
         (["compare", "--epochs", "three"], 'Parser key "epochs"'),
-        (["compare", "--epochs", "0"], "`--epochs` should be at least 1, but it is 0"),
-        (["train", "--rank", "0"], "`--rank` should be at least 1, but it is 0"),
+        (["compare", "--epochs", "0"], "`--epochs` should be at least 1, but is 0"),
+        (["train", "--rank", "0"], "`--rank` should be at least 1, but is 0"),
         (["train", "--tree_lambda=-1"], "`--tree_lambda` should be at least 0"),
         (["train", "--method", "TreLoRA"], "but is 'TreLoRA'"),
         (["train", "--method", "TreLoRA"], "Did you mean 'TreeLoRA'?"),
@@ -189,7 +190,7 @@ def test_a_loss_that_is_no_number(tmp_path, capsys):
         (["compare", "--methods", "Naive", "SeqLoRA", "--layers", "frist:2"], "frist"),
         (
             ["train", "--scenario", "domains", "--data", ".", "--n_experiences", "4"],
-            "no use for it",
+            "does not use it",
         ),
         (["train", "--scenario", "cub200", "--data", "nowhere"], "nowhere"),
     ],

@@ -1,37 +1,94 @@
-"""The README's commands and examples do what they say."""
+"""The README and the pages of docs/: their examples run, their commands and links exist."""
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from avalanche.training.templates import SupervisedTemplate
-from timm.models.vision_transformer import VisionTransformer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from treelora_avalanche import scenarios, strategies
 from treelora_avalanche.cli import build_parser
 from treelora_avalanche.models import LanguageModel
+from treelora_avalanche.registry.methods import METHODS
+from treelora_avalanche.registry.scenarios import SCENARIOS
 from treelora_avalanche.scenarios import TextTasks
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line
-    for kind, text in BLOCKS
-    if kind == "console"
-    for line in text.replace("\\\n", "").splitlines()
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = "README.md"
+FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+PAGES = {
+    str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
+    for path in (
+        REPOSITORY / README,
+        *sorted((REPOSITORY / "docs").glob("*.md")),
+        *(REPOSITORY / "benchmarks").glob("README.md"),
+    )
+}
+BLOCKS = [(page, kind, body) for page, text in PAGES.items() for kind, body in FENCE.findall(text)]
+EXAMPLES = [
+    pytest.param(body, id=f"{page}-{number}")
+    for number, (page, kind, body) in enumerate(BLOCKS)
+    if kind == "python" and page != README
 ]
-EXAMPLES = [text for kind, text in BLOCKS if kind == "python"]
+MAKE = {
+    "make demo": "treelora compare",
+    "make test": "-m pytest",
+    "make lint": "ruff check",
+    "make bench": "benchmarks/stream_speed.py",
+}
+SHELL = ("cp -r $TREELORA_DATA/", "sed -i ")
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("treelora")])
+def commands(page):
+    """Commands of the console blocks, in the text, and of the headings above measured tables."""
+    text = PAGES[page]
+    consoles = [body for kind, body in FENCE.findall(text) if kind == "console"]
+    lines = "".join(consoles).replace("\\\n", "").splitlines()
+    prose = " ".join(FENCE.sub("", text).split())
+    inline = re.findall(r"`((?:treelora|torchrun|make|python) [^`]+)`", prose)
+    headings = re.findall(r"^#+ (python .+)$", text, re.MULTILINE)
+    return [*lines, *inline, *headings]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def arguments_of_treelora(command):
+    """Arguments of a call of `treelora`, also of one under torchrun."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        assert words[1:3] == ["--nproc_per_node", "2"]
+        assert words[3:5] == ["-m", "treelora_avalanche.cli"]
+        return words[5:]
+    return words[1:]
+
+
+@lru_cache
+def help_of(script):
+    done = subprocess.run(
+        [sys.executable, script, "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("treelora", "torchrun"))])
 def test_treelora_commands_parse(command, capsys):
-    arguments = shlex.split(command)[1:]
+    arguments = arguments_of_treelora(command)
     if "--help" in arguments:
         with pytest.raises(SystemExit) as stopped:
             build_parser().parse_args(arguments)
@@ -50,27 +107,95 @@ def test_make_targets_exist(command, repository):
         text=True,
         check=True,
     )
-    expected = {"make demo": "treelora compare", "make test": "-m pytest"}[command]
-    assert expected in shown.stdout
+    assert MAKE[command] in shown.stdout
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python")])
-def test_benchmarks_explain_themselves(command, repository):
-    script, *options = shlex.split(command)[1:]
-    shown = subprocess.run(
-        [sys.executable, script, "--help"],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=True,
+def test_scripts_explain_themselves(command):
+    script, *words = shlex.split(command)[1:]
+    shown = help_of(script)
+    assert all(word in shown for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_is_left_untested(page):
+    scripts = ("python benchmarks/", "python examples/", "python docs/figures/")
+    known = ("treelora ", "torchrun ", "make ", "pip install -e .", *scripts)
+    if page != README:
+        known += SHELL
+    assert [c for c in commands(page) if not c.startswith(known)] == []
+
+
+def test_the_readme_names_what_ci_and_newcomers_run():
+    assert {"make demo", "make test", "pip install -e ."} <= set(commands(README))
+
+
+def test_every_benchmark_is_documented(repository):
+    scripts = {path.name for path in (repository / "benchmarks").glob("[!_]*.py")}
+    text = "".join(PAGES.values())
+    assert {name for name in scripts if f"benchmarks/{name}" not in text} == set()
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[README].splitlines()) <= 120
+
+
+def _anchors(text):
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_files_exist(page, repository):
+    text = FENCE.sub("", PAGES[page])
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(
+        r'(?:src|srcset|href)="([^"]+)"', text
     )
-    assert all(option in shown.stdout for option in options)
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (repository / page).parent / file if file else repository / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in _anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_no_command_is_left_untested():
-    known = ("treelora ", "make ", "python benchmarks/", "pip install -e .")
-    assert COMMANDS
-    assert [c for c in COMMANDS if not c.startswith(known)] == []
+@pytest.mark.parametrize("page", [README, "docs/methods.md"])
+def test_every_strategy_is_named(page):
+    assert [name for name in strategies.__all__ if f"`{name}`" not in PAGES[page]] == []
+
+
+def test_every_method_is_named():
+    assert [name for name in METHODS if f"`{name}`" not in PAGES["docs/methods.md"]] == []
+
+
+@pytest.mark.parametrize("page", [README, "docs/scenarios.md"])
+def test_every_benchmark_generator_is_named(page):
+    generators = [name for name in scenarios.__all__ if name[0].isupper() and "_" not in name]
+    assert generators
+    assert [name for name in generators if f"`{name}`" not in PAGES[page]] == []
+
+
+def test_every_scenario_is_named():
+    assert [name for name in SCENARIOS if f"`{name}`" not in PAGES["docs/scenarios.md"]] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quickstart_runs(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the quickstart needs no download")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    (quickstart,) = [body for page, kind, body in BLOCKS if page == README and kind == "python"]
+    assert len([line for line in quickstart.splitlines() if line]) <= 10
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(quickstart, README, "exec"), names)
+    strategy = names["strategy"]
+    assert strategy.clock.train_exp_counter == len(strategy.tree) == 5
+    metrics = strategy.evaluator.get_last_metrics()
+    assert metrics["Top1_Acc_Stream/eval_phase/test_stream/Task000"] > 0.8
 
 
 @pytest.fixture
@@ -89,13 +214,11 @@ def tiny_texts(tmp_path):
     return make
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "example", EXAMPLES, ids=["strategy", "first session", "plugins", "language"]
-)
-def test_python_examples_run(example, monkeypatch, tiny_benchmark, tiny_texts, make_tokenizer):
-    # The names of the example, on a stream and a model that need no download.
-    def tiny_language_model(name, *, dtype):
+@pytest.fixture
+def small(monkeypatch, tiny_benchmark, tiny_texts, tiny_vit, make_tokenizer):
+    """Puts a stream and models that need no download behind the names of the examples."""
+
+    def language_model(name, *, dtype):
         assert hasattr(torch, dtype)
         config = LlamaConfig(
             vocab_size=98,
@@ -107,24 +230,51 @@ def test_python_examples_run(example, monkeypatch, tiny_benchmark, tiny_texts, m
         )
         return LanguageModel(LlamaForCausalLM(config), make_tokenizer())
 
-    def tiny_model(name, *, pretrained, num_classes):
+    def model(name, *, pretrained, num_classes):
         assert timm.is_model(name)
-        return VisionTransformer(
-            img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=7, num_heads=2
-        )
+        return tiny_vit(num_classes, depth=7)
 
-    monkeypatch.setattr(timm, "create_model", tiny_model)
+    monkeypatch.setattr(timm, "create_model", model)
+    package = "treelora_avalanche"
     monkeypatch.setattr(
-        "treelora_avalanche.scenarios.SplitCIFAR100",
-        lambda n_experiences, dataset_root: tiny_benchmark,
+        f"{package}.scenarios.SplitCIFAR100", lambda n_experiences, dataset_root: tiny_benchmark
     )
-    monkeypatch.setattr("treelora_avalanche.models.create_language_model", tiny_language_model)
-    monkeypatch.setattr("treelora_avalanche.scenarios.TRACE", tiny_texts)
+    monkeypatch.setattr(
+        f"{package}.scenarios.SplitDigits", lambda n_experiences, *, seed: tiny_benchmark
+    )
+    monkeypatch.setattr(f"{package}.scenarios.TRACE", tiny_texts)
+    monkeypatch.setattr(f"{package}.models.create_language_model", language_model)
+    monkeypatch.setattr(
+        f"{package}.models.pretrained_digits_vit", lambda seed=0: tiny_vit(10, depth=7)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_python_examples_run(example, small, tiny_benchmark, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict = {}
-    exec(compile(example, "README.md", "exec"), names)
-    strategy = names["strategy"]
-    assert isinstance(strategy, SupervisedTemplate)
-    if "benchmark" not in names:
-        strategy.train(tiny_benchmark.train_stream)
-    assert strategy.clock.train_exp_counter == 3
+    exec(compile(example, "docs", "exec"), names)
+    strategy = names.get("strategy")
+    if strategy is not None:
+        assert isinstance(strategy, SupervisedTemplate)
+        if "benchmark" not in names:
+            strategy.train(tiny_benchmark.train_stream)
+        assert strategy.clock.train_exp_counter == 3
+
+
+def test_the_examples_are_found():
+    assert len(EXAMPLES) >= 7
+
+
+def test_the_picture_is_that_of_its_script(repository, tmp_path):
+    def texts(path):
+        return re.findall(r"<!-- (.+?) -->", path.read_text(encoding="utf-8"))
+
+    main = runpy.run_path(str(repository / "docs" / "figures" / "method.py"))["main"]
+    main(["--output", str(tmp_path)])
+    for name in ("method_light.svg", "method_dark.svg"):
+        drawn = texts(tmp_path / name)
+        assert any("next batch" in text for text in drawn)
+        assert drawn == texts(repository / "docs" / "figures" / name)

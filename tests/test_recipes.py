@@ -10,7 +10,7 @@ from treelora_avalanche.cli import build_parser, main
 from treelora_avalanche.recipes import RECIPES, describe_recipe
 from treelora_avalanche.registry.methods import check_models
 from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
-from treelora_avalanche.runs.config import method_config
+from treelora_avalanche.runs.config import resolve_config
 
 SETTINGS = set(RunSettings.__dataclass_fields__)
 
@@ -58,7 +58,7 @@ def test_recipe_is_a_comparison_that_can_be_run(name):
     assert recipe["output"] == f"runs/{name}"
     # What the paper gives for language models (A.3).
     for method in recipe["methods"]:
-        config = method_config(method, 0, settings(name))
+        config = resolve_config(method, 0, settings(name))
         assert config["max_length"] == 1024
         assert config.get("batch_size", 4) == 4
         if "rank" in config:  # neither prompts nor demonstrations

@@ -48,14 +48,19 @@ def _complain(message: object) -> None:
 
 
 def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
+    """Adds the flags of a run, in groups."""
     parser.add_argument(
         "--config",
         action="config",
         help="YAML file with any of these options, or the name of a recipe (treelora list recipes)",
     )
     types = typing.get_type_hints(RunSettings)
+    groups: dict[str, Any] = {}
     for field in fields(RunSettings):
-        parser.add_argument(
+        title = field.metadata["group"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        group.add_argument(
             f"--{field.name}",
             type=types[field.name],
             default=field.default,
@@ -67,14 +72,19 @@ def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of `treelora`, all subcommands included."""
     parser = _Parser(
         prog="treelora",
-        description="TreeLoRA and its contenders: continual fine-tuning on Avalanche.",
+        description="TreeLoRA and the methods it is compared with: continual fine-tuning on "
+        "Avalanche.",
         version=__version__,
     )
     commands = parser.add_subcommands(dest="command", required=True)
 
-    shown = _Parser(description="Show the names that the other commands know.")
+    shown = _Parser(description="Show the names that the other commands know, or options of one.")
     shown.add_argument(
-        "what", type=str | None, nargs="?", help=f"{', '.join(LISTS)}; default: all of them"
+        "what",
+        type=str | None,
+        nargs="?",
+        help=f"{', '.join(LISTS)}; or the name of a method or scenario, to show its own options; "
+        "default: all names",
     )
     commands.add_subcommand("list", shown, help="show methods, scenarios and recipes")
 
@@ -128,15 +138,20 @@ def _settings(options: Any) -> RunSettings:
     return RunSettings(**{field.name: options[field.name] for field in fields(RunSettings)})
 
 
-def _before_heavy_imports(settings: RunSettings) -> None:
-    """Set what must be set before torch is loaded; what the user has set stays."""
+def _quieten() -> None:
+    """Silences other libraries, before they are imported; what the user has set stays."""
     # Third parties warn about what a user cannot change; the terminal is for our own lines.
     warnings.filterwarnings("ignore")
     warnings.showwarning = lambda *_, **__: None  # Avalanche sets filters of its own
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger(__package__).setLevel(logging.WARNING)  # what we say, we mean
+    logging.getLogger(__package__).setLevel(logging.WARNING)  # our own warnings are meant
+
+
+def _before_heavy_imports(settings: RunSettings) -> None:
+    """Sets what must be set before torch is imported; what the user has set stays."""
+    _quieten()
     # OpenMP's threads spin while they wait. Where other programs want the cores as well, small
     # operations then take 30 times as long (measured on two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -157,35 +172,30 @@ def _with_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def _list(options: Any) -> int:
-    if options.what is not None:
-        check_known("list", options.what, LISTS)
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    tables: dict[str, list[tuple[str, ...]]] = {
+    if options.what in METHODS or options.what in SCENARIOS:
+        _list_options(options.what, console)
+        return 0
+    if options.what is not None:
+        check_known("list", options.what, (*LISTS, *METHODS, *SCENARIOS))
+    tables: dict[str, Sequence[tuple[str, ...]]] = {
         "methods": [
             (name, entry.kind, ", ".join(sorted(entry.models, reverse=True)), entry.description)
-            for name, entry in METHODS.items()
+            for name, entry in METHODS.loadable()
         ],
         "scenarios": [
             (name, "language" if entry.language else "vision", entry.description)
-            for name, entry in SCENARIOS.items()
+            for name, entry in SCENARIOS.loadable()
         ],
         "recipes": [(name, describe_recipe(path)) for name, path in RECIPES.items()],
     }
     for title, rows in tables.items():
         if options.what not in (None, title):
             continue
-        title = title.capitalize()
-        table = Table(title=title, title_justify="left", title_style="bold", box=None)
-        table.show_header = False
-        for column in range(len(rows[0])):
-            table.add_column(style="" if column else "bold", no_wrap=column < len(rows[0]) - 1)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        if title == "Recipes":
+        _print_rows(console, title.capitalize(), rows)
+        if title == "recipes":
             folder = next(iter(RECIPES.values())).parent
             console.print(
                 f"Files in {folder}; to run one: treelora compare --config NAME",
@@ -194,6 +204,50 @@ def _list(options: Any) -> int:
             )
         console.print()
     return 0
+
+
+def _print_rows(console: Any, title: str, rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table.show_header = False
+    n_columns = len(rows[0])
+    for column in range(n_columns):
+        table.add_column(style="" if column else "bold", no_wrap=column < n_columns - 1)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _list_options(name: str, console: Any) -> None:
+    """Shows the options that a method or scenario has of its own."""
+    _quieten()
+    from treelora_avalanche.registry.options import show_default
+    from treelora_avalanche.registry.streams import scenario_options
+
+    if name in METHODS:
+        entry: Any = METHODS[name]
+        own, flag, shared = entry.own_options(), f"--method_options '{{{name}: {{", entry.reads
+        values = entry.options
+    else:
+        entry = SCENARIOS[name]
+        own, flag, shared = scenario_options(entry), "--scenario_options '{", entry.takes
+        values = {}
+    console.print(f"[bold]{name}[/bold]: {entry.description}", highlight=False)
+    defaults = {name: repr(value) for name, value in values.items()}
+    rows = [
+        (option.name, defaults.get(option.name, show_default(option)), option.doc)
+        for option in own.values()
+    ]
+    if rows:
+        _print_rows(console, "Options", rows)
+        closing = "}}'" if name in METHODS else "}'"
+        console.print(f"Set by {flag}{rows[0][0]}: ...{closing}", highlight=False, markup=False)
+    else:
+        console.print("It has no options of its own.")
+    if shared:
+        console.print(f"Flags that it reads: {', '.join(sorted(shared))}", highlight=False)
 
 
 def _train(options: Any) -> int:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from treelora_avalanche.compare import compare, executors
 from treelora_avalanche.registry.settings import RunSettings
-from treelora_avalanche.runs import Ingredients, training
+from treelora_avalanche.runs import Ingredients, single
 
 HERE = {"cluster": "debug", "gpus_per_job": 0, "time": 60}  # submitit runs jobs in this process
 SETTINGS = RunSettings(epochs=1, batch_size=8, rank=2, layers="all")
@@ -31,7 +31,7 @@ def prepared(monkeypatch, tiny_benchmark, tiny_vit):
         seeds.append(seed)
         return Ingredients(seed, tiny_benchmark, tiny_vit())
 
-    monkeypatch.setattr(training, "prepare", prepare)
+    monkeypatch.setattr(single, "prepare", prepare)
     return seeds
 
 

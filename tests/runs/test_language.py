@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.reports.figures import FIGURES, write_figures
 from treelora_avalanche.reports.table import summarise, write_table
 from treelora_avalanche.runs import prepare, resolve_config, run
-from treelora_avalanche.runs.config import method_config
 from treelora_avalanche.runs.schedule import epochs_per_task
 from treelora_avalanche.scenarios.trace import TRACE_TASKS
 from treelora_avalanche.tree import AdapterTree
@@ -217,7 +217,7 @@ def test_epochs_of_each_task(settings, ingredients, tmp_path):
         (1, 2),
         (1, 3),
     ]
-    with pytest.raises(ValueError, match="has 3 numbers, but there are 2 tasks: echo, shout"):
+    with pytest.raises(ValueError, match="2 numbers, one for each of echo, shout, but has 3"):
         run(
             "SeqLoRA",
             0,
@@ -246,7 +246,7 @@ def test_steps_that_several_batches_share(settings, ingredients, tmp_path):
     results = run("SeqLoRA", 0, shared, tmp_path, ingredients=ingredients)
     # 7 samples are 4 batches are 2 steps; two tasks, two epochs.
     assert results["timings"]["steps"] == 2 * 2 * 2
-    with pytest.raises(ValueError, match="Avalanche's Replay makes a step of every batch"):
+    with pytest.raises(ValueError, match="Avalanche's Replay updates after every batch"):
         run("Replay", 0, shared, tmp_path / "other", ingredients=ingredients)
 
 
@@ -254,25 +254,25 @@ def test_steps_that_several_batches_share(settings, ingredients, tmp_path):
 
 
 def test_what_a_config_holds(settings):
-    config = method_config("SeqLoRA", 0, settings())
+    config = resolve_config("SeqLoRA", 0, settings())
     assert (config["rank"], config["alpha"], config["layers"]) == (8, 32, "all")
     assert (config["batch_size"], config["eval_batch_size"], config["epochs"]) == (4, 16, 2)
     assert not {"epochs_per_task", "head", "variant", "order", "n_experiences"} & set(config)
     trace = RunSettings(scenario="trace", data="x", model="y")
-    config = method_config("TreeLoRA", 0, trace)
+    config = resolve_config("TreeLoRA", 0, trace)
     assert (config["epochs_per_task"], config["lr"], config["tree_lambda"]) == ("equal", 1e-4, 0.5)
-    assert method_config("Naive", 0, trace)["lr"] == 1e-5
+    assert resolve_config("Naive", 0, trace)["lr"] == 1e-5
     assert "epochs" not in config
 
 
 def test_runs_on_images_are_the_runs_they_were():
     """What a finished cell is recognised by has not changed."""
     images = RunSettings(scenario="image_folder", data="d", head="task_adaptive", epochs=3)
-    assert method_config("TreeLoRA", 1, images) == {
+    assert resolve_config("TreeLoRA", 1, images) == {
         "method": "TreeLoRA",
         "seed": 1,
         "scenario": "image_folder",
-        "data": "d",
+        "data": str(Path("d").resolve()),
         "classes": None,
         "exclude_classes": None,
         "n_experiences": 10,
@@ -292,11 +292,11 @@ def test_runs_on_images_are_the_runs_they_were():
         "head": "task_adaptive",
         "depth": None,
         "max_adapters": None,
-        "device": "auto",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    in_bf16 = method_config("TreeLoRA", 1, replace(images, precision="bf16"))
+    in_bf16 = resolve_config("TreeLoRA", 1, replace(images, precision="bf16"))
     assert in_bf16["precision"] == "bf16"
-    assert "precision" not in method_config("FrozenNCM", 1, replace(images, precision="bf16"))
+    assert "precision" not in resolve_config("FrozenNCM", 1, replace(images, precision="bf16"))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,10 @@ def test_runs_on_images_are_the_runs_they_were():
     [
         ({"model": None}, "`--scenario text_tasks` needs `--model`"),
         ({"data": None}, "`--scenario text_tasks` needs `--data FOLDER`"),
-        ({"head": "task_adaptive"}, "`--head` is 'task_adaptive', but `--scenario text_tasks` has"),
+        (
+            {"head": "task_adaptive"},
+            "`--head` is 'task_adaptive', but `--scenario text_tasks` does not use it",
+        ),
         ({"n_experiences": 3}, "`--n_experiences` is 3, but"),
         ({"img_size": 112}, "`--img_size` is 112, but"),
         ({"variant": "1000"}, "`--variant` is '1000', but"),
@@ -324,7 +327,7 @@ def test_runs_on_images_are_the_runs_they_were():
         ({"epochs": None, "epochs_per_task": "paper"}, "the paper gives no epochs for"),
         ({"limit": 0}, "`--limit` should be at least 1"),
         ({"accumulation_steps": 0}, "`--accumulation_steps` should be at least 1"),
-        ({"order": 7}, "`--order` should be from 1 to 6, but it is 7"),
+        ({"order": 7}, "`--order` should be from 1 to 6, but is 7"),
     ],
 )
 def test_wrong_settings_are_named_as_flags(changes, message, settings):
@@ -335,18 +338,18 @@ def test_wrong_settings_are_named_as_flags(changes, message, settings):
 @pytest.mark.parametrize("option", ["limit", "tasks", "max_length", "accumulation_steps", "dtype"])
 def test_options_of_texts_mean_nothing_for_images(option):
     value = {"tasks": ["a"], "dtype": "bfloat16"}.get(option, 3)
-    with pytest.raises(ValueError, match=f"`--{option}` is .* no use for it"):
+    with pytest.raises(ValueError, match=f"`--{option}` is .* does not use it"):
         RunSettings(scenario="image_folder", data="d", **{option: value})
 
 
 def test_methods_are_defined_for_kinds_of_models(settings):
-    with pytest.raises(ValueError, match="is for language models, and FrozenNCM is not") as error:
+    with pytest.raises(ValueError, match="is for language models, but FrozenNCM is not") as error:
         check_models(["SeqLoRA", "FrozenNCM"], settings())
-    possible = str(error.value).partition("possible: ")[2].split(", ")
+    possible = str(error.value).partition("Possible: ")[2].rstrip(".").split(", ")
     assert possible == LANGUAGE
     assert not {"StreamingLDA", "FrozenGaussian", "TreeLoRA-routed", "HiDePrompt"} & set(possible)
     check_models([m for m, entry in METHODS.items() if "vision" in entry.models], RunSettings())
-    with pytest.raises(ValueError, match="is for vision models, and InContext is not defined"):
+    with pytest.raises(ValueError, match="is for vision models, but InContext is not defined"):
         check_models(["InContext"], RunSettings())
 
 
@@ -376,7 +379,7 @@ def test_compare(settings, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--methods", "FrozenNCM"], "FrozenNCM is not defined for them; possible: TreeLoRA,"),
+        (["--methods", "FrozenNCM"], "FrozenNCM is not defined for them. Possible: TreeLoRA,"),
         (["--methods", "TreeLoRA-routed"], "TreeLoRA-routed is not defined for them"),
         (["--methods", "SeqLoRA", "--depth", "99"], None),  # of no consequence without a tree
         (["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"], "`depth` is 99"),

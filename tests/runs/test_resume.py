@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +17,7 @@ from treelora_avalanche import models
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.cli import main
 from treelora_avalanche.plugins import MemoryDrawsPlugin
-from treelora_avalanche.registry.builders import avalanche_method
-from treelora_avalanche.registry.methods import METHODS
+from treelora_avalanche.registry import AVALANCHE, METHODS, Method
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, run, training
 from treelora_avalanche.runs.resume import save_progress
@@ -113,8 +111,10 @@ def test_continued_is_uninterrupted_bit_for_bit(method, ingredients, tmp_path):
 
 def test_what_cannot_be_saved_starts_again_and_says_so(ingredients, tmp_path, monkeypatch):
     method, notes = "MAS", []
-    build = avalanche_method("MAS", lambda_reg=1.0, alpha=0.5)
-    monkeypatch.setitem(METHODS, method, replace(METHODS["LwF"], build=build))
+    row = Method(
+        "avalanche.training:MAS", "MAS", AVALANCHE, options={"lambda_reg": 1.0, "alpha": 0.5}
+    )
+    monkeypatch.setitem(METHODS, method, row)
     whole = run(method, 0, SETTINGS, tmp_path / "whole", ingredients=ingredients)
     (tmp_path / "whole" / "results.json").unlink()
     again = run(method, 0, SETTINGS, tmp_path / "whole", ingredients=ingredients, note=notes.append)

@@ -16,14 +16,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from treelora_avalanche import compare as compare_module
-from treelora_avalanche.compare import compare, executors
+from treelora_avalanche.compare import compare, comparison, executors
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.plugins import NonFiniteLossError
-from treelora_avalanche.registry.methods import METHODS, Method
-from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
-from treelora_avalanche.registry.streams import IMAGE_STREAMS, TEXT_STREAMS
+from treelora_avalanche.registry import METHODS, SCENARIOS, Family, Method, RunSettings
+from treelora_avalanche.registry.streams import DATA_FOLDERS, build_stream
 from treelora_avalanche.reports.figures import FIGURES, write_figures
 from treelora_avalanche.reports.table import rich_table, summarise, write_table
 from treelora_avalanche.reports.tree_growth import tree_growth
@@ -181,7 +179,9 @@ def test_config_comes_first(ingredients, tmp_path, monkeypatch):
         assert (tmp_path / "config.yaml").is_file()
         raise RuntimeError("no such luck")
 
-    monkeypatch.setitem(METHODS, "Broken", Method("fails", build, lr=0.1))
+    monkeypatch.setitem(
+        METHODS, "Broken", Method("avalanche.training:Naive", "fails", Family(build))
+    )
     with pytest.raises(RuntimeError, match="no such luck"):
         run("Broken", 0, SETTINGS, tmp_path, ingredients=ingredients)
     assert not (tmp_path / "results.json").exists()
@@ -258,7 +258,7 @@ def test_only_what_matters_makes_another_run():
     assert name("SeqLoRA", tree_lambda=0.7) == name("SeqLoRA")
     assert name("TreeLoRA", tree_lambda=0.7) != name("TreeLoRA")
     assert name("Naive", epochs=3) != name("Naive")
-    assert name("Naive", lr=METHODS["Naive"].digits_lr) == name("Naive", lr=None)
+    assert name("Naive", lr=METHODS["Naive"].family.rates.digits) == name("Naive", lr=None)
 
 
 def test_finished_means_this_configuration_and_version(ingredients, tmp_path):
@@ -299,8 +299,8 @@ def test_git_hash_is_that_of_a_checkout():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 0}, "`--rank` should be at least 1, but it is 0"),
-        ({"tree_lambda": -0.1}, "`--tree_lambda` should be at least 0, but it is -0.1"),
+        ({"rank": 0}, "`--rank` should be at least 1, but is 0"),
+        ({"tree_lambda": -0.1}, "`--tree_lambda` should be at least 0, but is -0.1"),
         ({"tree_lambda": float("nan")}, "`--tree_lambda` should be at least 0"),
         ({"epochs": 0}, "`--epochs` should be at least 1"),
         ({"batch_size": 0}, "`--batch_size` should be at least 1"),
@@ -318,22 +318,21 @@ def test_git_hash_is_that_of_a_checkout():
             "`--selection` should be one of .* but is 'nearst'.*Did you mean 'nearest'",
         ),
         ({"scenario": "image_folder"}, "needs `--data FOLDER`"),
-        ({"data": "x"}, "`--data` is 'x', but digits bring their own data"),
+        ({"data": "x"}, "`--data` is 'x', but digits brings its own data"),
         ({"model": "deit_tiny_patch16_224"}, "`--model` is 'deit_tiny_patch16_224', but digits"),
         ({"head": "gaussian"}, "`--head` should be one of .* but is 'gaussian'"),
         ({"scenario": "cub200"}, "`--scenario cub200` needs `--data FOLDER`"),
         (
             {"scenario": "domains", "data": "x", "n_experiences": 4},
-            "`--n_experiences` is 4, but `--scenario domains` has no use for it",
+            "`--n_experiences` is 4, but `--scenario domains` does not use it",
         ),
         (
             {"scenario": "image_folder", "data": "x", "download": True},
-            "`--download` is True, but `--scenario image_folder` has no use for it",
+            "`--download` is True, but `--scenario image_folder` does not use it",
         ),
-        ({"domains": ["photo"]}, r"`--domains` is \['photo'\], but digits bring"),
         (
-            {"scenario": "image_folder", "data": "x", "model": "digits_vit"},
-            "`--model digits_vit` goes with `--scenario digits` only",
+            {"domains": ["photo"]},
+            r"`--domains` is \['photo'\], but `--scenario digits` does not use it",
         ),
     ],
 )
@@ -368,6 +367,7 @@ def test_scenarios_by_name(scenario, generator, given, expected, tmp_path, monke
         asked.update(real.bind(*args, **kwargs).arguments)
         raise StopIteration
 
+    build.__signature__ = real
     monkeypatch.setattr(scenarios, generator, build)
     monkeypatch.setattr(models, "pretrained_digits_vit", lambda seed: None)
     images = {"data": str(tmp_path), "model": "vit_tiny_patch16_224"}
@@ -382,9 +382,19 @@ def test_scenarios_by_name(scenario, generator, given, expected, tmp_path, monke
         assert asked["preprocessing"].input_size == (3, 224, 224)
 
 
-def test_every_scenario_is_built():
-    assert set(IMAGE_STREAMS) | set(TEXT_STREAMS) | {"digits"} == set(SCENARIOS)
-    assert {name for name, entry in SCENARIOS.items() if entry.language} == set(TEXT_STREAMS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_scenario_passes_on_what_it_takes(name):
+    """A setting that a scenario takes is a parameter of its generator, or one of the model's."""
+    scenario = SCENARIOS[name]
+    of_model = {"model", "checkpoint", "img_size", "max_length", "dtype", "gradient_checkpointing"}
+    of_training = {"head", "epochs_per_task", "accumulation_steps"}
+    folder = {"data", "exclude_classes"}
+    parameters = inspect.signature(scenario.load()).parameters
+    assert set(scenario.takes) - of_model - of_training - folder <= set(parameters)
+    assert ("data" in scenario.takes) == bool(set(DATA_FOLDERS) & set(parameters))
+    assert scenario.language == ("model" in parameters)
+    if scenario.seeded:
+        assert "seed" in parameters
 
 
 def test_config_has_what_the_scenario_looks_at():
@@ -426,7 +436,7 @@ def test_domains_from_folders(method, pacs, tmp_path, tiny_vit):
         epochs=1,
         head="task_adaptive",
     )
-    benchmark = IMAGE_STREAMS["domains"](settings, 0, ImagePreprocessing((3, 8, 8)))
+    benchmark = build_stream(settings, 0, preprocessing=ImagePreprocessing((3, 8, 8)))
     model = tiny_vit(num_classes=2)
     model.patch_embed.proj = nn.Conv2d(3, 16, 4, 4)
     results = run(
@@ -457,7 +467,7 @@ def counted(monkeypatch, tiny_benchmark, tiny_vit):
         calls["trained"].append((method, seed))
         return run(method, seed, *args, **kwargs)
 
-    monkeypatch.setattr(compare_module, "prepare", prepare)
+    monkeypatch.setattr(comparison, "prepare", prepare)
     monkeypatch.setattr(executors, "run", counting_run)
     return calls
 
@@ -505,7 +515,9 @@ def test_a_failing_method_leaves_the_others(counted, tmp_path, monkeypatch):
     def build(*args):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setitem(METHODS, "Broken", Method("fails", build, lr=0.1))
+    monkeypatch.setitem(
+        METHODS, "Broken", Method("avalanche.training:Naive", "fails", Family(build))
+    )
     cells, printed = quiet_compare(["Broken", "Naive"], [0], changed(epochs=1), tmp_path)
     broken, naive = cells
     assert broken.results is None

@@ -6,11 +6,13 @@ import torch
 from contract_methods import (
     CASES,
     CLASSES,
+    LANGUAGE,
     N_TEXTS,
     PENALISED,
     RANK,
     SETTINGS,
     TREE,
+    VISION,
     Watch,
     factories,
     missing,
@@ -18,7 +20,7 @@ from contract_methods import (
 from support import plugin_of
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.models import TokenCrossEntropy
-from treelora_avalanche.registry.methods import LANGUAGE, METHODS, VISION
+from treelora_avalanche.registry import METHODS
 from treelora_avalanche.testing import (
     check_batch_independence,
     check_frozen_weights,

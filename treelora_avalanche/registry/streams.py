@@ -2,149 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from treelora_avalanche import scenarios
 from treelora_avalanche.choices import check_known
+from treelora_avalanche.registry.options import (
+    Option,
+    check_options,
+    own_options,
+    parameters_of,
+)
+from treelora_avalanche.registry.scenarios import SCENARIO_SETTINGS, SCENARIOS, Scenario
 from treelora_avalanche.registry.settings import RunSettings
 
+DATA_FOLDERS = ("dataset_root", "data_root", "folder")
+SUPPLIED = SCENARIO_SETTINGS | {"seed", "preprocessing", *DATA_FOLDERS}
+"""Parameters of generators that a run fills in."""
 
-def _folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+def data_folder(settings: RunSettings) -> Path | None:
+    """Returns the folder of the data; None where none is given.
+
+    :param settings: the settings.
+    :raises FileNotFoundError: if there is no such folder, and nothing is to be downloaded.
+    """
+    if settings.data is None:
+        return None
+    folder = Path(settings.data).expanduser()
+    if not folder.is_dir() and "download" not in SCENARIOS[settings.scenario].takes:
+        raise FileNotFoundError(f"`--data` {folder} is not a folder")
+    return folder
 
 
-def _without_excluded(known: Sequence[str], settings: RunSettings) -> list[str] | None:
+def scenario_options(scenario: Scenario) -> dict[str, Option]:
+    """Returns the options of a scenario's generator; imports the generator.
+
+    :param scenario: the row.
+    """
+    return own_options(scenario.load(), SUPPLIED - {"seed"} if not scenario.seeded else SUPPLIED)
+
+
+def build_stream(
+    settings: RunSettings, seed: int, *, preprocessing: Any = None, model: Any = None
+) -> Any:
+    """Builds the benchmark of a scenario.
+
+    :param settings: the settings.
+    :param seed: the run's seed.
+    :param preprocessing: of images, that of the model.
+    :param model: of texts, the language model.
+    :raises ValueError: if an option is unknown or out of range.
+    :raises FileNotFoundError: if the data are not there.
+    """
+    scenario = SCENARIOS[settings.scenario]
+    generator = scenario.load()
+    known = {name: getattr(settings, name) for name in scenario.takes}
+    if "n_experiences" in scenario.takes:
+        known["n_experiences"] = settings.number_of_experiences
+    if "classes" in scenario.takes:
+        known["classes"] = _classes(settings, scenario)
+    if "data" in scenario.takes:
+        known |= dict.fromkeys(DATA_FOLDERS, data_folder(settings))
+    if scenario.seeded:
+        known["seed"] = seed
+    known |= {"preprocessing": preprocessing, "model": model}
+    arguments = {name: known[name] for name in parameters_of(generator) if name in known}
+    own = settings.scenario_options
+    if own:
+        arguments |= check_options(settings.scenario, own, scenario_options(scenario))
+    return generator(**arguments)
+
+
+def _classes(settings: RunSettings, scenario: Scenario) -> list[str] | None:
     """The classes without the excluded ones; None for all."""
     if not settings.exclude_classes:
         return settings.classes
-    names = settings.classes or known
+    names = settings.classes or _class_folders(settings, scenario)
     for name in settings.exclude_classes:
         check_known("class in `--exclude_classes`", name, names)
     return [name for name in names if name not in settings.exclude_classes]
 
 
-def _folder_with_images(settings: RunSettings) -> Path:
-    """The folder, or its part for training where there is one."""
-    data = data_folder(settings)
-    return data / "train" if (data / "train").is_dir() else data
-
-
-def data_folder(settings: RunSettings) -> Path:
-    data = Path(settings.data or "").expanduser()
-    if not data.is_dir():
-        raise FileNotFoundError(f"`--data` {data} is not a folder")
-    return data
-
-
-def _image_folder(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
-    known = _folders(_folder_with_images(settings))
-    return scenarios.SplitImageFolder(
-        data_folder(settings),
-        settings.number_of_experiences,
-        preprocessing=preprocessing,
-        classes=_without_excluded(known, settings),
-        seed=seed,
-    )
-
-
-def _domains(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
-    folder = _folder_with_images(settings)
-    known = sorted({name for domain in _folders(folder) for name in _folders(folder / domain)})
-    return scenarios.DomainImageFolder(
-        data_folder(settings),
-        domains=settings.domains,
-        preprocessing=preprocessing,
-        classes=_without_excluded(known, settings),
-        seed=seed,
-    )
-
-
-def _cifar100(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
-    return scenarios.SplitCIFAR100(
-        settings.number_of_experiences,
-        dataset_root=settings.data,
-        download=settings.download,
-        preprocessing=preprocessing,
-        classes=settings.classes,
-        seed=seed,
-    )
-
-
-def _published(name: str) -> Callable[[RunSettings, int, Any], Any]:
-    """A benchmark with a published archive.
-
-    :param name: the benchmark's generator.
-    """
-
-    def build(settings: RunSettings, seed: int, preprocessing: Any) -> Any:
-        return getattr(scenarios, name)(
-            settings.number_of_experiences,
-            dataset_root=Path(settings.data or "").expanduser(),
-            download=settings.download,
-            preprocessing=preprocessing,
-            classes=settings.classes,
-            seed=seed,
-        )
-
-    return build
-
-
-IMAGE_STREAMS: dict[str, Callable[[RunSettings, int, Any], Any]] = {
-    "image_folder": _image_folder,
-    "cifar100": _cifar100,
-    "imagenet_r": _published("SplitImageNetR"),
-    "cub200": _published("SplitCUB200"),
-    "domains": _domains,
-}
-
-
-def _trace(settings: RunSettings, model: Any) -> Any:
-    return scenarios.TRACE(
-        data_folder(settings), model, settings.variant, tasks=settings.tasks, limit=settings.limit
-    )
-
-
-def _math_llm(settings: RunSettings, model: Any) -> Any:
-    return scenarios.MathLLM(data_folder(settings), model, settings.variant, limit=settings.limit)
-
-
-def _long_sequence(settings: RunSettings, model: Any) -> Any:
-    return scenarios.LongSequence(
-        data_folder(settings),
-        model,
-        settings.variant,
-        skip_missing_tasks=settings.skip_missing_tasks,
-        limit=settings.limit,
-    )
-
-
-def _o_lora_order(settings: RunSettings, model: Any) -> Any:
-    return scenarios.OLoRAOrder(
-        settings.order,
-        data_folder(settings),
-        model,
-        skip_missing_tasks=settings.skip_missing_tasks,
-        limit=settings.limit,
-    )
-
-
-def _text_tasks(settings: RunSettings, model: Any) -> Any:
-    return scenarios.TextTasks(
-        data_folder(settings),
-        model,
-        tasks=settings.tasks,
-        metric=settings.metric,
-        max_new_tokens=settings.max_new_tokens,
-        limit=settings.limit,
-    )
-
-
-TEXT_STREAMS: dict[str, Callable[[RunSettings, Any], Any]] = {
-    "trace": _trace,
-    "math_llm": _math_llm,
-    "long_sequence": _long_sequence,
-    "o_lora_order": _o_lora_order,
-    "text_tasks": _text_tasks,
-}
+def _class_folders(settings: RunSettings, scenario: Scenario) -> list[str]:
+    folder = data_folder(settings)
+    assert folder is not None  # the scenario needs it
+    assert scenario.class_folders is not None  # or classes cannot be excluded
+    folder = folder / "train" if (folder / "train").is_dir() else folder
+    return sorted({path.name for path in folder.glob(scenario.class_folders) if path.is_dir()})

@@ -22,7 +22,7 @@ from treelora_avalanche.runs.folder import (
 )
 from treelora_avalanche.runs.monitors import JsonLinesLogger, Progress, ProgressPlugin
 from treelora_avalanche.runs.setup import Ingredients, check_arguments, prepare
-from treelora_avalanche.runs.training import run
+from treelora_avalanche.runs.single import run
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -1,4 +1,4 @@
-"""The configuration of a run."""
+"""The configuration of a run: what its outcome depends on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from treelora_avalanche.registry.methods import find_method
-from treelora_avalanche.registry.settings import RunSettings
+from treelora_avalanche.choices import check_known
+from treelora_avalanche.registry.methods import METHODS
+from treelora_avalanche.registry.settings import METHOD_SETTINGS, RunSettings
+
+WITHOUT_CONSEQUENCE = frozenset({"download"})
 
 
 def find_device(name: str, *, elsewhere: bool = False) -> torch.device:
-    """The device of a run.
+    """Returns the device of a run.
 
     :param name: auto, or one of torch's names.
     :param elsewhere: whether the run is made on another machine, whose GPUs are not seen here.
@@ -24,23 +27,79 @@ def find_device(name: str, *, elsewhere: bool = False) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"`--device` is {name!r}, which torch does not know") from error
+        raise ValueError(f"`--device` is {name!r}, which torch does not know.") from error
     if device.type == "cuda" and not elsewhere and not torch.cuda.is_available():
-        raise ValueError(f"`--device` is {name!r}, but torch sees no GPU; use cpu")
+        raise ValueError(f"`--device` is {name!r}, but torch sees no GPU. Use cpu.")
     return device
+
+
+def weights_dtype(settings: RunSettings, device: torch.device) -> str:
+    """Returns the precision of a language model's frozen weights.
+
+    :param settings: the settings.
+    :param device: where the model is trained.
+    """
+    return settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+
+
+def of_method(method: str, settings: RunSettings) -> tuple[RunSettings, dict[str, Any]]:
+    """Returns the settings of one method, and the options that its strategy alone has.
+
+    :param method: name of the method.
+    :param settings: the settings of all methods; their ``method_options`` may change settings for
+        single methods.
+    :raises ValueError: if options are given to an unknown method, or a setting that it does not
+        read.
+    """
+    given = settings.method_options or {}
+    for name in given:
+        check_known("method in `--method_options`", name, METHODS)
+    entry, own = METHODS[method], given.get(method, {})
+    changes = {name: value for name, value in own.items() if name in METHOD_SETTINGS}
+    for name in changes:
+        if name in entry.ignores or name in settings.without_meaning:
+            raise ValueError(
+                f"`--method_options` sets `{name}` of {method}, which does not read it. "
+                "Leave it out."
+            )
+    options = {name: value for name, value in own.items() if name not in changes}
+    return settings.with_changes(method_options=None, **changes), options
 
 
 def resolve_config(
     method: str, seed: int, settings: RunSettings, *, elsewhere: bool = False
 ) -> dict[str, Any]:
-    """The configuration of a run, with the device and the data folder named.
+    """Returns what the outcome of a run depends on; two runs are the same where this is equal.
+
+    Settings that the method or the scenario does not read are left out; defaults, the device and
+    the folder of the data are filled in. The keys are flags of `treelora train`.
 
     :param method: name of the method.
     :param seed: the run's seed.
     :param settings: the settings.
     :param elsewhere: see :func:`find_device`.
     """
-    config = method_config(method, seed, settings)
+    entry = METHODS[method]
+    settings, options = of_method(method, settings)
+    ignored = entry.ignores | settings.without_meaning | WITHOUT_CONSEQUENCE
+    config = {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if field.name not in ignored
+    }
+    for name in ("epochs", "epochs_per_task", "scenario_options", "method_options"):
+        if config.get(name, 0) is None:  # of the epochs one stands in place of the other
+            del config[name]
+    if options:
+        config["method_options"] = {method: options}
+    if config.get("precision") == "fp32":
+        del config["precision"]
+    if "model" in config:
+        config["model"] = settings.model_name
+    if "n_experiences" in config:
+        config["n_experiences"] = settings.number_of_experiences
+    if "lr" in config:
+        config["lr"] = entry.lr(settings)
     device = find_device(settings.device, elsewhere=elsewhere)
     config["device"] = str(device)
     if settings.data is not None:
@@ -50,44 +109,7 @@ def resolve_config(
         folder = Path(config["model"]).expanduser()
         if folder.is_dir():  # and not a name on the hub
             config["model"] = str(folder.resolve())
-    return config
-
-
-def weights_dtype(settings: RunSettings, device: torch.device) -> str:
-    return settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-
-
-WITHOUT_CONSEQUENCE = frozenset({"download"})
-
-
-def method_config(method: str, seed: int, settings: RunSettings) -> dict[str, Any]:
-    """What the outcome of a run depends on; two runs are the same where this is equal.
-
-    Settings that the method or the scenario does not look at are left out, and defaults that depend
-    on them are filled in. The keys are flags of `treelora train`.
-
-    :param method: name of the method.
-    :param seed: the run's seed.
-    :param settings: everything else.
-    """
-    entry = find_method(method)
-    ignored = entry.ignores | settings.without_meaning | WITHOUT_CONSEQUENCE
-    config = {
-        field.name: getattr(settings, field.name)
-        for field in fields(settings)
-        if field.name not in ignored
-    }
-    config["model"] = settings.model_name
-    for name in ("epochs", "epochs_per_task"):  # one stands in place of the other
-        if config.get(name, 0) is None:
-            del config[name]
-    if config.get("precision") == "fp32":  # so the runs of before there was a choice are the same
-        del config["precision"]
-    if "n_experiences" in config:
-        config["n_experiences"] = settings.number_of_experiences
-    if "lr" in config and settings.lr is None:
-        on_digits = settings.on_digits and entry.digits_lr is not None
-        config["lr"] = entry.digits_lr if on_digits else entry.lr
-        if settings.on_language:
-            config["lr"] = entry.language_lr
     return {"method": method, "seed": seed, **config}
+
+
+__all__ = ["find_device", "of_method", "resolve_config", "weights_dtype"]

@@ -1,8 +1,8 @@
-"""Where an interrupted run continues: at the last task that it has finished."""
+"""Where an interrupted run continues: after the last task that it has finished."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,44 @@ from treelora_avalanche.runs.folder import SCHEMA_VERSION, STATE, is_unfinished
 from treelora_avalanche.state import check_keys, has_state, load_state, save_state
 
 
+class CannotContinueError(ValueError):
+    """The state of an interrupted run is damaged, of another version, or does not fit."""
+
+
 @dataclass(frozen=True)
 class Progressed:
-    """What a run knows after a task, beside its strategy."""
+    """What a run knows after a task, apart from its strategy.
 
-    stages: int
-    """ Stages done: tasks, but for methods that train on all at once. """
-    train_seconds: float
-    eval_seconds: float
-    peak_bytes: int
-    trees: list[Any]
-    """ TreeLoRA's tree after each task; empty for others. """
-    lines: dict[str, int]
-    """ Length of each growing file. """
+    :param stages: finished stages: tasks, except for methods that train on all at once.
+    :param train_seconds: time of training so far.
+    :param eval_seconds: time of evaluation so far.
+    :param peak_bytes: largest memory so far.
+    :param trees: TreeLoRA's tree after each task; empty for others.
+    :param lines: length of each growing file.
+    """
+
+    stages: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    peak_bytes: int = 0
+    trees: list[Any] = field(default_factory=list)
+    lines: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Interrupted:
-    """Where a run stopped."""
+    """Where a run stopped.
+
+    :param progress: of the run.
+    :param strategy: for :func:`~treelora_avalanche.checkpoint.load_strategy_state`.
+    """
 
     progress: Progressed
     strategy: dict[str, Any]
-    """ For :func:`~treelora_avalanche.checkpoint.load_strategy_state`. """
 
 
 def save_progress(folder: Path, strategy: Any, progress: Progressed) -> None:
-    """Write where the run continues if it is interrupted from now on.
+    """Writes where the run continues if it is interrupted from now on.
 
     :param folder: the run folder.
     :param strategy: the strategy, after the evaluation of a task.
@@ -53,30 +65,36 @@ def save_progress(folder: Path, strategy: Any, progress: Progressed) -> None:
 
 
 def find_interrupted(folder: Path, config: dict[str, Any]) -> Interrupted | None:
-    """Where a run of this configuration was interrupted in this folder; None if there is none.
+    """Returns where a run of this configuration was interrupted; None if there is none.
 
     :param folder: a run folder, which need not exist.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
-    :raises ValueError: if its state is damaged, or of another version of this package.
+    :raises CannotContinueError: if its state is damaged, or of another version of this package.
     """
     if not is_unfinished(folder, config) or not has_state(folder / STATE):
         return None
-    state = load_state(folder / STATE)
+    try:
+        return _read(folder / STATE)
+    except (ValueError, OSError) as error:
+        raise CannotContinueError(str(error)) from error
+
+
+def _read(folder: Path) -> Interrupted:
+    state = load_state(folder)
     version = f"{state.get('version')} (schema {state.get('schema_version')})"
     if version != f"{__version__} (schema {SCHEMA_VERSION})":
         raise ValueError(f"its state is of version {version} of treelora-avalanche")
-    check_keys(state, {"schema_version", "version", "progress", "strategy"}, f"{folder / STATE}")
-    check_keys(state["progress"], {f.name for f in fields(Progressed)}, f"{folder / STATE}")
-    progress = Progressed(**state["progress"])
-    return Interrupted(progress, state["strategy"])
-
-
-class CannotContinueError(ValueError):
-    """An interrupted run whose state does not fit."""
+    check_keys(state, {"schema_version", "version", "progress", "strategy"}, str(folder))
+    check_keys(state["progress"], {f.name for f in fields(Progressed)}, str(folder))
+    return Interrupted(Progressed(**state["progress"]), state["strategy"])
 
 
 def has_finished_tasks(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a run of this configuration has finished a task here before it was interrupted."""
+    """Whether a run of this configuration has finished a task here before it was interrupted.
+
+    :param folder: a run folder, which need not exist.
+    :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
+    """
     lines = folder / "metrics.jsonl"
     return (
         is_unfinished(folder, config)
@@ -86,7 +104,10 @@ def has_finished_tasks(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def why_unsaved(strategy: Any) -> str | None:
-    """Why a method's state cannot be saved; None if it can."""
+    """Returns why a method's state cannot be saved; None if it can.
+
+    :param strategy: the strategy.
+    """
     stateless = plugins_without_state(strategy)
     if stateless:
         return f"{', '.join(stateless)} keeps state that cannot be saved"

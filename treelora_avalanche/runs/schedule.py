@@ -1,93 +1,118 @@
-"""What is trained when, and for how long."""
+"""The schedule of a run: what is trained when, and for how many epochs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from treelora_avalanche import scenarios
 from treelora_avalanche.registry.methods import Method
 from treelora_avalanche.registry.settings import EQUAL_EPOCHS, RunSettings
+from treelora_avalanche.runs.stream_info import task_names
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained in one go, and what is evaluated then."""
+    """What is trained in one go, and what is evaluated then.
+
+    :param task: the last task of the stage, counted from 0 in the order of training.
+    :param epochs: passes over its data.
+    :param train: an experience, or all of them.
+    :param test: the experiences seen so far; unseen classes are not evaluated.
+    """
 
     task: int
-    """ The last task of the stage, counted from 0 in the order of training. """
+    epochs: int
     train: Any
     test: Any
 
-    @classmethod
-    def all_of(cls, benchmark: Any, *, joint: bool) -> list[Stage]:
-        """The stages of a run.
 
+@dataclass(frozen=True)
+class Schedule:
+    """Stages and epochs of a run.
+
+    :param epochs: passes over the data of each task, ``(n_tasks,)``.
+    :param stages: one for each task; a single one where all tasks are trained together.
+    :param n_steps: training steps of the whole stream.
+    """
+
+    epochs: list[int]
+    stages: list[Stage]
+    n_steps: int
+
+    @classmethod
+    def plan(cls, method: Method, settings: RunSettings, benchmark: Any) -> Schedule:
+        """Returns the schedule of a method on a stream.
+
+        :param method: the method.
+        :param settings: the method's settings.
         :param benchmark: the stream.
-        :param joint: whether all tasks are trained together.
+        :raises ValueError: if there is not one number of epochs for each task.
         """
         train, test = benchmark.train_stream, benchmark.test_stream
-        n = len(train)
-        if joint:
-            return [cls(n - 1, train, test)]
-        # Classes not seen yet have nothing to say.
-        return [cls(task, train[task], test[: task + 1]) for task in range(n)]
+        epochs = _epochs(method, settings, benchmark)
+        last = len(train) - 1
+        if method.joint:
+            # The mean, so that as many samples are seen where tasks are equally large.
+            stages = [Stage(last, round(sum(epochs) / len(epochs)), train, test)]
+        else:
+            stages = [
+                Stage(task, epochs[task], train[task], test[: task + 1]) for task in range(last + 1)
+            ]
+        samples = [len(experience.dataset) for experience in train]
+        return cls(epochs, stages, _count_steps(method, settings, stages, samples))
+
+    def times(self, counts: Sequence[int]) -> int:
+        """Returns how often something is seen in all epochs.
+
+        :param counts: of each task, in one epoch.
+        """
+        return sum(e * n for e, n in zip(self.epochs, counts, strict=True))
 
 
-def epochs_per_task(entry: Method, wanted: list[int] | str, names: list[str]) -> list[int]:
-    """Passes over the data of each task.
+def _epochs(method: Method, settings: RunSettings, benchmark: Any) -> list[int]:
+    names = task_names(benchmark)
+    if method.frozen:
+        return [1] * len(benchmark.train_stream)
+    if names is not None and settings.epochs_per_task is not None:
+        return epochs_per_task(method, settings.epochs_per_task, names)
+    return [settings.epochs or 1] * len(benchmark.train_stream)
 
-    :param entry: the method.
+
+def epochs_per_task(method: Method, wanted: list[int] | str, names: list[str]) -> list[int]:
+    """Returns the epochs of each task.
+
+    :param method: the method.
     :param wanted: as in `RunSettings.epochs_per_task`.
     :param names: of the tasks.
     :raises ValueError: if there is not one number for each task.
     """
     if isinstance(wanted, str):
-        if wanted == EQUAL_EPOCHS or entry.has_tree:
+        if wanted == EQUAL_EPOCHS or method.has_tree:
             numbers = scenarios.TREELORA_EPOCHS
         else:
-            whole = entry.kind == "Avalanche's" and not entry.uses_lora
+            whole = method.kind == "Avalanche's" and not method.uses_lora
             numbers = scenarios.FULL_EPOCHS if whole else scenarios.LORA_EPOCHS
         return [numbers[name] for name in names]
     if len(wanted) != len(names):
         raise ValueError(
-            f"`--epochs_per_task` has {len(wanted)} numbers, but there are {len(names)} tasks: "
-            f"{', '.join(names)}"
+            f"`--epochs_per_task` should have {len(names)} numbers, one for each of "
+            f"{', '.join(names)}, but has {len(wanted)}."
         )
     return wanted
 
 
-def epochs_of_tasks(
-    entry: Method, settings: RunSettings, n_tasks: int, names: list[str] | None
-) -> list[int]:
-    """Passes over the data of each task."""
-    if names is not None and settings.epochs_per_task is not None and not entry.frozen:
-        return epochs_per_task(entry, settings.epochs_per_task, names)
-    return [entry.epochs(settings)] * n_tasks
-
-
-def epochs_of_stage(epochs: list[int], stage: Stage, *, joint: bool) -> int:
-    # All tasks together: the mean, so that as many samples are seen where tasks are equally large.
-    return round(sum(epochs) / len(epochs)) if joint else epochs[stage.task]
-
-
-def weighted_sum(epochs: list[int], counts: list[int]) -> int:
-    return sum(e * n for e, n in zip(epochs, counts, strict=True))
-
-
-def count_steps(
-    entry: Method,
-    config: dict[str, Any],
-    samples: list[int],
-    stages: list[Stage],
-    epochs: list[int],
+def _count_steps(
+    method: Method, settings: RunSettings, stages: Sequence[Stage], samples: Sequence[int]
 ) -> int:
-    """Training steps of the whole stream."""
     total = 0
     for stage in stages:
-        n = sum(samples[: stage.task + 1]) if entry.on_all_seen else samples[stage.task]
-        batches = math.ceil(n / config["batch_size"])
-        n_steps = math.ceil(batches / config.get("accumulation_steps", 1))
-        total += n_steps * epochs_of_stage(epochs, stage, joint=entry.joint)
+        n = sum(samples[: stage.task + 1]) if method.on_all_seen else samples[stage.task]
+        batches = math.ceil(n / (settings.batch_size or 1))
+        total += math.ceil(batches / settings.accumulation_steps) * stage.epochs
     return total
+
+
+__all__ = ["Schedule", "Stage", "epochs_per_task"]

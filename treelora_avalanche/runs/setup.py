@@ -1,4 +1,4 @@
-"""What a run is made of: device, configuration, stream and backbone."""
+"""Builds what a run needs: the stream, the pretrained backbone and the strategy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from treelora_avalanche import models, scenarios
-from treelora_avalanche.registry.methods import Method, find_method
-from treelora_avalanche.registry.settings import DIGITS_VIT, RunSettings
-from treelora_avalanche.registry.streams import IMAGE_STREAMS, TEXT_STREAMS, data_folder
-from treelora_avalanche.runs.config import find_device, resolve_config, weights_dtype
+from treelora_avalanche import models
+from treelora_avalanche.registry.entry_points import load_object
+from treelora_avalanche.registry.families import SharedArguments
+from treelora_avalanche.registry.methods import METHODS
+from treelora_avalanche.registry.scenarios import SCENARIOS
+from treelora_avalanche.registry.settings import RunSettings
+from treelora_avalanche.registry.streams import build_stream, data_folder
+from treelora_avalanche.runs.config import find_device, of_method, weights_dtype
 
 
 @dataclass(frozen=True)
@@ -30,32 +33,28 @@ class Ingredients:
     backbone: nn.Module
 
 
-# --------------------------------------------------------------------------------------------------
-# Streams, by the name of their scenario; digits bring their own model and are made below
-
-
 def prepare(seed: int, settings: RunSettings) -> Ingredients:
-    """Build the stream and the backbone. This is where wrong data or weights are noticed.
+    """Builds the stream and the backbone. This is where wrong data or weights are noticed.
 
     :param seed: seed of the class order, of the backbone's head and, for digits, of its
         pretraining.
     :param settings: the settings.
     """
     RNGManager.set_random_seeds(seed)
-    benchmark: Any
-    if settings.model_name == DIGITS_VIT:
-        benchmark = scenarios.SplitDigits(settings.number_of_experiences, seed=seed)
-        return Ingredients(seed, benchmark, models.pretrained_digits_vit(seed))
+    scenario = SCENARIOS[settings.scenario]
+    if scenario.backbone is not None:
+        benchmark = build_stream(settings, seed)
+        return Ingredients(seed, benchmark, load_object(scenario.backbone)(seed))
     if settings.on_language:
         data_folder(settings)  # what is missing here is noticed before gigabytes are fetched
         model = language_model(settings, weights_dtype(settings, find_device(settings.device)))
-        return Ingredients(seed, TEXT_STREAMS[settings.scenario](settings, model), model)
+        return Ingredients(seed, build_stream(settings, seed, model=model), model)
     # The number of classes comes from the data, whose preprocessing comes from the model.
     unweighted = models.create_vit(
         settings.model_name, num_classes=0, img_size=settings.img_size, pretrained=False
     )
-    build = IMAGE_STREAMS[settings.scenario]
-    benchmark = build(settings, seed, models.image_preprocessing(unweighted))
+    preprocessing = models.image_preprocessing(unweighted)
+    benchmark = build_stream(settings, seed, preprocessing=preprocessing)
     backbone = models.create_vit(
         settings.model_name,
         num_classes=benchmark.n_classes,
@@ -66,7 +65,7 @@ def prepare(seed: int, settings: RunSettings) -> Ingredients:
 
 
 def language_model(settings: RunSettings, dtype: str) -> nn.Module:
-    """The pretrained model.
+    """Returns the pretrained language model.
 
     :param settings: the settings.
     :param dtype: of its frozen weights.
@@ -82,27 +81,50 @@ def language_model(settings: RunSettings, dtype: str) -> nn.Module:
     )
 
 
+def build_strategy(
+    method: str, settings: RunSettings, ingredients: Ingredients, **shared: Any
+) -> Any:
+    """Builds the strategy of a method on a copy of the backbone.
+
+    :param method: name of the method.
+    :param settings: the settings of all methods.
+    :param ingredients: the stream and the backbone.
+    :param shared: ``device``, ``plugins`` and ``evaluator``.
+    :raises ValueError: if it cannot be built with these settings on this backbone.
+    """
+    entry = METHODS[method]
+    own_settings, options = of_method(method, settings)
+    shared["train_mb_size"] = own_settings.batch_size
+    shared["train_epochs"] = 1  # and set before each stage, see Schedule
+    shared["eval_mb_size"] = own_settings.eval_batch_size
+    return entry.build(
+        SharedArguments(
+            model=copy.deepcopy(ingredients.backbone),
+            settings=own_settings,
+            lr=entry.lr(own_settings) or 0.0,
+            seed=ingredients.seed,
+            options=options,
+            shared=shared,
+        )
+    )
+
+
 def check_arguments(
     methods: Sequence[str], settings: RunSettings, ingredients: Ingredients
 ) -> None:
-    """Build each method and let it go, so that wrong arguments are noticed before any training.
+    """Builds each method and drops it, so that wrong arguments are noticed before any training.
 
     :param methods: names of the methods.
     :param settings: the settings.
     :param ingredients: the stream and the backbone.
     :raises ValueError: if a method cannot be built with these settings on this backbone.
     """
+    device = torch.device("cpu")
     for method in methods:
-        config = resolve_config(method, ingredients.seed, settings)
+        evaluator = EvaluationPlugin(loggers=[])
         try:
             build_strategy(
-                find_method(method),
-                settings,
-                config,
-                ingredients,
-                device=torch.device("cpu"),
-                plugins=[],
-                evaluator=EvaluationPlugin(loggers=[]),
+                method, settings, ingredients, device=device, plugins=[], evaluator=evaluator
             )
         except ValueError:
             raise
@@ -111,25 +133,4 @@ def check_arguments(
             continue
 
 
-def build_strategy(
-    entry: Method,
-    settings: RunSettings,
-    config: dict[str, Any],
-    ingredients: Ingredients,
-    **shared: Any,
-) -> Any:
-    return entry.build(
-        copy.deepcopy(ingredients.backbone),
-        settings,
-        config.get("lr", 0.0),
-        ingredients.seed,
-        {
-            "train_mb_size": settings.batch_size,
-            "train_epochs": entry.epochs(settings),  # and set before each task
-            "eval_mb_size": settings.eval_batch_size,
-            **shared,
-        },
-    )
-
-
-__all__ = ["Ingredients", "check_arguments", "language_model", "prepare"]
+__all__ = ["Ingredients", "build_strategy", "check_arguments", "language_model", "prepare"]

@@ -49,3 +49,14 @@ def count_tokens(experience: Any) -> int:
     :param experience: of a stream of texts.
     """
     return sum(int((sample[0] != PADDING).sum()) for sample in experience.dataset)
+
+
+def learned_in(stream: dict[str, Any], task: int) -> dict[str, Any]:
+    """Returns the name or the classes of a task.
+
+    :param stream: from :func:`describe`.
+    :param task: number of the task, from 0.
+    """
+    if "task_names" in stream:
+        return {"task_name": stream["task_names"][task]}
+    return {"classes": stream["classes"][task]}

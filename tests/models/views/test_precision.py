@@ -7,8 +7,8 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from treelora_avalanche.models.views.precision import autocast_dtype
 from treelora_avalanche.models.views.split_vit import PrefixView
 from treelora_avalanche.plugins import PrefixCachePlugin
-from treelora_avalanche.registry.methods import LANGUAGE, METHODS
-from treelora_avalanche.registry.settings import RunSettings
+from treelora_avalanche.registry import METHODS, RunSettings
+from treelora_avalanche.runs.setup import Ingredients, build_strategy
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -112,32 +112,39 @@ METHODS_AT_WORK = [
 def test_every_method_learns_nearly_the_same_in_bf16(
     kind, name, tiny_vit, tiny_benchmark, make_language_model, tiny_texts
 ):
-    on_text = kind == LANGUAGE
+    on_text = kind == "language"
     stream = (tiny_texts if on_text else tiny_benchmark).train_stream[:2]
     losses = {}
     for precision in ("fp32", "bf16"):
         settings = (
-            RunSettings(scenario="text_tasks", data="-", model="tiny", precision=precision)
+            RunSettings(
+                scenario="text_tasks", data="-", model="tiny", precision=precision, lr=0.001
+            )
             if on_text
-            else RunSettings(scenario="domains", data="-", precision=precision, rank=2)
+            else RunSettings(
+                scenario="domains",
+                data="-",
+                precision=precision,
+                rank=2,
+                lr=0.001,
+                batch_size=16,
+                eval_batch_size=16,
+            )
         )
         torch.manual_seed(1)
         seen = Losses()
-        strategy = METHODS[name].build(
+        model = (
             make_language_model(max_length=40, context=72, n_layers=5)
             if on_text
-            else tiny_vit(depth=5),
+            else tiny_vit(depth=5)
+        )
+        strategy = build_strategy(
+            name,
             settings,
-            0.001,
-            0,
-            {
-                "train_mb_size": 4 if on_text else 16,
-                "train_epochs": 1,
-                "eval_mb_size": 16,
-                "device": "cpu",
-                "plugins": [seen],
-                "evaluator": EvaluationPlugin(loggers=[]),
-            },
+            Ingredients(0, None, model),
+            device="cpu",
+            plugins=[seen],
+            evaluator=EvaluationPlugin(loggers=[]),
         )
         assert strategy.model.autocast == (torch.bfloat16 if precision == "bf16" else None)
         torch.manual_seed(2)
@@ -178,7 +185,7 @@ def test_auto_asks_the_processor(monkeypatch, has_it, expected):
 def test_an_unknown_precision_is_refused_before_the_model_is_touched(tiny_vit):
     model = tiny_vit()
     names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(ValueError, match=r"`precision` .*'fp16'.*fp32"):
+    with pytest.raises(ValueError, match=r"`precision` .*fp32.*'fp16'"):
         make(model, precision="fp16")
     assert [name for name, _ in model.named_parameters()] == names
 

@@ -1,0 +1,128 @@
+"""Options that methods and scenarios have of their own, read from signatures and docstrings."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import docstring_parser
+import jsonargparse
+
+from treelora_avalanche.choices import check_known
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    :param name: of the parameter.
+    :param default: its default; ``inspect.Parameter.empty`` where it has none.
+    :param annotation: its type.
+    :param doc: first sentence of its documentation.
+    """
+
+    name: str
+    default: Any
+    annotation: Any
+    doc: str
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Returns the parameters of a class or function by name.
+
+    Where a constructor has ``**kwargs``, the parameters of its parents' constructors follow.
+
+    :param function: a class or function.
+    """
+    known: dict[str, inspect.Parameter] = {}
+    for step in _constructors(function):
+        parameters = inspect.signature(step).parameters.values()
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                known.setdefault(parameter.name, parameter)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    known.pop("self", None)
+    return known
+
+
+def _constructors(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    if not inspect.isclass(function):
+        return [function]
+    classes = (cls for cls in function.__mro__ if "__init__" in vars(cls) and cls is not object)
+    return [vars(cls)["__init__"] for cls in classes]
+
+
+def own_options(function: Callable[..., Any], supplied: Collection[str]) -> dict[str, Option]:
+    """Returns the options of a strategy or a benchmark generator.
+
+    :param function: a class or function whose docstring has ``:param name:`` fields.
+    :param supplied: parameters that the caller fills in.
+    """
+    docs = _documentation(function)
+    hints = _hints(function)
+    return {
+        name: Option(name, parameter.default, hints.get(name, Any), docs.get(name, ""))
+        for name, parameter in parameters_of(function).items()
+        if name not in supplied
+    }
+
+
+def _documentation(function: Callable[..., Any]) -> dict[str, str]:
+    classes = function.__mro__ if inspect.isclass(function) else (function,)
+    docs: dict[str, str] = {}
+    for source in classes:
+        text = source.__doc__ or ""
+        for parameter in docstring_parser.parse(text).params:
+            docs.setdefault(parameter.arg_name, _first_sentence(parameter.description or ""))
+    return docs
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence without reStructuredText's markup and references."""
+    sentence = " ".join(text.split()).split(". ")[0]
+    sentence = re.sub(r":\w+:`~?(?:[\w. ]*\.)?(\w+)`", r"\1", sentence).replace("``", "")
+    return re.sub(r"[;:,]? see \w+$", "", sentence.rstrip(".;:"))
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    hints: dict[str, Any] = {}
+    for step in reversed(_constructors(function)):
+        try:
+            hints.update(get_type_hints(step))
+        except NameError:  # imported for type checkers alone
+            continue
+    return hints
+
+
+def check_options(
+    what: str, given: Mapping[str, Any], options: Mapping[str, Option]
+) -> dict[str, Any]:
+    """Returns the values of options, converted to their types as the command line converts flags.
+
+    :param what: whose options, for errors.
+    :param given: values by name.
+    :param options: the known options.
+    :raises ValueError: if a name is unknown, or a value is not of the option's type.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    for name, value in given.items():
+        check_known(f"option of {what}", name, options)
+        parser.add_argument(f"--{name}", type=options[name].annotation, default=None)
+        try:
+            given = {**given, name: parser.parse_object({name: value}, defaults=False)[name]}
+        except jsonargparse.ArgumentError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"`{name}` of {what} is {value!r}: {reason}") from error
+    return dict(given)
+
+
+def show_default(option: Option) -> str:
+    """Returns the default of an option as text.
+
+    :param option: the option.
+    """
+    return "required" if option.default is inspect.Parameter.empty else repr(option.default)

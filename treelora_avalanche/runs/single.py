@@ -1,0 +1,81 @@
+"""One run: new, continued where it was interrupted, or started again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from treelora_avalanche.adapters.classifier import check_classes
+from treelora_avalanche.registry.settings import RunSettings
+from treelora_avalanche.runs.config import resolve_config
+from treelora_avalanche.runs.distributed import parallel_plugins
+from treelora_avalanche.runs.monitors import ProgressCallback
+from treelora_avalanche.runs.resume import CannotContinueError, find_interrupted
+from treelora_avalanche.runs.setup import Ingredients, prepare
+from treelora_avalanche.runs.training import Job, train_stream
+
+
+def run(
+    method: str,
+    seed: int,
+    settings: RunSettings,
+    folder: Path | str,
+    *,
+    ingredients: Ingredients | None = None,
+    progress: ProgressCallback | None = None,
+    note: Callable[[str], None] | None = None,
+    verbose: bool = False,
+    shard_backbone: bool = False,
+) -> dict[str, Any]:
+    """Trains a method on its stream, and evaluates on the tasks seen so far after every task.
+
+    A run of the same configuration that was interrupted in the folder continues after the last task
+    that it has finished; on the CPU the result is that of an uninterrupted one, bit for bit.
+
+    :param method: name of the method, see :data:`treelora_avalanche.registry.METHODS`.
+    :param seed: seeds everything: class order, backbone, initialisation, shuffling, selection.
+    :param settings: everything else.
+    :param folder: the run folder; an earlier, other run in it is replaced if it is unfinished.
+    :param ingredients: from :func:`prepare` with the same seed and settings, to share it among
+        methods; built here by default.
+    :param progress: called after every training step.
+    :param note: called with one line where an interrupted run continues, or cannot. Of a language
+        model also with how it is trained, and with TreeLoRA's tree after every task, as in the
+        paper's Figures 5 and 8.
+    :param verbose: attach Avalanche's `InteractiveLogger`.
+    :param shard_backbone: whether the processes of ``torchrun`` divide the frozen weights, see
+        :class:`~treelora_avalanche.plugins.DataParallelPlugin`.
+    :return: the content of `results.json`.
+    """
+    note = note or (lambda _: None)
+    config = resolve_config(method, seed, settings)
+    if ingredients is None:
+        ingredients = prepare(seed, settings)
+    elif ingredients.seed != seed:
+        raise ValueError(f"`ingredients` were prepared for seed {ingredients.seed}, not {seed}")
+    benchmark = ingredients.benchmark
+    if not settings.on_language:
+        for experience in (*benchmark.train_stream, *benchmark.test_stream):
+            check_classes(ingredients.backbone, experience)
+    job = Job(
+        config=config,
+        settings=settings,
+        folder=Path(folder),
+        ingredients=ingredients,
+        parallel=parallel_plugins(config["device"], shard_backbone=shard_backbone),
+        progress=progress or (lambda _: None),
+        note=note,
+        verbose=verbose,
+    )
+    try:
+        interrupted = find_interrupted(job.folder, config)
+        if interrupted is not None:
+            note(f"continues after task {interrupted.progress.stages} of {job.n_tasks}")
+            return train_stream(job, interrupted)
+    except CannotContinueError as error:
+        note(f"starts again from the first task: {error}")
+    return train_stream(job)
+
+
+__all__ = ["run"]
