@@ -63,7 +63,7 @@ def predict(
     texts: list[str] = []
     if prompts:
         generator = find_text_generator(strategy.model)
-        texts = generator.generate(list(prompts), NEW_TOKENS, batch_size)  # type: ignore[union-attr]
+        texts = generator.generate(list(prompts), NEW_TOKENS, batch_size)
     return Predictions(torch.cat(outputs), texts)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treelora_avalanche.metrics import find_text_generator
 from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.testing.factories import Factories, Factory, seeded
 from treelora_avalanche.testing.predictions import Predictions, predict
@@ -28,7 +29,7 @@ class TrainedStrategy:
     :param trainable: copies of those with one.
     :param inputs: test inputs, those of the experiences in alternation, ``(n, ...)``.
     :param targets: their targets.
-    :param prompts: test prompts; empty for images.
+    :param prompts: test prompts; empty for models that do not generate text.
     :param samples: for each experience, its training samples.
     :param read: for each experience, the samples that training on it has read.
     :param stored: :func:`~treelora_avalanche.metrics.footprint.stored_bytes` after each experience.
@@ -98,7 +99,7 @@ def train_and_record(
         {name: value for name, (trains, value) in before.items() if trains},
         inputs,
         targets,
-        [p for e in stream.test_stream for p in getattr(e, "prompts", [])[:PROMPTS_PER_EXPERIENCE]],
+        _prompts(strategy, stream.test_stream),
         samples,
         read,
         stored,
@@ -111,6 +112,14 @@ def model_parameters(strategy: Any) -> dict[str, nn.Parameter]:
     :param strategy: any strategy.
     """
     return dict(nn.Module.named_parameters(getattr(strategy.model, "module", strategy.model)))
+
+
+def _prompts(strategy: Any, stream: Any) -> list[str]:
+    try:
+        find_text_generator(strategy.model)
+    except TypeError:  # images, or texts that are classified
+        return []
+    return [p for e in stream for p in getattr(e, "prompts", [])[:PROMPTS_PER_EXPERIENCE]]
 
 
 def _alternating(stream: Any) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args, get_origin
 
 import torch
@@ -149,27 +149,18 @@ def _with_named_arguments(
 
     @functools.wraps(constructor)
     def __init__(self: Any, model: nn.Module, **kwargs: Any) -> None:
-        check_arguments(type(self).__name__, kwargs, known)
+        _check_names(type(self).__name__, kwargs, known)
         constructor(self, model=model, **kwargs)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     return __init__
 
 
-def check_arguments(name: str, given: Sequence[str] | dict[str, Any], known: Sequence[str]) -> None:
-    """Raises an error for an unknown keyword, with the nearest known one.
-
-    :param name: the strategy's class.
-    :param given: the keywords received.
-    :param known: the keywords that its constructor takes.
-    :raises TypeError: if one is unknown.
-    """
-    for argument in given:
-        if argument not in known:
-            hint = did_you_mean(argument, known).replace("'", "`")
-            raise TypeError(
-                f"`{argument}` is not an argument of {name}.{hint or ' See help(' + name + ').'}"
-            )
+def _check_names(strategy: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known).replace("'", "`") or f" See help({strategy})."
+            raise TypeError(f"`{name}` is not an argument of {strategy}.{hint}")
 
 
 def check_language_model(model: nn.Module, method: str) -> None:
