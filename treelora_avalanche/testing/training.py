@@ -111,7 +111,7 @@ def model_parameters(strategy: Any) -> dict[str, nn.Parameter]:
 
     :param strategy: any strategy.
     """
-    return dict(nn.Module.named_parameters(getattr(strategy.model, "module", strategy.model)))
+    return dict(nn.Module.named_parameters(strategy.model))  # not the override of a view
 
 
 def _prompts(strategy: Any, stream: Any) -> list[str]:
