@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from treelora_avalanche.models import LanguageModel, TokenCrossEntropy, create_language_model
-from treelora_avalanche.models.token_batches import collate_token_rows, token_loader
+from treelora_avalanche.models.token_batches import collate_tokens, token_loader
 from treelora_avalanche.models.tokenization import EncodedSample
 from treelora_avalanche.scenarios import TRACE
 from treelora_avalanche.scenarios.text_tasks import TokenRows, TokenTargets
@@ -199,7 +199,7 @@ def padding(data: Path, samples: int, device: str) -> list[str]:
 
     ways = {
         "padded to the maximum": plain(default_collate),
-        "padded to the longest of the batch": plain(collate_token_rows),
+        "padded to the longest of the batch": plain(collate_tokens),
         "similar lengths, padded to the longest": lambda dataset: token_loader(
             dataset, BATCH_SIZE, shuffle=True
         ),

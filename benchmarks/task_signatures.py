@@ -41,11 +41,8 @@ from transfer import DATA, STREAMS
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.models.features.signature import (
-    activation_signature,
-    features_of,
-    stack_samples,
-)
+from treelora_avalanche.models.features.extraction import features_of
+from treelora_avalanche.models.features.signature import activation_signature, stack_samples
 
 
 def features(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:

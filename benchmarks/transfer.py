@@ -262,7 +262,7 @@ class Curve(SupervisedPlugin):
 def live_accuracy(strategy: Any, images: Tensor, targets: Tensor) -> float:
     """Of the live adapter, among the classes of the task."""
     with evaluating(strategy.model):
-        logits = torch.cat([strategy.model.live(batch) for batch in images.split(256)])
+        logits = torch.cat([strategy.model.forward_active(batch) for batch in images.split(256)])
     classes = targets.unique()
     return accuracy(classes[logits[:, classes].argmax(1)], targets)
 

@@ -44,3 +44,18 @@ def plugin_of(strategy: Any, kind: type[Plugin]) -> Plugin:
 def images_of(stream: Iterable[Any]) -> Tensor:
     """All images of a stream, ``(n_samples, channels, height, width)``."""
     return torch.stack([image for e in stream for image, *_ in e.dataset])
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two states are equal bit for bit, so NaN equals NaN and 0.0 differs from -0.0."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        bits = a.detach().cpu().contiguous().flatten(), b.detach().cpu().contiguous().flatten()
+        equal = bits[0].numpy().tobytes() == bits[1].numpy().tobytes()
+        return a.dtype == b.dtype and a.shape == b.shape and equal
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(identical, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return a.hex() == b.hex()
+    return type(a) is type(b) and a == b

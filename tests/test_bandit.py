@@ -1,4 +1,4 @@
-"""The search: bounds worked by hand, a slow reference, and what must not change."""
+"""LCB search: bounds worked by hand, a slow reference, and invariants."""
 
 import doctest
 import math
@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support import identical
 from treelora_avalanche import bandit
 from treelora_avalanche.bandit import LCBSearch, lower_confidence_bound, pooled_sigma
+from treelora_avalanche.state import clone_state
 from treelora_avalanche.tree import AdapterTree, FlatTree
 
 # Nodes 4 (root), 5 (arms 0 and 1), 6 (arms 2 and 3).
@@ -239,7 +241,7 @@ class WideReference(Reference):
 
 @pytest.mark.parametrize("n_tasks", [9, 20, 33])
 def test_halving_a_leaf_changes_no_bound(n_tasks):
-    # The order in which new arms are tried differs; so the reference is told what was picked.
+    # The order of unvisited arms differs, so the reference takes the picks as given.
     tree = random_tree(n_tasks, seed=n_tasks, depth=1)
     assert tree.delta.isinf().any()
     search = LCBSearch(tree, 1, horizon=300, seed=n_tasks)
@@ -290,7 +292,7 @@ def test_global_random_state_is_left_alone():
 
 
 def test_layers_are_independent():
-    # What the other layers observe changes nothing for layer 1.
+    # Observations of other layers change nothing in layer 1.
     tree = random_tree(20, seed=0)
     searches = [LCBSearch(tree, 3, horizon=100, seed=4) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
@@ -368,7 +370,7 @@ def test_selecting_again_changes_nothing():
     assert torch.equal(search.select(), search.select())
 
 
-def test_arms_handed_out_are_not_written_to():
+def test_returned_arms_are_not_written_to():
     search = LCBSearch(FOUR_LEAVES, 2, horizon=10)
     first = search.select()
     kept = first.clone()
@@ -379,7 +381,7 @@ def test_arms_handed_out_are_not_written_to():
     assert torch.equal(first, kept)
 
 
-def test_a_step_waits_for_no_device():
+def test_a_step_does_not_synchronise():
     # A tensor on the meta device has no values: a step that read one would raise.
     search = LCBSearch(random_tree(20, seed=0), 4, horizon=10, device="meta")
     for _ in range(3):
@@ -389,7 +391,7 @@ def test_a_step_waits_for_no_device():
 
 
 def test_statistics_stay_where_they_are():
-    # As a captured CUDA graph needs it.
+    # Required by a captured CUDA graph.
     search = LCBSearch(random_tree(20, seed=0), 4, horizon=10)
     tensors = {k: v.data_ptr() for k, v in vars(search).items() if isinstance(v, torch.Tensor)}
     for _ in range(3):
@@ -410,7 +412,7 @@ def test_no_gradient_is_recorded():
 
 @pytest.mark.parametrize(("name", "options"), [("n_layers", (0, 10)), ("horizon", (5, 0))])
 def test_numbers_below_one_are_refused(name, options):
-    with pytest.raises(ValueError, match=f"`{name}` should be at least 1 .* passed is 0"):
+    with pytest.raises(ValueError, match=f"`{name}` should be at least 1, but is 0"):
         LCBSearch(FOUR_LEAVES, *options)
 
 
@@ -434,3 +436,33 @@ def test_update_needs_one_distance_per_layer():
 
 def test_examples_in_the_documentation():
     assert doctest.testmod(bandit).failed == 0
+
+
+def test_a_loaded_search_continues_like_the_saved_one():
+    tree = AdapterTree.build(torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0)))
+    noise = torch.rand(60, 2, generator=torch.Generator().manual_seed(1))
+    search = LCBSearch(tree.flatten(), 2, horizon=60)
+    for xi in noise[:30]:
+        search.select()
+        search.update(xi)
+    search.select()  # in the middle of a step
+    other = LCBSearch(tree.flatten(), 2, horizon=9, seed=7)
+    means = other.means
+    other.load_state_dict(clone_state(search.state_dict()))
+    assert other.means is means
+    for xi in noise[30:]:
+        for each in (search, other):
+            each.update(xi)
+        assert torch.equal(search.select(), other.select())
+    assert identical(search.state_dict(), other.state_dict())
+
+    before = clone_state(other.state_dict())
+    with pytest.raises(ValueError, match="keys"):
+        other.load_state_dict({})
+    larger = LCBSearch(tree.flatten(), 3, horizon=9)
+    with pytest.raises(ValueError, match=r"should have the shape \(2, .*Use the tree"):
+        other.load_state_dict(larger.state_dict())
+    state = {**search.state_dict(), "children": search.state_dict()["children"].flip(0)}
+    with pytest.raises(ValueError, match="another tree"):
+        other.load_state_dict(state)
+    assert identical(other.state_dict(), before)

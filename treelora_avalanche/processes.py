@@ -1,4 +1,4 @@
-"""Processes that divide work, and bring together what each of them has done."""
+"""Processes that divide work and gather its results."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ Item = TypeVar("Item")
 
 
 class Processes:
-    """How processes divide a list of things, and bring together what each has made of its part.
+    """Divides a list of items between processes, and gathers their results.
 
-    Every process has to call each method, in the same order.
+    Collective: every process calls each method, in the same order. Example::
 
-    :param accelerator: the processes, as accelerate has started them.
+        processes = Processes(accelerator)
+        rows = processes.part(len(x))  # of this process
+        logits = processes.whole(model(x[rows]), len(x))  # of all
+
+    :param accelerator: the processes, started by accelerate.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        # What lies in a file is shared by the processes of one machine.
+        # Processes of one machine share what lies in a file.
         machines: list[str] = self.of_all(socket.gethostname())
         here = [rank for rank, name in enumerate(machines) if name == socket.gethostname()]
         self._first_here = here[0]
@@ -34,12 +38,12 @@ class Processes:
         self._n_here = len(here)
 
     def part(self, n: int, unit: int = 1) -> list[int]:
-        """Numbers of the things that are for this process; those for the last may be fewer.
+        """Returns the indices of the items of this process; the last one may get fewer.
 
-        :param n: number of things, at least one.
-        :param unit: how many stay together, such as a batch: computed in the same batches, numbers
-            are rounded as in one process.
-        :return: of a process for which nothing is left, the last thing alone, which is for another.
+        :param n: number of items, at least one.
+        :param unit: items that stay together, such as a batch: in the same batches, sums are
+            rounded as in one process.
+        :return: of a process without items, the last item alone, which belongs to another.
         """
         size = self._size(n, unit)
         start = self.accelerator.process_index * size
@@ -49,9 +53,9 @@ class Processes:
         return math.ceil(n / unit / self.accelerator.num_processes) * unit
 
     def whole(self, part: Tensor, n: int, unit: int = 1) -> Tensor:
-        """What all processes have made of the things, in order.
+        """Returns the results of all processes, in order.
 
-        :param part: what this one has made of its part, a row for each.
+        :param part: results of this process, one row per item.
         :param n: see :meth:`part`.
         :param unit: see :meth:`part`.
         """
@@ -61,42 +65,42 @@ class Processes:
         return gathered[:n]
 
     def whole_list(self, part: list[Item], n: int) -> list[Item]:
-        """The same of a list.
+        """Returns the results of all processes as a list, in order.
 
-        :param part: what this process has made of its part.
+        :param part: results of this process.
         :param n: see :meth:`part`.
         """
         gathered: list[Item] = gather_object(part)
         return gathered[:n]
 
     def of_all(self, item: Item) -> list[Item]:
-        """What every process has to say. Waits for all of them.
+        """Returns one item from each process. Waits for all of them.
 
-        :param item: what this one says.
+        :param item: the item of this process.
         """
         gathered: list[Item] = gather_object([item])
         return gathered
 
     def part_here(self, n: int) -> list[int]:
-        """Numbers of the things that are for this process and no other of this machine.
+        """Returns the indices of the items that only this process of its machine computes.
 
-        :param n: number of things.
+        :param n: number of items.
         """
         return list(range(self._place_here, n, self._n_here))
 
     def tensor_here(self, shape: tuple[int, ...], dtype: torch.dtype, room: bool) -> Tensor | None:
-        """A tensor that all processes of this machine have in common, in a memory-mapped file.
+        """Returns a tensor shared by the processes of this machine, in a memory-mapped file.
 
-        :param shape: of the tensor.
-        :param dtype: of the tensor.
-        :param room: whether this process sees enough room for it on the disk.
-        :return: None if any process sees none.
+        :param shape: shape of the tensor.
+        :param dtype: dtype of the tensor.
+        :param room: whether this process finds enough disk space for it.
+        :return: None if any process finds too little.
         """
         if not all(self.of_all(room)):
             return None
         size = math.prod(shape)
-        # The file has no name any more when this returns; it lives as long as the mappings.
-        with tempfile.NamedTemporaryFile(prefix="treelora-prefix-") as file:
+        # The file is unlinked when this returns; it lives as long as the mappings.
+        with tempfile.NamedTemporaryFile(prefix="treelora-activations-") as file:
             name = self.of_all(file.name)[self._first_here]
             tensor = torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
             self.of_all("opened")
@@ -104,7 +108,7 @@ class Processes:
 
 
 def whole_batches(loader: Any) -> None:
-    """Keeps Avalanche from dividing a loader's data itself, with repeated samples at the end.
+    """Stops Avalanche from dividing the data of a loader itself, which repeats samples at the end.
 
     :param loader: any loader.
     """
@@ -113,7 +117,7 @@ def whole_batches(loader: Any) -> None:
 
 
 def shared_work(strategy: Any) -> Processes | None:
-    """The processes that divide a strategy's passes without gradients; None if it is alone.
+    """Returns the processes that divide a strategy's passes without gradients; None with only one.
 
     :param strategy: a strategy.
     """

@@ -1,4 +1,4 @@
-"""LoRA on a model, its factors as one matrix, the bank, and peft folders."""
+"""LoRA adapters: attaching, factors as one matrix, the bank, and peft folders."""
 
 import copy
 import re
@@ -71,14 +71,14 @@ def test_several_kinds_come_in_the_order_of_the_model(tiny_vit):
     [
         ({"layers": "lsat:5"}, "Did you mean 'last:5'"),
         ({"layers": "last:0"}, "k at least 1"),
-        ({"layers": [0, 7]}, "blocks are 0 to 2"),
-        ({"layers": []}, "at least one block"),
+        ({"layers": [0, 7]}, "blocks 0 to 2, but is [0, 7]"),
+        ({"layers": []}, "at least one of the model's blocks"),
         ({"target_modules": ["qvk"]}, "Did you mean 'qkv'"),
-        ({"rank": 0}, "`rank` must be at least 1, and is 0"),
-        ({"alpha": 0}, "`alpha` must be positive"),
+        ({"rank": 0}, "`rank` should be at least 1, but is 0"),
+        ({"alpha": 0}, "`alpha` should be positive, but is 0"),
     ],
 )
-def test_bad_arguments_leave_the_model_as_it_was(tiny_vit, arguments, message):
+def test_bad_arguments_leave_the_model_unchanged(tiny_vit, arguments, message):
     model = tiny_vit()
     with pytest.raises(ValueError, match=re.escape(message)):
         add_lora(model, **arguments)
@@ -87,7 +87,7 @@ def test_bad_arguments_leave_the_model_as_it_was(tiny_vit, arguments, message):
 
 
 def test_a_model_without_linear_layers_is_refused():
-    with pytest.raises(ValueError, match="no linear layers"):
+    with pytest.raises(ValueError, match="should have linear layers"):
         add_lora(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()))
 
 
@@ -156,7 +156,7 @@ def test_stack_follows_a_model_whose_tensors_were_replaced(tiny_vit):
 
 
 def test_model_without_lora_has_no_factors(tiny_vit):
-    with pytest.raises(ValueError, match="carries no LoRA layers"):
+    with pytest.raises(ValueError, match="should carry LoRA layers"):
         LoRAFactors(tiny_vit())
 
 
@@ -220,14 +220,14 @@ def test_bank_returns_what_was_stored_and_what_was_picked(tiny_vit):
         assert torch.equal(bank.receive(), expected)
 
 
-def test_bank_refuses_adapters_of_another_shape_and_impatience(tiny_vit):
+def test_bank_refuses_adapters_of_another_shape_and_receiving_without_a_request(tiny_vit):
     bank = AdapterBank()
-    with pytest.raises(IndexError, match="no adapter yet"):
+    with pytest.raises(IndexError, match="should hold an adapter, but is empty"):
         bank[0]
-    with pytest.raises(RuntimeError, match="nothing was asked for"):
+    with pytest.raises(RuntimeError, match="nothing was requested"):
         bank.receive()
     bank.append(LoRAFactors(adapted(tiny_vit)))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match=r"`factors` should be of shapes .*, but are"):
         bank.append(LoRAFactors(adapted(tiny_vit, layers="last:1")))
 
 
@@ -296,7 +296,7 @@ def test_adapter_saved_here_is_loaded_by_plain_peft(tiny_vit, tmp_path):
     assert any(parameter.requires_grad for parameter in again.parameters())
 
 
-def test_saving_again_replaces_the_folder_and_leaves_no_scraps(tiny_vit, tmp_path):
+def test_saving_again_replaces_the_folder_and_leaves_no_temporary_files(tiny_vit, tmp_path):
     model = adapted(tiny_vit).eval()
     save_adapter(model, tmp_path / "adapter")
     train_a_little(model)
@@ -307,7 +307,7 @@ def test_saving_again_replaces_the_folder_and_leaves_no_scraps(tiny_vit, tmp_pat
 
 
 def test_saving_or_loading_no_adapter_is_an_error(tiny_vit, tmp_path):
-    with pytest.raises(ValueError, match="no peft model"):
+    with pytest.raises(ValueError, match="should be or wrap a peft model"):
         save_adapter(tiny_vit(), tmp_path / "adapter")
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
         load_adapter(tiny_vit(), tmp_path)

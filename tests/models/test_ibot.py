@@ -1,4 +1,4 @@
-"""Checkpoints of iBOT's pretraining: the teacher's backbone is found in all published forms."""
+"""Checkpoints of iBOT's pretraining: the teacher's backbone is loaded from all published forms."""
 
 import argparse
 import logging
@@ -44,7 +44,7 @@ def prefixed(prefix, weights):
 
 
 def training_state(backbone):
-    """What iBOT's main_ibot.py saves: both networks, the optimizer, the arguments."""
+    """The state that iBOT's main_ibot.py saves: both networks, the optimizer, the arguments."""
     weights = backbone.state_dict()
     student = {name: torch.randn_like(tensor) for name, tensor in weights.items()}
     student["masked_embed"] = torch.zeros(1, 24)
@@ -91,7 +91,7 @@ def test_the_teachers_backbone_is_loaded_from_every_layout(backbone, tmp_path, l
     assert model(x).shape == (2, 5)
 
 
-def test_what_is_left_out_is_said(backbone, tmp_path, caplog):
+def test_left_out_tensors_are_logged(backbone, tmp_path, caplog):
     file = tmp_path / "checkpoint.pth"
     state = training_state(backbone)
     state["teacher"]["masked_embed"] = torch.zeros(1, 24)
@@ -160,9 +160,9 @@ def test_missing_and_extra_keys_are_named(backbone, tmp_path):
     names = r"missing: blocks\.1\.attn\.qkv\.bias; unexpected: blocks\.1\.gamma_1, head2\.weight"
     refused(rf"`checkpoint` .*checkpoint\.pth.*{names}")
     torch.save({"epoch": 3, "args": argparse.Namespace(), "model_weights": {}}, file)
-    refused("holds no state dict.*not tensors: args, epoch, model_weights")
+    refused("should hold a state dict.*not tensors: args, epoch, model_weights")
     torch.save({"teacher": {}}, file)
-    refused("holds no state dict.*all is empty")
+    refused("should hold a state dict.*all is empty")
     torch.save([1, 2], file)
     refused(r"`checkpoint` .*checkpoint\.pth")
 

@@ -1,4 +1,4 @@
-"""Encoders of text: class logits from rows of tokens, on the way of images."""
+"""Text encoders: class logits from token sequences, trained like image models."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "config"), [(BertModel, BERT), (DistilBertModel, DISTILBERT)])
-def test_logits_are_the_head_on_the_mean_and_know_no_padding(make_encoder, kind, config):
+def test_logits_are_the_head_on_the_mean_without_padding(make_encoder, kind, config):
     encoder = make_encoder(kind=kind, config=config)
     rows = encode_texts(encoder.tokenizer, ["some text", "x"], 40)
     logits = encoder(rows)
@@ -142,7 +142,7 @@ def test_equal_answers_are_one_class(folder, make_tokenizer):
     assert benchmark.train_stream[1].classes_in_this_experience == [0, 3, 4]
 
 
-def test_classes_can_be_dealt_out_anew(folder, make_tokenizer):
+def test_classes_can_be_divided_among_other_tasks(folder, make_tokenizer):
     benchmark = TextClasses(folder, make_tokenizer(), 3, seed=1)
     dealt = [e.classes_in_this_experience for e in benchmark.train_stream]
     assert [len(classes) for classes in dealt] == [2, 2, 2]
@@ -173,7 +173,7 @@ def test_strategies_learn_the_classes_as_those_of_images(make_encoder, folder, c
     assert right.float().mean() > 0.9
 
 
-def test_frozen_encoder_is_a_contender(make_encoder, folder):
+def test_frozen_encoder_is_a_baseline(make_encoder, folder):
     encoder = make_encoder()
     benchmark = TextClasses(folder, encoder)
     strategy = FrozenNCM(encoder, evaluator=None)
@@ -190,7 +190,7 @@ def test_encoder_from_a_folder(tmp_path, make_tokenizer, make_encoder):
     encoder = create_text_encoder(tmp_path, 3, max_length=10)
     rows = encode_texts(encoder.tokenizer, ["abc"], 10)
     assert encoder(rows).shape == (1, 3)
-    with pytest.raises(ValueError, match="`num_classes` is 0"):
+    with pytest.raises(ValueError, match="`num_classes` should be at least 1, but is 0"):
         create_text_encoder(tmp_path, 0)
     with pytest.raises(ValueError, match="create_text_encoder` gives"):
         TextClasses(tmp_path, encoder.encoder)

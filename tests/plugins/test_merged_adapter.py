@@ -1,4 +1,4 @@
-"""The adapter of the tree's root: the mean of all that was learned answers, and is started from."""
+"""Merged adapter: predictions and the next task use the mean of all learned adapters."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 
 class Ends(SupervisedPlugin):
-    """Where the first step of every experience begins, and where the last one ends."""
+    """Records the adapter before the first and after the last step of every experience."""
 
     def __init__(self):
         super().__init__()
@@ -55,14 +55,14 @@ def check_means(ends, live):
     torch.testing.assert_close(live, torch.stack(ends.ended).mean(0), rtol=0, atol=1e-6)
 
 
-def test_the_mean_of_all_adapters_answers_and_is_where_the_next_task_starts(
+def test_the_mean_of_all_adapters_predicts_and_is_where_the_next_task_starts(
     tiny_vit, tiny_benchmark
 ):
     strategy, ends = trained(tiny_vit, tiny_benchmark, head="task_adaptive")
     assert len(ends.ended) > 2
     check_means(ends, LoRAFactors(strategy.model).stack)
     assert torch.equal(ends.begun[1], ends.ended[0]), "of one adapter the mean is that adapter"
-    # The bank keeps what each task has learned, and not the means.
+    # The bank stores the adapter of each task, not the means.
     assert torch.equal(strategy.bank.factors, torch.stack(ends.ended))
 
 
@@ -102,7 +102,7 @@ def test_the_head_is_fitted_to_the_mean(tiny_vit, tiny_benchmark, given):
     ("options", "inference"),
     [({}, "last"), ({"head": "task_adaptive"}, "merged"), ({"inference": "merged"}, "merged")],
 )
-def test_what_answers_by_default(tiny_vit, options, inference):
+def test_the_default_inference(tiny_vit, options, inference):
     assert TreeLoRAStrategy(tiny_vit(), **options).inference == inference
 
 

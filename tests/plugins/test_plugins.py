@@ -1,4 +1,4 @@
-"""The three parts of TreeLoRA, alone and attached to Avalanche's own strategies."""
+"""Tree builder, selectors and sparse update, alone and in Avalanche's own strategies."""
 
 import math
 
@@ -67,7 +67,7 @@ def parts(tree_lambda=0.1, selector_class=LCBSelectorPlugin, **tree_options):
 
 
 class Recorder(SupervisedPlugin):
-    """Calls a function after every update, behind the plugins given before it."""
+    """Calls a function after every update, after the plugins before it."""
 
     def __init__(self, function):
         super().__init__()
@@ -77,8 +77,8 @@ class Recorder(SupervisedPlugin):
         self.function(strategy)
 
 
-def test_selection_and_pull_compile_to_one_graph():
-    # As a CUDA graph, or a compiled step, needs it: nothing that asks the host, no new buffers.
+def test_selection_and_penalty_compile_to_one_graph():
+    # A CUDA graph or a compiled step allows no synchronisation and no new buffers.
     generator = torch.Generator().manual_seed(0)
     signatures = torch.randn(20, 4, 8, generator=generator)
     adapters = torch.randn(20, 4, 14, generator=generator)
@@ -126,7 +126,7 @@ def test_proximal_step_minimises_the_penalised_distance(theta, anchor, threshold
     assert all(objective(stepped) <= objective(x) + 1e-9 for x in around)
 
 
-def test_proximal_step_leaves_what_is_near_exactly_at_the_anchor():
+def test_proximal_step_puts_near_coordinates_exactly_on_the_anchor():
     generator = torch.Generator().manual_seed(0)
     anchor = torch.randn(5, 1000, generator=generator)
     theta = anchor + 0.01 * torch.randn(5, 1000, generator=generator)
@@ -138,16 +138,16 @@ def test_proximal_step_leaves_what_is_near_exactly_at_the_anchor():
 
 
 def test_negative_strength_is_refused():
-    with pytest.raises(ValueError, match=r"must be at least 0, and is -0\.1"):
+    with pytest.raises(ValueError, match=r"should be at least 0, but is -0\.1"):
         parts(tree_lambda=-0.1)
-    with pytest.raises(ValueError, match="must be at least 0, and is nan"):
+    with pytest.raises(ValueError, match="should be at least 0, but is nan"):
         parts(tree_lambda=math.nan)
 
 
 # ------------------------------------------------------- each part attached to another strategy
 
 
-def test_builder_files_every_task_and_never_changes_the_training(tiny_vit, tiny_benchmark):
+def test_builder_stores_every_task_and_never_changes_the_training(tiny_vit, tiny_benchmark):
     def run(plugins):
         strategy = built_in(Naive, lora_model(tiny_vit), plugins)
         states = []
@@ -177,7 +177,7 @@ def test_tree_and_bank_merge_alike(tiny_vit, tiny_benchmark):
 
 
 @pytest.mark.parametrize("strategy_class", [Naive, EWC])
-def test_pull_works_in_built_in_strategies(tiny_vit, tiny_benchmark, strategy_class):
+def test_penalty_works_in_built_in_strategies(tiny_vit, tiny_benchmark, strategy_class):
     builder, selector, regularizer = parts(tree_lambda=0.2)
     shared = []
 
@@ -245,7 +245,7 @@ def test_nearest_selector_is_the_brute_force_nearest(tiny_vit, tiny_benchmark):
             assert distances[pick[layer]] == pytest.approx(min(distances), abs=1e-6)
 
 
-def test_lcb_selector_observes_the_distance_to_what_it_picked(tiny_vit, tiny_benchmark):
+def test_lcb_selector_observes_the_distance_to_its_pick(tiny_vit, tiny_benchmark):
     builder, selector, _ = parts()
     strategy = built_in(Naive, lora_model(tiny_vit), [builder, selector])
     strategy.train(tiny_benchmark.train_stream[:2])
@@ -287,7 +287,7 @@ def test_sparsity_and_penalty_reach_the_evaluator(tiny_vit, tiny_benchmark):
 # ------------------------------------------------------------------------------------ NaN losses
 
 
-def test_nan_loss_stops_and_keeps_what_was_learned(tiny_vit, tiny_benchmark):
+def test_nan_loss_stops_and_restores_the_weights(tiny_vit, tiny_benchmark):
     class Poison(SupervisedPlugin):
         def before_backward(self, strategy, *args, **kwargs):
             if strategy.clock.train_exp_counter == 1 and strategy.clock.train_iterations == 11:

@@ -1,4 +1,4 @@
-"""Class statistics, pseudo-features, and the head re-trained on them."""
+"""Class statistics, pseudo-features, and the head retrained on them."""
 
 import pytest
 import torch
@@ -206,5 +206,5 @@ def test_no_image_is_stored(tiny_vit, tiny_benchmark):
 
 
 def test_a_model_without_classifier_is_refused(tiny_vit):
-    with pytest.raises(ValueError, match="no linear classifier"):
+    with pytest.raises(ValueError, match="should have a linear classifier"):
         classifier_of(tiny_vit(num_classes=0))

@@ -1,4 +1,4 @@
-"""Signatures of activations, and the start of a task at a past adapter."""
+"""Activation signatures, and tasks that start from a past adapter."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from avalanche.training.supervised import Naive
 from torch import nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView, add_lora
-from treelora_avalanche.models.features.signature import activation_signature, features_of
+from treelora_avalanche.models.features.extraction import features_of
+from treelora_avalanche.models.features.signature import activation_signature
 from treelora_avalanche.plugins import TaskStartPlugin, TreeBuilderPlugin
 from treelora_avalanche.tree import AdapterTree
 
@@ -23,7 +24,7 @@ def lora_model(tiny_vit, factors_seed=None):
 
 
 def scramble(model, seed):
-    """Factors under which nothing can be told from the features."""
+    """Sets factors that make the features useless."""
     stack = LoRAFactors(model).stack
     stack.copy_(30 * torch.randn(stack.shape, generator=torch.Generator().manual_seed(seed)))
 
@@ -122,13 +123,13 @@ def test_it_keeps_the_signatures_of_the_tasks(tiny_vit, tiny_benchmark):
         strategy.train(experience)
     for signature, experience in zip(start.signatures, tiny_benchmark.train_stream, strict=True):
         x = images_of(experience)
-        # All 32 images were looked at, so the samples are no matter of chance.
+        # The signature uses all 32 images, so the choice of samples does not matter.
         assert len(x) == 32
         assert torch.allclose(signature, activation_signature(model, x), atol=1e-6)
 
 
 class Begun(SupervisedPlugin):
-    """Notes the adapter, and what the optimizer remembers, at the first step of an experience."""
+    """Records the adapter and the optimizer state at the first step of an experience."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +155,7 @@ def test_a_task_that_returns_begins_at_its_own_adapter(tiny_vit, tiny_benchmark)
     assert begun.remembered[3] == 2, "the optimizer goes on for the classifier's two tensors alone"
 
 
-def test_other_plugins_see_the_model_as_it_answers(tiny_vit, tiny_benchmark):
+def test_other_plugins_see_the_adapter_of_the_predictions(tiny_vit, tiny_benchmark):
     start, builder = parts()
     strategy = strategy_with(lora_model(tiny_vit), [start, builder])
     tasks = list(tiny_benchmark.train_stream)
@@ -175,7 +176,7 @@ def test_the_nearest_task_is_the_nearest_by_brute_force():
         assert start.nearest(query) == distances.index(min(distances))
 
 
-def test_features_are_what_the_classifier_is_given(tiny_vit):
+def test_features_are_the_inputs_of_the_classifier(tiny_vit):
     model, x = lora_model(tiny_vit), images()
     plain = tiny_vit().eval()
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_the_stream_goes_on_from_a_saved_state():
     twin.load_state_dict(start.state_dict())
     assert twin.starts == [None, 0]
     assert twin.nearest(torch.full((2, 3), 0.9)) == 1
-    with pytest.raises(ValueError, match=r"`n_samples` is 32 in the state, and 64 here"):
+    with pytest.raises(ValueError, match=r"`n_samples` should be 32, as in the state, but is 64"):
         TaskStartPlugin(AdapterTree(), AdapterBank()).load_state_dict(start.state_dict())
-    with pytest.raises(ValueError, match="`n_samples` must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="`n_samples` should be at least 1, but is 0"):
         TaskStartPlugin(AdapterTree(), AdapterBank(), n_samples=0)

@@ -386,7 +386,10 @@ def test_compare(settings, tmp_path, capsys):
         (["--methods", "SeqLoRA", "--target_modules", "[q_prj]"], "q_prj"),
         (["--methods", "SeqLoRA", "--tasks", "[eco]"], "Did you mean 'echo'?"),
         (["--methods", "SeqLoRA", "--data", "nowhere"], "`--data` nowhere is not a folder"),
-        (["--methods", "SeqLoRA", "--model", "./nowhere"], "'./nowhere', which is not a folder"),
+        (
+            ["--methods", "SeqLoRA", "--model", "./nowhere"],
+            "a folder, but './nowhere' is none",
+        ),
         (["--methods", "SeqLoRA", "--epochs_per_task", "[1]"], "both given"),
     ],
 )

@@ -165,7 +165,7 @@ def test_what_is_kept_of_the_past_is_taken_again_from_the_stream(strategy_class,
         whole.train(experience)
     save_strategy(whole, tmp_path / "state")
     before = resumed.model.weight.clone()
-    with pytest.raises(ValueError, match="pass the 3 that it was trained on as `past`"):
+    with pytest.raises(ValueError, match="`past` should hold the 3 experiences"):
         load_strategy(resumed, tmp_path / "state", stream[:2])
     assert torch.equal(resumed.model.weight, before)
     weights = []
@@ -195,7 +195,9 @@ def test_a_replay_memory_whose_draws_are_not_known_is_named(tmp_path):
     model = torch.nn.Linear(8, 400)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     strategy = Replay(model=model, optimizer=optimizer, criterion=None, evaluator=None)
-    with pytest.raises(TypeError, match="the plugins ReplayPlugin have no `state_dict`"):
+    with pytest.raises(
+        TypeError, match="should have `state_dict` and `load_state_dict`, but ReplayPlugin do not"
+    ):
         save_strategy(strategy, tmp_path / "state")
 
 
@@ -220,7 +222,7 @@ def test_a_state_of_another_backbone_starts_again_and_says_so(ingredients, tmp_p
     other.backbone.blocks[0].mlp.fc1.weight.data.mul_(2)
     run("SeqLoRA", 0, SETTINGS, folder, ingredients=other, note=notes.append)
     assert notes[0] == "continues after task 2 of 3"
-    assert "another backbone" in notes[1]
+    assert "the backbone should be that of the state, but has other" in notes[1]
     assert len(losses(folder)) == 6
 
 

@@ -182,7 +182,7 @@ def test_missing_tasks_and_unknown_names_are_refused(tiny, make_tokenizer, tmp_p
         TRACE(root, tokenizer, tasks=["FOMC", "Py150"], order=[0, 0])
     with pytest.raises(ValueError, match="`limit` must be at least 1"):
         TRACE(root, tokenizer, tasks=["FOMC"], limit=0)
-    with pytest.raises(ValueError, match="no end token"):
+    with pytest.raises(ValueError, match="should have an end token"):
         TRACE(root, make_tokenizer(eos_token=None), tasks=["FOMC"])
     with pytest.raises(ValueError, match="or a tokenizer"):
         TRACE(root, None, tasks=["FOMC"])

@@ -79,11 +79,11 @@ def test_a_new_task_starts_from_the_last_prompt_and_leaves_it_alone():
     for task in range(3):
         assert len(prompts) == task + 1
         with torch.no_grad():
-            prompts.live.copy_(torch.full((2, 3), float(task)))
+            prompts.active.copy_(torch.full((2, 3), float(task)))
             prompts.key.copy_(nn.functional.one_hot(torch.tensor(task), 4).float())
-        live, key = prompts.live.clone(), prompts.key.clone()
+        live, key = prompts.active.clone(), prompts.key.clone()
         prompts.fold()
-        assert torch.equal(prompts.live, live)
+        assert torch.equal(prompts.active, live)
         assert not torch.equal(prompts.key, key)
     assert [float(p.mean()) for p in prompts.stacked()] == [0, 1, 2, 2]
     assert prompts.past_state()["keys"].tolist() == torch.eye(4)[:3].tolist()
@@ -101,18 +101,18 @@ def test_ensemble_is_the_weighted_mean_with_the_past():
         if used:
             prompts.fold()
         with torch.no_grad():
-            prompts.live.copy_(torch.tensor(values))
+            prompts.active.copy_(torch.tensor(values))
         used.append(prompts.current().tolist())
     # By hand: 3/4 of the active one and 1/4 of the mean of those used before.
     assert used == [[4.0, 0.0], [7.0, 3.0], [0.25 * 5.5, 6 + 0.25 * 1.5]]
     prompts.current().sum().backward()
-    assert prompts.live.grad.tolist() == [0.75, 0.75]
+    assert prompts.active.grad.tolist() == [0.75, 0.75]
 
 
 def test_prompts_without_keys_match_nothing():
-    with pytest.raises(ValueError, match="made without keys"):
+    with pytest.raises(ValueError, match="`key_dim` should be given"):
         TaskPrompts((2,)).match(torch.ones(1, 2))
-    with pytest.raises(ValueError, match=r"`momentum` must be at least 0 and below 1, and is 1\.0"):
+    with pytest.raises(ValueError, match=r"`momentum` should be .* 0 and below 1, but is 1\.0"):
         TaskPrompts((2,), momentum=1.0)
 
 
@@ -134,7 +134,7 @@ def test_each_sample_gets_the_expert_of_its_nearest_key(tiny_vit, tiny_benchmark
     keys = queries[[0, 16, 32]]
     nearest = nn.functional.cosine_similarity(queries[:, None], keys[None], dim=2).argmax(1)
     assert len(nearest.unique()) == 3
-    experts = torch.cat((model.experts.past, model.experts.live[None]))
+    experts = torch.cat((model.experts.past, model.experts.active[None]))
     hidden = bare._pos_embed(bare.patch_embed(images))
     for number, block in enumerate(bare.blocks):
         prefix = model.general[[0]] if number == 0 else experts[nearest, number - 1]
@@ -152,7 +152,13 @@ def test_past_prompts_and_backbone_stay_bit_for_bit(tiny_vit, tiny_benchmark, he
     model = strategy.model.module
     parameters = dict(model.named_parameters())
     trained = {n for n, p in parameters.items() if p.requires_grad}
-    assert trained == {"vit.head.weight", "vit.head.bias", "general", "experts.live", "experts.key"}
+    assert trained == {
+        "vit.head.weight",
+        "vit.head.bias",
+        "general",
+        "experts.active",
+        "experts.key",
+    }
     finished = []
     for experience in tiny_benchmark.train_stream:
         before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -160,7 +166,7 @@ def test_past_prompts_and_backbone_stay_bit_for_bit(tiny_vit, tiny_benchmark, he
         same = {name for name, p in parameters.items() if torch.equal(before[name], p)}
         assert same == set(parameters) - trained
         assert all(torch.equal(a, b) for a, b in zip(finished, model.experts.past, strict=True))
-        finished.append(model.experts.live.detach().clone())
+        finished.append(model.experts.active.detach().clone())
         assert len(model.experts) == len(finished)
 
 
@@ -208,15 +214,17 @@ def test_paper_defaults(tiny_vit):
     model = DualPrompt(tiny_vit(depth=6), evaluator=None).model.module
     assert (model.general_layers, model.expert_layers) == ((0, 1), (2, 3, 4))
     assert model.general.shape == (2, 2, 5, 2, 8)
-    assert model.experts.live.shape == (3, 2, 20, 2, 8)
+    assert model.experts.active.shape == (3, 2, 20, 2, 8)
 
 
 def test_past_of_another_shape_is_refused(tiny_vit, tiny_benchmark):
     prompts = TaskPrompts((2, 3), key_dim=4)
     prompts.fold()
     other = TaskPrompts((2, 3))
-    with pytest.raises(ValueError, match="do not fit"):
-        other.load_past(prompts.past_state())
+    with pytest.raises(
+        ValueError, match=r"with keys \(0, 0\), but are \(1, 2, 3\) with keys \(1, 4\)"
+    ):
+        other.load_past_state(prompts.past_state())
     assert len(other) == 1
 
 
@@ -226,12 +234,12 @@ def test_past_of_another_shape_is_refused(tiny_vit, tiny_benchmark):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"expert_layers": (1, 3)}, r"`expert_layers` is \[1, 3\]; .* 0 to 2"),
-        ({"general_layers": ()}, "`general_layers` is"),
+        ({"expert_layers": (1, 3)}, r"`expert_layers` .* 0 to 2, but is \[1, 3\]"),
+        ({"general_layers": ()}, r"`general_layers` .*, but is \[\]"),
         ({"general_layers": (0, 0)}, "different blocks"),
-        ({"general_layers": (0, 1)}, "share blocks"),
-        ({"general_length": 0}, "`general_length` must be at least 1, and is 0"),
-        ({"expert_length": 0}, "`expert_length` must be at least 1"),
+        ({"general_layers": (0, 1)}, "should have no block in common"),
+        ({"general_length": 0}, "`general_length` should be at least 1, but is 0"),
+        ({"expert_length": 0}, "`expert_length` should be at least 1"),
         ({"sim_coefficient": -1.0}, "`sim_coefficient`"),
         ({"head": "other"}, "`head`"),
     ],
@@ -245,7 +253,7 @@ def test_wrong_arguments_leave_the_model_as_it_was(tiny_vit, options, message):
 
 def test_other_models_are_refused():
     resnet = timm.create_model("resnet10t", num_classes=4)
-    with pytest.raises(ValueError, match="DualPrompt takes a VisionTransformer of timm"):
+    with pytest.raises(ValueError, match="should be a VisionTransformer of timm for DualPrompt"):
         make(resnet)
     parallel = timm.models.VisionTransformer(
         img_size=8,
@@ -255,5 +263,5 @@ def test_other_models_are_refused():
         num_heads=2,
         block_fn=timm.models.vision_transformer.ParallelScalingBlock,
     )
-    with pytest.raises(ValueError, match="blocks of ParallelScalingBlock"):
+    with pytest.raises(ValueError, match=r"blocks .* but has ParallelScalingBlock"):
         make(parallel)

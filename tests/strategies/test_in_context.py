@@ -204,8 +204,10 @@ def test_a_bad_argument_is_refused(tiny_vit, make_language_model, tiny_benchmark
     ):
         InContext(tiny_vit())
     model = make_language_model()
-    with pytest.raises(ValueError, match="`n_demonstrations` must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="`n_demonstrations` should be at least 1, but is 0"):
         InContext(model, n_demonstrations=0)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(ValueError, match="experience 0 has no texts in `prompts` and `answers`"):
+    with pytest.raises(
+        ValueError, match="experience 0 should have texts in `prompts` and `answers`"
+    ):
         make().train(tiny_benchmark.train_stream[0])

@@ -279,17 +279,17 @@ def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(tiny_vit, tiny_benchmar
     ):
         assert torch.equal(first.basis, second.basis)
         assert first.is_complement == second.is_complement
-    with pytest.raises(ValueError, match=r"`threshold` is 0.9 in the state, and 0.5 here"):
+    with pytest.raises(ValueError, match=r"`threshold` should be 0.9, as in the state, but is 0.5"):
         make(InfLoRA, tiny_vit(), rank=4, threshold=0.5).load(tmp_path / "state")
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, float("nan")])
 def test_threshold_out_of_range_is_refused(tiny_vit, threshold):
-    with pytest.raises(ValueError, match="`threshold` must be between 0 and 1, and is"):
+    with pytest.raises(ValueError, match="`threshold` should be above 0 and below 1, but is"):
         make(InfLoRA, tiny_vit(), threshold=threshold)
 
 
 def test_a_subspace_of_another_layer_is_refused():
     memory = SubspaceMemory(4)
-    with pytest.raises(ValueError, match=r"basis of shape \(0, 5\), and the layer has 4 inputs"):
+    with pytest.raises(ValueError, match=r"\(n, 4\), as the layer has 4 inputs, but is \(0, 5\)"):
         memory.load_state_dict(SubspaceMemory(5).state_dict())

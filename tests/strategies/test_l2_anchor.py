@@ -109,7 +109,7 @@ def test_stores_nothing_from_task_to_task(tiny_vit, tiny_benchmark):
     assert not any(
         isinstance(v, torch.Tensor) for v in vars(plugin_of(strategy, L2AnchorPlugin)).values()
     )
-    with pytest.raises(RuntimeError, match="no adapter of an experience before"):
+    with pytest.raises(RuntimeError, match="penalty needs a past adapter"):
         plugin_of(strategy, L2AnchorPlugin).penalty()
 
 
@@ -124,10 +124,10 @@ def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(tiny_vit, tiny_benchmar
     for strategy in (whole, resumed):
         train(strategy, tiny_benchmark, 2)
     assert same(weights(whole), weights(resumed))
-    with pytest.raises(ValueError, match=r"`strength` is 1.0 in the state, and 2.0 here"):
+    with pytest.raises(ValueError, match=r"`strength` should be 1.0, as in the state, but is 2.0"):
         make(L2Anchor, tiny_vit(), strength=2.0).load(tmp_path / "state")
 
 
 def test_negative_strength_is_refused(tiny_vit):
-    with pytest.raises(ValueError, match="`strength` must be at least 0, and is -1"):
+    with pytest.raises(ValueError, match="`strength` should be at least 0, but is -1"):
         make(L2Anchor, tiny_vit(), strength=-1)

@@ -167,10 +167,10 @@ def test_learning_rate_is_that_of_the_default_optimizer(tiny_vit):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool_size": 0}, "`pool_size` must be at least 1, and is 0"),
-        ({"prompt_length": 0}, "`prompt_length` must be at least 1"),
-        ({"pool_size": 3}, "`top_k` is 5, and the pool has 3 prompts"),
-        ({"sim_coefficient": -1.0}, "`sim_coefficient` must be at least 0"),
+        ({"pool_size": 0}, "`pool_size` should be at least 1, but is 0"),
+        ({"prompt_length": 0}, "`prompt_length` should be at least 1"),
+        ({"pool_size": 3}, "`top_k` should be at most 3, the size of the pool, but is 5"),
+        ({"sim_coefficient": -1.0}, "`sim_coefficient` should be at least 0, but is"),
         ({"head": "taskadaptive"}, "`head`"),
     ],
 )
@@ -183,9 +183,9 @@ def test_wrong_arguments_leave_the_model_as_it_was(tiny_vit, options, message):
 
 def test_other_models_are_refused(tiny_vit):
     resnet = timm.create_model("resnet10t", num_classes=4)
-    with pytest.raises(ValueError, match="is a ResNet, and L2P takes a VisionTransformer of timm"):
+    with pytest.raises(ValueError, match="a VisionTransformer of timm for L2P, but is a ResNet"):
         make(resnet)
-    with pytest.raises(ValueError, match="no linear classifier"):
+    with pytest.raises(ValueError, match="should have a linear classifier"):
         make(tiny_vit(num_classes=0))
 
 
@@ -193,11 +193,13 @@ def test_key_loss_needs_keys(tiny_vit, tiny_benchmark):
     strategy = SeqLoRA(
         tiny_vit(), train_mb_size=8, train_epochs=1, evaluator=None, plugins=[KeyLossPlugin(0.5)]
     )
-    with pytest.raises(ValueError, match="no keys to be pulled"):
+    with pytest.raises(ValueError, match="should have keyed prompts, but is a"):
         strategy.train(tiny_benchmark.train_stream[0])
 
 
 def test_another_coefficient_is_refused(tiny_vit, tiny_benchmark):
     state = clone_state(make(tiny_vit()).state_dict())
-    with pytest.raises(ValueError, match=r"`sim_coefficient` is 0\.5 in the state, and 1\.0 here"):
+    with pytest.raises(
+        ValueError, match=r"`sim_coefficient` should be 0\.5, as in the state, but is 1\.0"
+    ):
         make(tiny_vit(), sim_coefficient=1.0).load_state_dict(state)

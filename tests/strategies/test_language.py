@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora, save_adapter
 from treelora_avalanche.models import LanguageModel, TokenCrossEntropy, create_language_model
-from treelora_avalanche.models.token_batches import LengthBatchSampler, collate_token_rows
+from treelora_avalanche.models.token_batches import LengthBatchSampler, collate_tokens
 from treelora_avalanche.plugins import CosineSchedulePlugin
 from treelora_avalanche.scenarios import TRACE, TextTasks
 from treelora_avalanche.strategies import EWCLoRA, GEMLoRA, SeqLoRA, TreeLoRAStrategy
@@ -228,7 +228,7 @@ def test_batches_hold_plain_tensors_of_similar_length(model, stream):
 
 def test_cropped_batches_give_the_losses_of_whole_rows(model, stream):
     samples = [stream.train_stream[2].dataset[i] for i in range(4)]
-    x, y, _ = collate_token_rows(samples)
+    x, y, _ = collate_tokens(samples)
     whole_x, whole_y = (torch.stack([s[part] for s in samples]) for part in (0, 1))
     model.eval()
     for reduction in ("mean", "none"):

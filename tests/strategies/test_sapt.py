@@ -327,12 +327,12 @@ def test_a_bad_argument_is_refused(make, tiny_vit, make_language_model):
         SAPT(tiny_vit())
     for options, message in (
         ({"bottleneck": 0}, "`bottleneck` should be at least 1, but is 0"),
-        ({"distillation": -1.0}, "`distillation` must be at least 0"),
+        ({"distillation": -1.0}, "`distillation` should be at least 0, but is"),
     ):
         model = make_language_model()
         with pytest.raises(ValueError, match=message):
             SAPT(model, evaluator=None, **options)
         assert not lora_layers(model)
     view = AttentiveLanguageModel(add_lora(make_language_model(), rank=4), 8)
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="`batch_size` should be at least 1, but is 0"):
         view.generate(PROMPTS, 4, batch_size=0)

@@ -246,13 +246,13 @@ def test_strategy_equals_its_plugins_attached_to_naive(tiny_vit, tiny_benchmark)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tree_lambda": -1}, "`tree_lambda` must be at least 0, and is -1"),
+        ({"tree_lambda": -1}, "`tree_lambda` should be at least 0, but is -1"),
         ({"selection": "nearst"}, "Did you mean 'nearest'"),
         ({"depth": 0}, "depth"),
         ({"depth": 4}, "at most the number of adapted matrices, 3, but is 4"),
         ({"max_adapters": 0}, "max_adapters"),
         ({"rank": 0}, "rank"),
-        ({"layers": "middle"}, "`layers` is 'middle'"),
+        ({"layers": "middle"}, "`layers` should be .*, but is 'middle'"),
     ],
 )
 def test_bad_arguments_are_named_and_the_model_stays(tiny_vit, options, message):
@@ -282,7 +282,7 @@ def test_experience_without_samples_is_refused_before_training(tiny_vit, tiny_be
 def test_more_classes_than_the_head_has_are_refused(tiny_vit, tiny_benchmark):
     strategy = make(SeqLoRA, tiny_vit(num_classes=4))
     train(strategy, tiny_benchmark, 0, 1)
-    with pytest.raises(ValueError, match=r"class 5.*classifier 4 outputs.*num_classes=6"):
+    with pytest.raises(ValueError, match=r"class 5.*has 4 outputs.*num_classes=6"):
         train(strategy, tiny_benchmark, 0, 1, 2)
 
 

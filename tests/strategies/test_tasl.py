@@ -192,12 +192,14 @@ def test_a_bad_argument_is_refused(tiny_vit, make):
     ):
         TaSL(tiny_vit())
     for name in ("important", "past_weight", "past_importance"):
-        with pytest.raises(ValueError, match=rf"`{name}` must lie between 0 and 1, and is 1\.5"):
+        with pytest.raises(ValueError, match=rf"`{name}` should be between 0 and 1, but is 1\.5"):
             make(**{name: 1.5})
 
 
 def test_other_matrices_are_refused(make, tiny_texts):
     strategy = make()
     tasl_of(strategy).importance = torch.zeros(6)
-    with pytest.raises(ValueError, match="stored importances are of 6 matrices, and 8"):
+    with pytest.raises(
+        ValueError, match="should have 6 matrices, as the stored importances, but has 8"
+    ):
         train(strategy, tiny_texts, 0)

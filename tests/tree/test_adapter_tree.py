@@ -1,4 +1,4 @@
-"""The tree: hand-worked cases, brute force, and the invariants of Section 3.1."""
+"""K-D tree: cases worked by hand, brute force, and the invariants of Section 3.1."""
 
 import doctest
 import json
@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treelora_avalanche.tree import AdapterTree, Merge, closest_pair, principal_direction
+from support import identical
+from treelora_avalanche.state import clone_state
+from treelora_avalanche.tree import AdapterTree, FlatTree, Merge, closest_pair, principal_direction
 
 SPLITS = ("principal", "median_l1")
 properties = settings(deadline=None, max_examples=30, derandomize=True)
@@ -107,7 +109,7 @@ def test_hierarchy_on_separate_axes_is_split_level_by_level():
     assert deltas == pytest.approx({8: 0.5 + 0.2 + 0.08, 4: 0.2 + 0.08, 2: 0.08, 1: 0}, abs=1e-7)
 
 
-def test_each_level_looks_at_its_own_layer():
+def test_each_level_splits_by_its_own_layer():
     layer_0 = torch.tensor([0.1, 0.9, 0.2, 0.8])  # parts {0, 2} from {1, 3}
     layer_1 = torch.tensor([0.5, 0.4, 0.3, 0.6])  # within each, 2 < 0 and 1 < 3
     x = torch.stack([layer_0, layer_1], dim=1)
@@ -115,7 +117,7 @@ def test_each_level_looks_at_its_own_layer():
     assert structure(tree.root) == (((2,), (0,)), ((1,), (3,)))
 
 
-def test_paper_cut_puts_near_and_far_into_two_children():
+def test_split_of_the_paper_puts_near_and_far_into_two_children():
     # Mean 0.5; distances 2 |x - 0.5| = 0.6, 0.2, 0, 0.2, 0.6: the nearer three go left.
     tree = AdapterTree.build(on_a_line(0.2, 0.4, 0.5, 0.6, 0.8), 1, split="median_l1")
     assert structure(tree.root) == ((1, 2, 3), (0, 4))
@@ -150,7 +152,7 @@ def test_principal_direction_is_that_of_the_svd(n_members, seed):
 @properties
 @given(st.integers(1, 60), seeds)
 def test_partition_is_that_of_brute_force(n_tasks, seed):
-    # One dimension matters, so the principal direction needs no computing.
+    # One dimension varies, so the principal direction is known.
     values = np.random.default_rng(seed).uniform(size=(n_tasks, 3)).astype(np.float32)
     signatures = torch.tensor(np.stack([values, np.zeros_like(values)], axis=-1))
 
@@ -217,7 +219,7 @@ def test_order_of_arrival_does_not_matter_after_a_rebuild(order, split, seed):
 @pytest.mark.parametrize("positions", [[0.9**k for k in range(120)], [k / 120 for k in range(120)]])
 @pytest.mark.parametrize("depth", [3, 5, 24])
 def test_balance_after_adversarial_insertions(positions, depth):
-    # Each task lies beyond all before it: left alone, the tree is one long branch.
+    # Each task lies beyond its predecessors: without rebuilds the tree is one long branch.
     tree = inserted(on_a_line(*positions, n_layers=24), depth)
     for node in tree.root.walk():
         n = len(node.members)
@@ -365,7 +367,7 @@ def test_flat_tree_of_one_task():
 
 @properties
 @given(st.integers(0, 30), st.integers(1, 5), st.sampled_from([None, 6]), seeds)
-def test_a_restored_tree_goes_on_like_the_first(n_tasks, depth, max_adapters, seed):
+def test_a_restored_tree_grows_like_the_original(n_tasks, depth, max_adapters, seed):
     signatures = random_signatures(n_tasks + 10, 5, seed=seed)
     tree = inserted(signatures[:n_tasks], depth, max_adapters=max_adapters)
     state = tree.to_dict()
@@ -405,12 +407,15 @@ def test_drawing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 0}, "`depth` should be at least 1 .* passed is 0"),
-        ({"max_adapters": 0}, "`max_adapters` should be at least 1 .* passed is 0"),
-        ({"split": "principle"}, "'principle'.*median_l1.* Did you mean 'principal'"),
+        ({"depth": 0}, "`depth` should be at least 1, but is 0"),
+        ({"max_adapters": 0}, "`max_adapters` should be at least 1, but is 0"),
+        (
+            {"split": "principle"},
+            "median_l1, but is 'principle'. Did you mean 'principal'",
+        ),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AdapterTree(**options)
 
@@ -418,12 +423,12 @@ def test_options_that_make_no_sense_are_refused(options, message):
 @pytest.mark.parametrize(
     ("signature", "message"),
     [
-        (torch.zeros(6), r"shape \(n_layers, dim\) .* passed is \(6,\)"),
-        (torch.zeros(4, 0), r"shape \(n_layers, dim\) .* passed is \(4, 0\)"),
-        (torch.zeros(4, 7), r"shape \(4, 6\) of the tasks before .* passed is \(4, 7\)"),
-        (torch.zeros(5, 6), r"shape \(4, 6\) of the tasks before .* passed is \(5, 6\)"),
-        (torch.full((4, 6), math.nan), "finite but 24 of its 24 values"),
-        (torch.full((4, 6), math.inf), "finite but 24 of its 24 values"),
+        (torch.zeros(6), r"shape \(n_layers, dim\), but has the shape \(6,\)"),
+        (torch.zeros(4, 0), r"shape \(n_layers, dim\), but has the shape \(4, 0\)"),
+        (torch.zeros(4, 7), r"shape \(4, 6\) of the past tasks, but has the shape \(4, 7\)"),
+        (torch.zeros(5, 6), r"shape \(4, 6\) of the past tasks, but has the shape \(5, 6\)"),
+        (torch.full((4, 6), math.nan), "finite, but 24 of its 24 values"),
+        (torch.full((4, 6), math.inf), "finite, but 24 of its 24 values"),
     ],
 )
 def test_a_refused_signature_leaves_the_tree_as_it_was(signature, message):
@@ -435,12 +440,13 @@ def test_a_refused_signature_leaves_the_tree_as_it_was(signature, message):
 
 
 def test_integers_are_refused():
-    with pytest.raises(TypeError, match=r"floating point .* torch.int64"):
+    with pytest.raises(TypeError, match=r"floating point, but has the dtype torch.int64"):
         AdapterTree().insert(torch.zeros(2, 2, dtype=torch.long))
 
 
 def test_depth_beyond_the_layers_is_refused():
-    with pytest.raises(ValueError, match=r"`depth` .* passed is 5, and `signature` has 4 layers"):
+    message = "`depth` should be at most 4, the number of layers of `signature`, but is 5"
+    with pytest.raises(ValueError, match=message):
         AdapterTree(5).insert(random_signatures(1)[0])
 
 
@@ -459,7 +465,7 @@ def test_an_empty_tree_has_no_root():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "version 2 but its version is 99"),
+        ({"version": 99}, "version 2, but has the version 99"),
         ({"signatures": torch.zeros(2, 4, 6)}, r"\(3, n_layers, dim\).* \(2, 4, 6\)"),
         ({"root": {"left": [0], "right": [1]}}, "each of the 3 adapters once"),
     ],
@@ -470,7 +476,26 @@ def test_a_state_that_does_not_fit_is_refused(change, message):
         AdapterTree.from_dict(state | change)
 
 
-def test_examples_in_the_documentation():
-    result = doctest.testmod(sys.modules[AdapterTree.__module__])
+@pytest.mark.parametrize("module", [AdapterTree, Merge, FlatTree])
+def test_examples_in_the_documentation(module):
+    result = doctest.testmod(sys.modules[module.__module__])
     assert result.attempted
     assert not result.failed
+
+
+@given(n=st.integers(0, 12), max_adapters=st.sampled_from([None, 3]), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_a_loaded_tree_grows_like_the_saved_one(n, max_adapters, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Of such different sizes that the order of summation shows in the last bit.
+    scales = 10.0 ** -torch.randint(0, 13, (n + 6, 3, 5), generator=generator)
+    signatures = torch.randn(n + 6, 3, 5, generator=generator) * scales
+    tree, other = (AdapterTree(max_adapters=max_adapters) for _ in range(2))
+    for signature in signatures[:n]:
+        tree.insert(signature)
+    other.insert(torch.ones(2, 2))  # it is replaced
+    other.load_state_dict(clone_state(tree.state_dict()))
+    for signature in signatures[n:]:
+        assert other.insert(signature) == tree.insert(signature)
+        assert identical(other.state_dict(), tree.state_dict())
+    assert all(map(torch.equal, tree.flatten()[:2], other.flatten()[:2]))

@@ -1,9 +1,9 @@
-"""LoRA adapters: attach them with peft, read and write their factors, keep the finished ones.
+"""LoRA adapters: attach them with peft, read and write their factors, store the finished ones.
 
-The adapter of a task is one matrix ``(n_layers, dim)``: row ``l`` holds the LoRA factors A and B of
-the ``l``-th adapted weight matrix, counted from the input side (theta_n of the specification).
-:class:`LoRAFactors` lays the live factors out in exactly that matrix, so that everything TreeLoRA
-does with them is one tensor operation for all layers.
+The adapter of task n is one matrix theta_n, ``(n_layers, dim)``: row ``l`` has the LoRA factors A
+and B of the ``l``-th adapted weight matrix, counted from the input side. :class:`LoRAFactors` keeps
+the active factors in exactly that matrix, so that every operation of TreeLoRA is one tensor
+operation for all layers.
 """
 
 from treelora_avalanche.adapters.attach import (
@@ -17,7 +17,12 @@ from treelora_avalanche.adapters.attach import (
 )
 from treelora_avalanche.adapters.bank import AdapterBank, merge_factors
 from treelora_avalanche.adapters.classifier import classifier_name, find_classifier
-from treelora_avalanche.adapters.factors import LayerShape, LoRAFactors, SignatureSketch
+from treelora_avalanche.adapters.factors import (
+    LayerShape,
+    LoRAFactors,
+    SignatureSketch,
+    active_factors,
+)
 from treelora_avalanche.adapters.folders import load_adapter, save_adapter
 from treelora_avalanche.adapters.merging import merged_weights
 from treelora_avalanche.adapters.past import PastAdapters
@@ -44,6 +49,7 @@ __all__ = [
     "SignatureSketch",
     "SubspaceMemory",
     "TrainableView",
+    "active_factors",
     "add_lora",
     "classifier_name",
     "find_adaptable_layers",

@@ -1,4 +1,4 @@
-"""The bank of finished adapters, and the merging of two into one."""
+"""Bank of finished adapters, and the merging of two into one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from treelora_avalanche.state import check_keys
 
 
 class AdapterBank:
-    """Copies of the finished adapters, on the host; only the rows in use go to the device.
+    """Stores the finished adapters on the host; only the rows in use are copied to the device.
 
-    Adapter ``i`` of the bank is adapter ``i`` of the :class:`~treelora_avalanche.tree.AdapterTree`.
+    Its indices are those of the :class:`~treelora_avalanche.tree.AdapterTree`::
+
+        bank = AdapterBank()
+        bank.append(LoRAFactors(model))  # after a task
+        bank.request(picks)  # before the forward pass
+        anchor = bank.receive()  # after the update, (n_layers, dim)
     """
 
     def __init__(self) -> None:
@@ -27,7 +32,7 @@ class AdapterBank:
         return self._n_adapters
 
     def __getitem__(self, index: int) -> Tensor:
-        """Factors of one adapter, ``(n_layers, dim)``, on the host."""
+        """Returns the factors of one adapter, ``(n_layers, dim)``, on the host."""
         return self.factors[index]
 
     @property
@@ -37,7 +42,7 @@ class AdapterBank:
         :raises IndexError: if the bank is empty.
         """
         if self._storage is None:
-            raise IndexError("the bank holds no adapter yet")
+            raise IndexError("the bank should hold an adapter, but is empty. Append one first.")
         return self._storage[: self._n_adapters]
 
     @property
@@ -46,14 +51,15 @@ class AdapterBank:
         return self.factors.nbytes if self._n_adapters else 0
 
     def append(self, factors: LoRAFactors) -> None:
-        """Store a copy of the live factors as the next adapter.
+        """Stores a copy of the active factors as the next adapter.
 
-        :param factors: the live factors; their shapes must be those of the adapters before.
+        :param factors: the active factors, of the same shapes as the stored ones.
         :raises ValueError: if the shapes differ.
         """
         if self._shapes and factors.shapes != self._shapes:
             raise ValueError(
-                f"an adapter of layers {factors.shapes} does not fit a bank of {self._shapes}."
+                f"`factors` should be of shapes {self._shapes}, as those in the bank, but are "
+                f"{factors.shapes}. Use the same rank, layers and target_modules."
             )
         self._shapes = list(factors.shapes)
         stack = factors.stack
@@ -68,12 +74,12 @@ class AdapterBank:
         self._n_adapters += 1
 
     def merge(self, kept: int, absorbed: int, kept_weight: float) -> None:
-        """Replace two adapters by one, their weighted mean in the weights that they add.
+        """Replaces two adapters by the weighted mean of the weights that they add.
 
-        The mean is taken of the products BA, and cut back to the rank (see :func:`merge_factors`).
+        The mean is that of the products BA, truncated to the rank (see :func:`merge_factors`).
 
         :param kept: index of the adapter that becomes the mean.
-        :param absorbed: index of the adapter that goes; later ones move down by one.
+        :param absorbed: index of the adapter that is removed; later ones move down by one.
         :param kept_weight: share of the kept adapter in the mean, between 0 and 1.
         """
         factors = self.factors
@@ -85,17 +91,17 @@ class AdapterBank:
         self._n_adapters -= 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The adapters, ``(n_adapters, n_layers, dim)``, not copied; and their layers' shapes."""
+        """Returns the adapters ``(n_adapters, n_layers, dim)``, not copied, and their shapes."""
         return {
             "factors": self.factors if self._n_adapters else None,
             "shapes": [list(shape) for shape in self._shapes],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hold the adapters of a state in place of those held now.
+        """Replaces the adapters by those of a state.
 
-        :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if its parts do not fit together; the bank is then as it was.
+        :param state: return value of :meth:`state_dict`.
+        :raises ValueError: if its parts do not fit together; the bank is then unchanged.
         """
         check_keys(state, {"factors", "shapes"}, "the bank's state")
         shapes = [LayerShape(*shape) for shape in state["shapes"]]
@@ -106,8 +112,8 @@ class AdapterBank:
             expected = (len(shapes), max((shape.size for shape in shapes), default=0))
             if factors.ndim != 3 or tuple(factors.shape[1:]) != expected:
                 raise ValueError(
-                    f"the bank's adapters should be {expected} for layers {shapes}, and are "
-                    f"{tuple(factors.shape[1:])}."
+                    f"the adapters in the state should be {expected} for layers {shapes}, but are "
+                    f"{tuple(factors.shape[1:])}. Load a state that a bank has saved."
                 )
             self._storage = factors.detach().to("cpu", copy=True)
             self._n_adapters = len(factors)
@@ -115,7 +121,7 @@ class AdapterBank:
         self._exchange = None  # it may be made for other shapes
 
     def request(self, picks: Tensor) -> None:
-        """Ask for the factors of one adapter per layer; returns at once.
+        """Requests the factors of one adapter per layer, without waiting.
 
         :param picks: index of an adapter for every layer, ``(n_layers,)``, on the device.
         """
@@ -124,16 +130,16 @@ class AdapterBank:
         self._exchange.send(picks)
 
     def receive(self) -> Tensor:
-        """The factors asked for last, ``(n_layers, dim)``, on the device.
+        """Returns the factors requested last, ``(n_layers, dim)``, on the device.
 
-        The host waits for the picks of :meth:`request`, not for the work queued after them. Asked
-        for before the forward pass and received after the optimizer's step, they arrive while the
-        device still has the whole step before it, so it never runs dry.
+        The host waits for the picks of :meth:`request`, not for the work queued after them.
+        Requested before the forward pass and received after the optimizer's step, they arrive while
+        the device still has the whole step to compute, so it never idles.
 
-        :raises RuntimeError: if nothing was asked for.
+        :raises RuntimeError: if nothing was requested.
         """
         if self._exchange is None:
-            raise RuntimeError("nothing was asked for: call request(picks) first")
+            raise RuntimeError("nothing was requested. Call request(picks) first.")
         return self._exchange.receive(self.factors)
 
 
@@ -166,11 +172,11 @@ class _Exchange:
 
 
 def merge_factors(kept: Tensor, absorbed: Tensor, kept_weight: float, shape: LayerShape) -> Tensor:
-    """Factors of the weighted mean of two adapters of a layer, cut back to the rank.
+    """Returns the factors of the weighted mean of two adapters of a layer, truncated to the rank.
 
-    The mean is that of the products BA, whose best approximation of the rank comes from a truncated
-    SVD; averaging A and B apart would mix terms that belong to neither adapter. The SVD leaves a
-    rotation free, and it is chosen so that the factors come closest to the kept ones: later tasks
+    With w the weight of the kept adapter, ``B A = truncated SVD of w B_1 A_1 + (1 - w) B_2 A_2``:
+    averaging A and B apart would mix terms that belong to neither adapter. The SVD leaves a
+    rotation free, which is chosen so that the factors come closest to the kept ones: later tasks
     are compared with them value by value.
 
     :param kept: row ``(dim,)`` of the first adapter.

@@ -1,4 +1,4 @@
-"""Finds a model's linear classifier."""
+"""Lookup of a model's linear classifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from treelora_avalanche.adapters.trainable_view import TrainableView
 
 
 def classifier_name(model: nn.Module) -> str | None:
-    """Name of a plain model's linear classifier: timm tells; else the usual names are tried."""
+    """Returns the name of a plain model's linear classifier, None if it has none.
+
+    It is timm's ``get_classifier()``, or else a ``classifier``, ``score``, ``head`` or ``fc``.
+
+    :param model: a model without LoRA.
+    """
     get_classifier = getattr(model, "get_classifier", None)
     head: object = get_classifier() if callable(get_classifier) else None
     for name, module in model.named_modules():
@@ -22,15 +27,17 @@ def classifier_name(model: nn.Module) -> str | None:
 
 
 def find_classifier(model: nn.Module) -> nn.Linear | None:
-    """The linear classifier that is in use: the trained copy where peft keeps one.
+    """Returns the linear classifier in use, which is peft's trainable copy if there is one::
+
+        find_classifier(timm.create_model("vit_tiny_patch16_224")).out_features  # 1000
 
     :param model: a plain model, or one with LoRA; with or without a :class:`TrainableView`.
     :return: None where the model has no linear classifier.
     """
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            live = module.modules_to_save[module.active_adapters[0]]
-            return live if isinstance(live, nn.Linear) else None
+            active = module.modules_to_save[module.active_adapters[0]]
+            return active if isinstance(active, nn.Linear) else None
     plain = model.module if isinstance(model, TrainableView) else model
     name = classifier_name(plain)
     found = plain.get_submodule(name) if name else None
@@ -38,7 +45,7 @@ def find_classifier(model: nn.Module) -> nn.Linear | None:
 
 
 def classifier_of(model: nn.Module) -> nn.Linear:
-    """The linear classifier of a model.
+    """Returns the linear classifier of a model that must have one.
 
     :param model: a model with a linear classifier, with or without LoRA.
     :raises ValueError: if it has none.
@@ -46,18 +53,18 @@ def classifier_of(model: nn.Module) -> nn.Linear:
     classifier = find_classifier(model)
     if classifier is None:
         raise ValueError(
-            f"`model` ({type(model).__name__}) has no linear classifier whose inputs could be its "
-            "features; make it with num_classes above 0."
+            f"`model` should have a linear classifier, whose inputs are the features, but this "
+            f"{type(model).__name__} has none. Make it with num_classes above 0."
         )
     return classifier
 
 
 def check_classes(model: nn.Module, experience: Any) -> None:
-    """Raise an error if an experience has classes for which the classifier has no output.
+    """Raises an error if an experience has classes for which the classifier has no output.
 
-    Said before the loss does: on a GPU, that ends the process and names neither.
+    The loss would raise a less clear one, and on a GPU end the process.
 
-    :param model: any model; one without a linear classifier, as a language model, is not looked at.
+    :param model: any model; one without a linear classifier, such as a language model, passes.
     :param experience: an experience to train or evaluate.
     :raises ValueError: if the classifier is too small.
     """
@@ -67,7 +74,7 @@ def check_classes(model: nn.Module, experience: Any) -> None:
     largest = max(experience.classes_in_this_experience, default=-1)
     if largest >= classifier.out_features:
         raise ValueError(
-            f"experience {experience.current_experience} has class {largest}, and the model's "
-            f"classifier {classifier.out_features} outputs; make the model with "
-            f"num_classes={largest + 1} or more."
+            f"the model's classifier should have an output for class {largest} of experience "
+            f"{experience.current_experience}, but has {classifier.out_features} outputs. Make the "
+            f"model with num_classes={largest + 1} or more."
         )

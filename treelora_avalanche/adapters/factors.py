@@ -1,9 +1,10 @@
-"""The LoRA factors of all adapted layers as one matrix, and the signatures read from it."""
+"""LoRA factors of all adapted layers as one matrix, and the signatures of adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ from treelora_avalanche.adapters.attach import lora_layers
 
 
 class LayerShape(NamedTuple):
-    """Shapes of one layer's factors: A is ``(rank, n_in)`` and B ``(n_out, rank)``."""
+    """Shapes of one layer's factors: A is ``(rank, n_in)`` and B ``(n_out, rank)``.
+
+    >>> LayerShape(rank=4, n_in=768, n_out=2304).size
+    12288
+    """
 
     rank: int
     n_in: int
@@ -24,7 +29,7 @@ class LayerShape(NamedTuple):
         return self.rank * (self.n_in + self.n_out)
 
     def split(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of A ``(rank, n_in)`` and B ``(n_out, rank)`` in a row ``(dim,)`` of the matrix."""
+        """Returns views of A ``(rank, n_in)`` and B ``(n_out, rank)`` in a row ``(dim,)``."""
         n_a = self.rank * self.n_in
         return (
             row[:n_a].view(self.rank, self.n_in),
@@ -32,12 +37,26 @@ class LayerShape(NamedTuple):
         )
 
 
-class LoRAFactors:
-    """The live LoRA factors of a model as one tensor ``(n_layers, dim)``, without copies.
+def active_factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Returns A ``(rank, n_in)`` and B ``(n_out, rank)`` of a layer's active adapter.
 
-    The parameters become views into :attr:`stack`: what the optimizer writes is seen there, and
-    what is written there is what the model computes with. Layers with fewer than ``dim`` values
-    are padded with zeros. Two of these on the same model share one stack.
+    :param layer: a LoRA layer of peft.
+    """
+    adapter = layer.active_adapters[0]
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    return a.get_parameter("weight"), b.get_parameter("weight")
+
+
+class LoRAFactors:
+    """The active LoRA factors of a model as one tensor ``(n_layers, dim)``, without copies.
+
+    The parameters become views into :attr:`stack`, so that the optimizer's updates appear there,
+    and values written there are used by the model. Layers with fewer than ``dim`` values are padded
+    with zeros. All instances for one model share one stack::
+
+        factors = LoRAFactors(add_lora(vit))
+        theta = factors.stack.clone()  # (n_layers, dim)
+        factors.stack.copy_(bank[3])  # the model now uses adapter 3
 
     :param model: a model that carries LoRA layers of peft.
     :raises ValueError: if it carries none.
@@ -47,20 +66,31 @@ class LoRAFactors:
         layers = lora_layers(model)
         if not layers:
             raise ValueError(
-                f"`model` ({type(model).__name__}) carries no LoRA layers; attach them first with "
-                "treelora_avalanche.adapters.add_lora(model)."
+                f"`model` should carry LoRA layers, but this {type(model).__name__} has none. "
+                "Attach them first with treelora_avalanche.adapters.add_lora(model)."
             )
         self.names = list(layers)
         self.parameters: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.shapes: list[LayerShape] = []
         for layer in layers.values():
-            adapter = layer.active_adapters[0]
-            a = layer.lora_A[adapter].get_parameter("weight")
-            b = layer.lora_B[adapter].get_parameter("weight")
+            a, b = active_factors(layer)
             self.parameters.append((a, b))
             self.shapes.append(LayerShape(a.shape[0], a.shape[1], b.shape[0]))
         self.dim = max(shape.size for shape in self.shapes)
         self.stack: Tensor = self._shared_stack()
+
+    def zero_(self) -> None:
+        """Sets all factors to zero, so that the model is the frozen one: LoRA's output is BA x."""
+        self.stack.zero_()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restores the factors, which the body of the context may change, at its end."""
+        before = self.stack.clone()
+        try:
+            yield
+        finally:
+            self.stack.copy_(before)
 
     def _shared_stack(self) -> Tensor:
         first = self.parameters[0][0].data
@@ -82,17 +112,21 @@ class LoRAFactors:
 
 
 class SignatureSketch:
-    """A fixed random sample of every layer's coordinates, which stands for the whole layer.
+    """Fixed random sample of every layer's coordinates, from which L1 distances are estimated.
 
     The L1 distance over a uniform sample of coordinates, divided by the sampled share, is an
-    unbiased estimate of the L1 distance over all of them, and reading it costs ``size`` numbers per
-    layer whatever the size of the layer. ``benchmarks/signature_sketch.py`` compares it with random
-    projections.
+    unbiased estimate of the L1 distance over all of them, and reads ``size`` numbers per layer,
+    whatever the size of the layer. ``benchmarks/signature_sketch.py`` compares it with random
+    projections::
 
-    :param shapes: the shapes of the layers' factors.
+        sketch = SignatureSketch(factors.shapes, size=256)
+        start = sketch(factors.stack)  # (n_layers, 256)
+        sketch.direction(factors.stack, start)  # after training
+
+    :param shapes: shapes of the layers' factors.
     :param size: number of coordinates per layer (all of them in a smaller layer).
     :param seed: seed of the sample; equal seeds give equal samples.
-    :param device: where the factors live.
+    :param device: device of the factors.
     """
 
     def __init__(
@@ -108,11 +142,11 @@ class SignatureSketch:
         self.coordinates = torch.stack(rows).to(device)  # (n_layers, size)
 
     def __call__(self, factors: Tensor) -> Tensor:
-        """Sketch of factors ``(n_layers, dim)``: a new tensor ``(n_layers, size)``."""
+        """Returns the sketch of factors ``(n_layers, dim)``, a new tensor ``(n_layers, size)``."""
         return factors.gather(1, self.coordinates)
 
     def direction(self, factors: Tensor, start: Tensor) -> Tensor:
-        """Signature of a task: the direction in which its training moved the adapter.
+        """Returns the signature of a task: the direction in which training moved the adapter.
 
         :param factors: the factors now, ``(n_layers, dim)``.
         :param start: the *sketch* of the factors at the start of the task, ``(n_layers, size)``.

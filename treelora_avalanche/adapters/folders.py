@@ -1,4 +1,4 @@
-"""Adapters as the folders that peft writes and loads."""
+"""Saving and loading of adapters as peft folders."""
 
 from __future__ import annotations
 
@@ -17,23 +17,28 @@ from treelora_avalanche.adapters.past import past_factors
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save the live adapter, and the classifier trained with it, as a folder that peft loads.
+    """Saves the active adapter, and the classifier trained with it, as a folder that peft loads.
 
-    Past adapters that answer beside the live one are saved with it, as one adapter of their joint
-    rank. The folder is written beside its place and then renamed, so it is there whole or not at
-    all.
+    Past adapters, see :class:`PastAdapters`, are saved with the active one, as one adapter of their
+    joint rank. The folder is written under another name and then renamed, so it is complete or
+    absent::
+
+        save_adapter(strategy.model, "adapters/task_003")
 
     :param model: a model that is, or wraps, a :class:`peft.PeftModel`.
-    :param folder: where to; an adapter that is already there is replaced.
+    :param folder: the folder; an adapter that is already there is replaced.
     :raises ValueError: if there is no :class:`peft.PeftModel` in the model.
     """
     peft_model = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
     if peft_model is None:
-        raise ValueError(f"`model` ({type(model).__name__}) is no peft model; nothing to save.")
+        raise ValueError(
+            f"`model` should be or wrap a peft model, but is a {type(model).__name__}. Attach LoRA "
+            "first with treelora_avalanche.adapters.add_lora(model)."
+        )
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    # Embeddings are never trained here. Left to find out, peft asks the hub how many there were.
+    # Embeddings are never trained here. To find that out, peft would ask the hub for their number.
     peft_model.save_pretrained(str(unfinished), save_embedding_layers=False)
     _join_past(peft_model, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
@@ -41,7 +46,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _join_past(model: PeftModel, folder: Path) -> None:
-    """Stacks the past factors on the live ones: sum_i B_i A_i = (B_1 ... B_n)(A_1; ...; A_n)."""
+    """Stacks the past factors on the active ones: sum_i B_i A_i = (B_1 ... B_n)(A_1; ...; A_n)."""
     layers = {n: m for n, m in lora_layers(model).items() if len(past_factors(m)[0])}
     if not layers:
         return
@@ -55,7 +60,7 @@ def _join_past(model: PeftModel, folder: Path) -> None:
         a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         tensors[a] = torch.cat((past_a.cpu(), tensors[a]))
         tensors[b] = torch.cat((past_b.cpu(), tensors[b]), 1)
-        # By layer, with the scaling as it is: peft would divide alpha by the joint rank.
+        # Per layer, to keep the scaling: peft would divide alpha by the joint rank.
         rank = len(tensors[a])
         module = name.removeprefix("base_model.model.")
         config["rank_pattern"][module] = rank
@@ -66,13 +71,19 @@ def _join_past(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
-    """Put a saved adapter on a pretrained model, to be trained on or evaluated.
+    """Attaches a saved adapter to a pretrained model, to be trained further or evaluated::
+
+        vit = create_vit("vit_base_patch16_224", num_classes=100)
+        model = load_adapter(vit, "adapters/task_003")
 
     :param model: the pretrained model that the adapter was trained on.
-    :param folder: what :func:`save_adapter`, or peft, has written.
+    :param folder: a folder written by :func:`save_adapter`, or by peft.
     :return: the peft model around ``model``.
     :raises FileNotFoundError: if the folder holds no adapter.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter: adapter_config.json is missing.")
+        raise FileNotFoundError(
+            f"`folder` should hold an adapter, but {str(folder)!r} has no adapter_config.json. "
+            "Pass one that save_adapter has written."
+        )
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True)

@@ -1,4 +1,4 @@
-"""The live adapter as part of the weights, for as long as a model answers."""
+"""Temporary merging of the active adapter into the base weights, W + BA."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from treelora_avalanche.adapters.attach import lora_layers
 
 @contextmanager
 def merged_weights(model: nn.Module) -> Iterator[None]:
-    """A context in which every adapted layer is one matrix, by peft's own merging.
+    """Merges the active adapter into the base weights, W + BA, inside the context, by peft.
 
-    Where a step is short, as in the generation of a text, LoRA's two small products take longer to
-    start than to compute. At the end the layers have their own weights back, to the last bit: they
-    are put aside, and not computed by taking the adapter out again. Nothing may change the adapter
-    meanwhile.
+    Where a step is short, as in the generation of text, LoRA's two small products take longer to
+    launch than to compute. At the end the base weights are restored bit for bit: they are kept, not
+    recomputed by subtracting the adapter. The adapter must not change in between::
 
-    A layer is left as it is where merging would answer otherwise: where its weights have another
-    precision than the adapter, are not a plain matrix, or where something listens to the adapter.
+        with merged_weights(model):
+            logits = model(tokens)
+
+    A layer is not merged where that would change its output: where its weights differ in precision
+    from the adapter's or are not a plain matrix, or where the adapter has forward hooks.
 
     :param model: any model; one without LoRA is left as it is.
     """
@@ -46,11 +48,11 @@ def merged_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _can_merge(layer: LoraLayer) -> bool:
-    """Whether the layer answers the same up to rounding when merged."""
+    """Returns whether the layer's output is the same up to rounding when merged."""
     base: Any = layer.get_base_layer()
     if not isinstance(base, (nn.Linear, Conv1D)) or layer.merged or layer.disable_adapters:
         return False
-    if type(base.weight.data) is not torch.Tensor:  # a part of it, in several processes
+    if type(base.weight.data) is not torch.Tensor:  # sharded over several processes
         return False
     for adapter in layer.active_adapters:
         if adapter not in layer.lora_A:

@@ -1,6 +1,6 @@
-"""Orthonormal bases of what past tasks used, and what is left beside them.
+"""Orthonormal bases of the subspaces of past tasks, and projections off them.
 
-Tensor in, tensor out: the hooks that use it are in ``plugins/ogd.py`` and ``plugins/inf_lora.py``.
+Tensor in, tensor out; the hooks that use it are in ``plugins/baselines``: ``ogd`` and ``inf_lora``.
 A basis is a matrix of orthonormal rows.
 """
 
@@ -15,39 +15,44 @@ from treelora_avalanche.state import check_keys
 
 
 def project_off(vectors: Tensor, basis: Tensor) -> Tensor:
-    """The part of vectors that is orthogonal to a subspace.
+    """Returns the part of vectors that is orthogonal to a subspace, ``v - (v U^T) U``.
 
     :param vectors: ``(..., dim)``.
-    :param basis: of the subspace, ``(n, dim)``.
-    :return: of the shape of ``vectors``.
+    :param basis: basis U of the subspace, ``(n, dim)``.
+    :return: tensor of the shape of ``vectors``.
     """
     return vectors - (vectors @ basis.T) @ basis
 
 
 def new_directions(vectors: Tensor, basis: Tensor, tolerance: float = 1e-4) -> Tensor:
-    """A basis of what vectors add to a subspace, the direction with most of them first.
+    """Returns a basis of the directions that vectors add to a subspace, the largest first.
 
     :param vectors: ``(n_vectors, dim)``.
-    :param basis: of the subspace, ``(n, dim)``.
-    :param tolerance: share of the longest vector's length below which a direction is rounding.
+    :param basis: basis of the subspace, ``(n, dim)``.
+    :param tolerance: share of the longest vector's length below which a direction is noise.
     :return: ``(at most n_vectors, dim)``, orthogonal to ``basis``.
     """
     scale = torch.linalg.vector_norm(vectors, dim=1).max()
     _, sizes, directions = torch.linalg.svd(project_off(vectors, basis), full_matrices=False)
-    return _orthonormal(directions[sizes > tolerance * scale], basis)
+    found = directions[sizes > tolerance * scale]
+    return _orthonormal(project_off(project_off(found, basis), basis))
 
 
-def _orthonormal(directions: Tensor, basis: Tensor) -> Tensor:
-    """Directions that are nearly orthonormal, and orthogonal to a basis, made exactly so."""
-    columns: Tensor = torch.linalg.qr(project_off(project_off(directions, basis), basis).T).Q
+def _orthonormal(directions: Tensor) -> Tensor:
+    """Makes nearly orthonormal rows exactly so."""
+    columns: Tensor = torch.linalg.qr(directions.T).Q
     return columns.T
 
 
 class SubspaceMemory:
-    """The subspace of a layer's past inputs, as DualGPM keeps it (Liang & Li, CVPR 2024).
+    """Subspace of a layer's past inputs, stored as in DualGPM (Liang & Li, CVPR 2024).
 
-    Kept is a basis of the subspace or, once that is more than half of the space, of its orthogonal
-    complement: at most ``dim / 2`` vectors of ``dim`` values, however many tasks.
+    Stores a basis of the subspace or, once that is more than half of the space, of its orthogonal
+    complement: at most ``dim / 2`` vectors of ``dim`` values, however many tasks::
+
+        memory = SubspaceMemory(dim=768)
+        memory.add(x.T @ x, threshold=0.95)  # x: (n_samples, 768)
+        memory.remove_past(vectors)
 
     :param dim: number of inputs of the layer.
     """
@@ -56,7 +61,7 @@ class SubspaceMemory:
         self.basis = torch.empty(0, dim)
         """Orthonormal rows, ``(n, dim)``."""
         self.is_complement = False
-        """Whether the basis is that of the free directions instead of the past ones."""
+        """Whether the basis spans the free directions instead of the past ones."""
 
     @property
     def n_past(self) -> int:
@@ -64,10 +69,10 @@ class SubspaceMemory:
         return self.basis.shape[1] - len(self.basis) if self.is_complement else len(self.basis)
 
     def remove_past(self, vectors: Tensor) -> Tensor:
-        """The part of vectors that is orthogonal to all past inputs.
+        """Returns the part of vectors that is orthogonal to all past inputs.
 
         :param vectors: ``(n_vectors, dim)``.
-        :return: of the same shape.
+        :return: tensor of the same shape.
         """
         basis = self.basis.to(vectors)
         if self.is_complement:
@@ -75,7 +80,7 @@ class SubspaceMemory:
         return project_off(vectors, basis)
 
     def free_directions(self, covariance: Tensor, n: int) -> Tensor:
-        """The principal directions of a task's inputs beside the subspace of the past.
+        """Returns the principal directions of a task's inputs outside the past subspace.
 
         With H the inputs and P the projection, the leading left singular vectors of P H.
 
@@ -91,14 +96,14 @@ class SubspaceMemory:
         return rows
 
     def add(self, covariance: Tensor, threshold: float) -> None:
-        """Add a task: as few directions as hold a share of its inputs' energy with the past's.
+        """Adds a task: the fewest directions that, with the past ones, hold a share of its energy.
 
         :param covariance: as in :meth:`free_directions`.
         :param threshold: the share, epsilon_th in the paper, below 1.
         """
         energies, directions = self._principal(covariance)
         total = covariance.trace()
-        held = (total - energies.sum()) + energies.cumsum(0)  # with the first 1, 2, ... of them
+        held = (total - energies.sum()) + energies.cumsum(0)  # with the first 1, 2, ... directions
         n = int((held < threshold * total).sum()) + 1
         if total - energies.sum() >= threshold * total:
             n = 0
@@ -106,21 +111,19 @@ class SubspaceMemory:
         self._extend(self._clean(directions[:n]))
 
     def _principal(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies and directions of P H, the greatest first."""
+        """Returns energies and directions of P H, the greatest first."""
         projected = self.remove_past(self.remove_past(covariance).T)
         energies, vectors = torch.linalg.eigh((projected + projected.T) / 2)
         return energies.flip(0).clamp(min=0), vectors.flip(1).T
 
     def _clean(self, directions: Tensor) -> Tensor:
-        # Projected once more: of a direction with little energy, the eigenvector is inexact.
-        inside = self.remove_past(self.remove_past(directions))
-        columns: Tensor = torch.linalg.qr(inside.T).Q
-        return columns.T
+        # Projected once more: the eigenvector of a direction with little energy is inexact.
+        return _orthonormal(self.remove_past(self.remove_past(directions)))
 
     def _extend(self, past: Tensor) -> None:
         self.basis = self.basis.to(past)
         if self.is_complement:
-            # The directions of the complement in which the new ones have no part.
+            # The directions of the complement that are orthogonal to the new ones.
             inside, _ = torch.linalg.qr(self.basis @ past.T, mode="complete")
             self.basis = inside[:, len(past) :].T @ self.basis
         else:
@@ -131,21 +134,22 @@ class SubspaceMemory:
                 self.is_complement = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The basis, not copied, and what it is of."""
+        """Returns the basis, not copied, and whether it spans the complement."""
         return {"basis": self.basis, "is_complement": self.is_complement}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the subspace of a state.
+        """Replaces the subspace by that of a state.
 
-        :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it is of another dimension; the memory is then as it was.
+        :param state: return value of :meth:`state_dict`.
+        :raises ValueError: if it is of another dimension; the memory is then unchanged.
         """
         check_keys(state, {"basis", "is_complement"}, "the state of SubspaceMemory")
         dim = self.basis.shape[1]
         if state["basis"].ndim != 2 or state["basis"].shape[1] != dim:
             raise ValueError(
-                f"the subspace in the state has a basis of shape {tuple(state['basis'].shape)}, "
-                f"and the layer has {dim} inputs; build the strategy with the same layers."
+                f"the basis in the state should be of shape (n, {dim}), as the layer has {dim} "
+                f"inputs, but is {tuple(state['basis'].shape)}. Build the strategy with the same "
+                "layers."
             )
         self.basis = state["basis"].detach().clone()
         self.is_complement = bool(state["is_complement"])

@@ -1,22 +1,27 @@
-"""A view of a model that shows its trainable parameters alone."""
+"""View of a model that shows only its trainable parameters."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 class TrainableView(nn.Module):
-    """A model seen through its trainable parameters alone.
+    """Model that shows only its trainable parameters.
 
-    ``parameters()`` and ``named_parameters()`` yield only what requires a gradient, and a deep copy
-    shares the frozen tensors and buffers. So strategies that keep something per parameter (EWC, SI,
-    GEM) or copy the model (LwF) cost the size of the adapter and not that of the backbone.
+    ``parameters()`` and ``named_parameters()`` yield those with ``requires_grad`` alone, and a deep
+    copy shares the frozen tensors and buffers. So strategies that store something per parameter
+    (EWC, SI, GEM) or copy the model (LwF) need the memory of the adapter, not of the backbone::
+
+        view = TrainableView(add_lora(vit))
+        optimizer = torch.optim.SGD(view.parameters(), lr=0.1)
 
     :param module: the model, usually a :class:`peft.PeftModel`.
     """
@@ -29,46 +34,67 @@ class TrainableView(nn.Module):
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.live(*args, **kwargs)
+        return self.forward_active(*args, **kwargs)
 
-    def live(self, *args: Any, **kwargs: Any) -> Any:
-        """The answer of the live adapter; a view may have others, and choose among them."""
+    def forward_active(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the output under the active adapter; ``forward`` of a view may select others."""
         with self.autocasting():
             return self.full_precision(self.module(*args, **kwargs))
 
-    def full_precision(self, answer: Any) -> Any:
-        """Logits of classes and features in full precision; logits of texts as they are.
+    def full_precision(self, output: Any) -> Any:
+        """Returns class logits and features in full precision; logits of tokens unchanged.
 
-        :param answer: ``(batch, n_values)``, or of texts ``(batch, length, n_values)``.
+        :param output: ``(batch, n_values)``, or of tokens ``(batch, n_values, length)``.
         """
-        of_samples = self.autocast is not None and answer.ndim == 2
-        return answer.float() if of_samples else answer
+        of_samples = self.autocast is not None and output.ndim == 2
+        return output.float() if of_samples else output
 
     def autocasting(self) -> AbstractContextManager[Any]:
-        """A context in which the model computes in the precision of :attr:`autocast`."""
+        """Returns a context in which the model computes in the precision of :attr:`autocast`."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(next(self.module.parameters()).device.type, self.autocast)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of what is trained; see :meth:`torch.nn.Module.named_parameters`."""
+        """Yields the trainable parameters, see :meth:`torch.nn.Module.named_parameters`."""
         for name, parameter in super().named_parameters(*args, **kwargs):
             if parameter.requires_grad:
                 yield name, parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableView:
-        shared = [p for p in self.module.parameters() if not p.requires_grad]
-        memo.update((id(tensor), tensor) for tensor in (*shared, *self.module.buffers()))
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin.__dict__["_compiled_call_impl"] = None  # it would run this module, not the twin
-        return twin
+        frozen = [p for p in self.module.parameters() if not p.requires_grad]
+        return deepcopy_sharing(self, memo, [*frozen, *self.module.buffers()])
+
+
+def active_forward(model: nn.Module) -> Callable[..., Any]:
+    """Returns the forward pass of a model under its active adapter, which no view reroutes.
+
+    :param model: any model, or a view of one.
+    """
+    return model.forward_active if isinstance(model, TrainableView) else model
+
+
+def deepcopy_sharing(module: Module, memo: dict[int, Any], shared: Iterable[Any]) -> Module:
+    """Returns a deep copy of a module that shares some objects with it; for ``__deepcopy__``.
+
+    :param module: the module.
+    :param memo: argument of ``__deepcopy__``.
+    :param shared: objects that are not copied.
+    """
+    memo.update((id(thing), thing) for thing in shared)
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    twin.__dict__["_compiled_call_impl"] = None  # it would run this module, not the twin
+    return twin
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model is in the mode it was in."""
+    """Sets evaluation mode without gradients inside the context, and then the former mode.
+
+    :param model: any model.
+    """
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,8 @@
-"""Saves a whole strategy between two experiences, and restores it in a new process."""
+"""Saves a whole strategy between two experiences, and restores it in a new process.
+
+``strategy`` has the interface, ``parts`` the parts of the state, ``avalanche_plugins`` and
+``avalanche_strategies`` the state of Avalanche's own classes, which have no ``state_dict``.
+"""
 
 from treelora_avalanche.checkpoint.strategy import (
     Resumable,

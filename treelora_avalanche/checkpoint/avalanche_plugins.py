@@ -1,7 +1,7 @@
-"""State of plugins and metrics: of those that have it, and of some of Avalanche's, which do not.
+"""State of plugins and metrics, including some of Avalanche's without a ``state_dict``.
 
-Avalanche's plugins know no ``state_dict``. Here is that of the ones our strategies are composed of
-(EWC, GEM), and of the metrics that compare experiences (forgetting, backward and forward transfer).
+These are the plugins that our strategies are composed of (EWC, GEM), and the metrics that compare
+experiences (forgetting, backward and forward transfer).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from treelora_avalanche.state import State, check_keys
 
-# What they keep, by experience; and the arguments with which it goes together.
+# Attributes by experience, and the arguments that must be the same.
 _KEPT: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
     EWCPlugin: (("saved_params", "importances"), ("ewc_lambda", "mode", "decay_factor")),
     GEMPlugin: (
@@ -29,7 +29,7 @@ _KEPT: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def has_state(item: Any) -> bool:
-    """Whether the state of a plugin or metric can be read and written here.
+    """Returns whether the state of a plugin or metric can be read and written here.
 
     :param item: a plugin or metric.
     """
@@ -38,7 +38,7 @@ def has_state(item: Any) -> bool:
 
 
 def item_state(item: Any) -> State:
-    """The state of a plugin or metric that :func:`has_state`; tensors are not copied.
+    """Returns the state of a plugin or metric that :func:`has_state`; tensors are not copied.
 
     :param item: a plugin or metric.
     """
@@ -64,12 +64,12 @@ def item_state(item: Any) -> State:
 
 
 def load_item_state(item: Any, state: State, device: torch.device | str) -> None:
-    """Put a plugin or metric into a state.
+    """Loads a state into a plugin or metric.
 
     :param item: a plugin or metric that :func:`has_state`.
     :param state: what :func:`item_state` returned.
-    :param device: where the strategy trains.
-    :raises ValueError: if the state does not fit; the item is then as it was.
+    :param device: the device of the strategy.
+    :raises ValueError: if the state does not fit; the item is then unchanged.
     """
     if hasattr(item, "load_state_dict"):
         item.load_state_dict(state)
@@ -91,15 +91,15 @@ def load_item_state(item: Any, state: State, device: torch.device | str) -> None
     for name, value in state["settings"].items():
         if value != getattr(item, name):
             raise ValueError(
-                f"`{name}` of {type(item).__name__} is {value!r} in the state and "
-                f"{getattr(item, name)!r} here; make it with {name}={value!r} to continue."
+                f"`{name}` of {type(item).__name__} should be {value!r}, as in the state, but is "
+                f"{getattr(item, name)!r}. Build it with {name}={value!r} to continue."
             )
     loaded = {
         name: {int(e): _untensors(value, device) for e, value in state[name].items()}
         for name in kept[0]
     }
     for name, values in loaded.items():
-        own = getattr(item, name)  # in place: some are dictionaries with a default
+        own = getattr(item, name)  # in place: some are default dictionaries
         own.clear()
         own.update(values)
 
@@ -114,7 +114,7 @@ def _compares_experiences(metric: Any) -> Forgetting | ForwardTransfer | None:
 
 
 def _tensors(value: Tensor | Mapping[str, ParamData]) -> Any:
-    """What is kept of one experience: a tensor, or one for each parameter."""
+    """Returns the values of one experience: a tensor, or one per parameter."""
     if isinstance(value, Tensor):
         return value
     return {name: parameter.data for name, parameter in value.items()}
@@ -130,7 +130,7 @@ def _untensors(value: Any, device: torch.device | str) -> Any:
 
 
 def _dictionaries(state: Any) -> Any:
-    """A module's state is an ordered dictionary, and somebody else's may be any mapping."""
+    """Returns a state with plain dictionaries; those of modules are ordered ones."""
     if isinstance(state, Mapping):
         return {key: _dictionaries(value) for key, value in state.items()}
     return state

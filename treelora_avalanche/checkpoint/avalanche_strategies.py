@@ -1,7 +1,7 @@
-"""State of Avalanche's strategies that keep something outside of their plugins.
+"""State of Avalanche's strategies that keep something outside their plugins.
 
-StreamingLDA has tensors of its own. Replay, LwF and Cumulative remember data of past experiences,
-or what they have read from it: that is not saved, but taken again from the stream.
+StreamingLDA has tensors of its own. Replay, LwF and Cumulative keep data of past experiences, or
+values computed from it: these are not saved, but rebuilt from the stream.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from treelora_avalanche.plugins.training.memory_draws import MemoryDrawsPlugin
 from treelora_avalanche.state import State, check_keys, check_same_tensors
 
-# What of it changes; `Lambda` is computed from these when it is needed.
+# `Lambda` is computed from these when needed.
 _STREAMING_LDA = ("muK", "cK", "Sigma", "num_updates")
 
 
 # --------------------------------------------------------------------------------------------------
-# Tensors of a strategy's own
+# Attributes of a strategy
 
 
 def own_state(strategy: Any) -> State:
-    """What a strategy keeps as attributes; tensors are not copied.
+    """Returns the attributes of a strategy that outlive an experience; tensors are not copied.
 
     :param strategy: an Avalanche strategy.
     """
@@ -36,7 +36,7 @@ def own_state(strategy: Any) -> State:
 
 
 def check_own_state(strategy: Any, state: State) -> None:
-    """Raise an error if a state does not fit; changes nothing.
+    """Raises an error if a state does not fit; changes nothing.
 
     :param strategy: an Avalanche strategy.
     :param state: what :func:`own_state` returned.
@@ -49,11 +49,11 @@ def check_own_state(strategy: Any, state: State) -> None:
         {name: value for name, value in part.items() if isinstance(own[name], Tensor)}
         for part in (state, own)
     )
-    check_same_tensors(found, expected, where, "Use as many classes and features.")
+    check_same_tensors(found, expected, where, "Use the same number of classes and features.")
 
 
 def load_own_state(strategy: Any, state: State) -> None:
-    """Put a strategy into a state.
+    """Loads a state into a strategy.
 
     :param strategy: an Avalanche strategy.
     :param state: what :func:`own_state` returned.
@@ -62,23 +62,23 @@ def load_own_state(strategy: Any, state: State) -> None:
         is_tensor = isinstance(value, Tensor)
         setattr(strategy, name, value.to(strategy.device, copy=True) if is_tensor else value)
     if isinstance(strategy, StreamingLDA):
-        strategy.prev_num_updates = -1  # `Lambda` is not that of these tensors
+        strategy.prev_num_updates = -1  # `Lambda` must be recomputed
 
 
 # --------------------------------------------------------------------------------------------------
 # Data of past experiences
 
 
-def keeps_past(strategy: Any) -> bool:
-    """Whether a strategy has to see its past experiences again to continue.
+def needs_past_experiences(strategy: Any) -> bool:
+    """Returns whether a strategy needs its past experiences to continue.
 
     :param strategy: an Avalanche strategy.
     """
-    return isinstance(strategy, tuple(_TAKE_AGAIN))
+    return isinstance(strategy, tuple(_REBUILD))
 
 
-def takes_again(strategy: Any, plugin: Any) -> bool:
-    """Whether :func:`take_again` brings back what a plugin keeps.
+def can_be_rebuilt(strategy: Any, plugin: Any) -> bool:
+    """Returns whether :func:`rebuild_memory` restores the data of a plugin.
 
     :param strategy: an Avalanche strategy.
     :param plugin: one of its plugins.
@@ -88,13 +88,13 @@ def takes_again(strategy: Any, plugin: Any) -> bool:
     return isinstance(strategy, LwF) and isinstance(plugin, LwFPlugin)
 
 
-def take_again(strategy: Any, past: Sequence[Any]) -> None:
-    """Bring back what a strategy keeps of its past, once its state is loaded.
+def rebuild_memory(strategy: Any, past: Sequence[Any]) -> None:
+    """Restores the data of past experiences, once the state of the strategy is loaded.
 
     :param strategy: an Avalanche strategy.
-    :param past: the experiences that it was trained on, in this order.
+    :param past: the experiences that it was trained on, in order.
     """
-    for kind, take in _TAKE_AGAIN.items():
+    for kind, take in _REBUILD.items():
         if isinstance(strategy, kind):
             take(strategy, past)
 
@@ -107,10 +107,10 @@ def _cumulate(strategy: Cumulative, past: Sequence[Any]) -> None:
 
 
 def _distil(strategy: LwF, past: Sequence[Any]) -> None:
-    """The teacher is the model as the last experience has left it: the strategy's plugin is last.
+    """Sets the teacher to the model after the last experience: the strategy's plugin comes last.
 
-    The classes are joined as they came: the loss sums over them in the order of a set, which
-    depends on how the set has grown, and with it the last bits.
+    The sets of classes are joined in the order of the stream: the loss sums over a set in an order
+    that depends on how the set has grown, which affects the last bits.
     """
     lwf = _plugin(strategy, LwFPlugin).lwf
     lwf.expcount = 0
@@ -141,7 +141,7 @@ def _plugin(strategy: Any, kind: type) -> Any:
     return next((plugin for plugin in strategy.plugins if isinstance(plugin, kind)), None)
 
 
-_TAKE_AGAIN: dict[type, Callable[[Any, Sequence[Any]], None]] = {
+_REBUILD: dict[type, Callable[[Any, Sequence[Any]], None]] = {
     Cumulative: _cumulate,
     LwF: _distil,
     Replay: _draw,
@@ -149,10 +149,10 @@ _TAKE_AGAIN: dict[type, Callable[[Any, Sequence[Any]], None]] = {
 
 
 __all__ = [
+    "can_be_rebuilt",
     "check_own_state",
-    "keeps_past",
     "load_own_state",
+    "needs_past_experiences",
     "own_state",
-    "take_again",
-    "takes_again",
+    "rebuild_memory",
 ]

@@ -1,4 +1,4 @@
-"""The parts of a strategy's state: collected, checked, applied."""
+"""Parts of a strategy's state: collected, checked, applied."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from treelora_avalanche.checkpoint.avalanche_plugins import has_state, item_state, load_item_state
 from treelora_avalanche.checkpoint.avalanche_strategies import (
     check_own_state,
-    keeps_past,
     load_own_state,
+    needs_past_experiences,
     own_state,
 )
 from treelora_avalanche.state import (
@@ -35,6 +35,7 @@ _SAME = "Build the strategy with the same arguments, plugins and metrics."
 
 
 def collect(strategy: Any) -> State:
+    """Returns the parts of a strategy's state; tensors are not copied."""
     optimizer = strategy.optimizer
     return {
         "model": {
@@ -58,25 +59,17 @@ def collect(strategy: Any) -> State:
 
 
 def check_fits(strategy: Any, state: State, past: Sequence[Any]) -> None:
-    """Raises for a state that does not fit, as far as can be told without asking the plugins."""
+    """Raises for a state that does not fit, as far as known without the plugins."""
     name = type(strategy).__name__
     parts = {"strategy", "versions", "backbone", *_PARTS}
     saved = state.get("strategy") if isinstance(state, dict) else None
     if saved is not None and saved != name:
         raise ValueError(
-            f"it is a checkpoint of another method: {saved} was saved, and this is {name}. Build "
-            f"{saved}, or choose a folder of {name}."
+            f"the strategy should be {saved}, as in the state, but is {name}. Build {saved}, or "
+            f"choose a folder of {name}."
         )
     check_keys(state, parts, "the state")
-    own = backbone_fingerprint(strategy.model)
-    check_keys(state["backbone"], own, "the backbone's fingerprint")
-    for part, what in (("structure", "other layers"), ("values", "other weights")):
-        if state["backbone"][part] != own[part]:
-            raise ValueError(
-                f"it was trained on another backbone, with {what} (fingerprint of the {part} "
-                f"{state['backbone'][part][:12]}, here {own[part][:12]}). Build the model from the "
-                "same pretrained weights."
-            )
+    _check_backbone(strategy.model, state["backbone"])
     check_keys(state["model"], {"parameters", "buffers"}, "the model's state")
     check_same_tensors(
         state["model"]["parameters"],
@@ -89,7 +82,9 @@ def check_fits(strategy: Any, state: State, past: Sequence[Any]) -> None:
     )
     check_keys(state["optimizer"], {"prepared", "state"}, "the optimizer's part")
     if isinstance(strategy.optimizer, Optimizer) != (state["optimizer"]["state"] is not None):
-        raise ValueError(f"only one of the state and this strategy has an optimizer. {_SAME}")
+        raise ValueError(
+            f"both the state and the strategy should have an optimizer, but only one does. {_SAME}"
+        )
     if state["optimizer"]["state"] is not None:
         check_optimizer_state(
             strategy.optimizer, state["optimizer"]["state"], _parameters(strategy.model)
@@ -99,18 +94,31 @@ def check_fits(strategy: Any, state: State, past: Sequence[Any]) -> None:
     check_own_state(strategy, state["own"])
     check_keys(state["clock"], _counters(strategy), "its list of counters")
     n_trained = state["clock"]["train_exp_counter"]
-    if keeps_past(strategy) and len(past) != n_trained:
+    if needs_past_experiences(strategy) and len(past) != n_trained:
         raise ValueError(
-            f"{name} keeps data of its past experiences, which is not saved; pass the {n_trained} "
-            f"that it was trained on as `past` (it has {len(past)})."
+            f"`past` should hold the {n_trained} experiences that {name} was trained on, but holds "
+            f"{len(past)}. Pass them: their data is not saved."
         )
     check_random_state(state["random"])
+
+
+def _check_backbone(model: nn.Module, saved: State) -> None:
+    own = backbone_fingerprint(model)
+    check_keys(saved, own, "the backbone's fingerprint")
+    for part, what in (("structure", "other layers"), ("values", "other weights")):
+        if saved[part] != own[part]:
+            raise ValueError(
+                f"the backbone should be that of the state, but has {what} (fingerprint of the "
+                f"{part} {own[part][:12]}, in the state {saved[part][:12]}). Build the "
+                "model from the same pretrained weights."
+            )
 
 
 _PARTS = ("model", "optimizer", "plugins", "metrics", "own", "clock", "random")
 
 
 def apply(strategy: Any, state: State) -> None:
+    """Loads a state that :func:`check_fits` has accepted."""
     with torch.no_grad():
         for kind, own in (
             ("parameters", _trainable(strategy.model)),
@@ -128,8 +136,8 @@ def apply(strategy: Any, state: State) -> None:
         load_optimizer_state(
             strategy.optimizer, state["optimizer"]["state"], _parameters(strategy.model)
         )
-    # Avalanche forgets the optimizer's state at the first experience that a strategy trains on,
-    # which it knows by this attribute being None.
+    # Avalanche resets the optimizer at the first experience, which it recognises by this
+    # attribute being None.
     strategy.optimized_param_id = (
         dict(strategy.model.named_parameters()) if state["optimizer"]["prepared"] else None
     )
@@ -139,7 +147,7 @@ def apply(strategy: Any, state: State) -> None:
 
 
 def undo_steps(strategy: Any) -> Iterable[Callable[[], None]]:
-    """What brings the strategy back to where it is now; the last is to be called first."""
+    """Yields functions that restore the present state; call the last one first."""
     before = clone_state(
         {key: value for key, value in collect(strategy).items() if key != "optimizer"}
     )
@@ -160,7 +168,7 @@ def undo_steps(strategy: Any) -> Iterable[Callable[[], None]]:
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters, also where the model shows the trainable ones alone."""
+    """Returns all parameters, also where the model exposes only the trainable ones."""
     return dict(nn.Module.named_parameters(model))
 
 
@@ -169,7 +177,7 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint of the model would hold; a frozen batch norm moves its own."""
+    """Returns the persistent buffers; those of a frozen batch norm change in training."""
     persistent = model.state_dict()
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
@@ -187,7 +195,7 @@ def _metrics(strategy: Any) -> dict[str, Any]:
 
 
 def _keyed(items: Iterable[Any]) -> dict[str, Any]:
-    """By class and number: what somebody else's plugins come between does not matter."""
+    """Returns items by class and number, so that other plugins in between do not matter."""
     keyed: dict[str, Any] = {}
     count: dict[str, int] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""Save a strategy between two experiences, and continue in a new process as if nothing had been."""
+"""Saves a strategy between two experiences, and continues it in a new process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from avalanche.training.templates.base_sgd import PeriodicEval
 
 from treelora_avalanche.checkpoint.avalanche_plugins import has_state
 from treelora_avalanche.checkpoint.avalanche_strategies import (
-    take_again,
-    takes_again,
+    can_be_rebuilt,
+    rebuild_memory,
 )
 from treelora_avalanche.checkpoint.parts import apply, check_fits, collect, undo_steps
 from treelora_avalanche.provenance import versions
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 def strategy_state(strategy: Any) -> State:
-    """Everything of a strategy that outlives an experience; tensors are references, not copies.
+    """Returns everything of a strategy that outlives an experience; tensors are not copied.
 
-    That is: the trained parameters and the buffers of its model, its optimizer's state, the state
-    of each of its plugins and metrics, Avalanche's counters, and the global random generators.
-    Plugins and metrics are known by their class and by their place among those of that class. Of
-    Avalanche's own metrics, those of forgetting and of transfer span experiences, and are kept.
+    That is: trained parameters and buffers of its model, the state of its optimizer, of each plugin
+    and of each metric, Avalanche's counters, and the global random generators. Plugins and metrics
+    are identified by their class and their position among those of that class. Of Avalanche's own
+    metrics, those of forgetting and transfer span experiences and are saved.
 
     :param strategy: an Avalanche strategy between two experiences.
     :raises RuntimeError: if an experience is being trained or evaluated, or was interrupted.
@@ -44,15 +44,15 @@ def strategy_state(strategy: Any) -> State:
     experience = strategy.experience
     if experience is not None:
         raise RuntimeError(
-            f"experience {experience.current_experience} is being trained or evaluated, or was "
-            "interrupted, and its middle cannot be saved; save when `strategy.train` has returned."
+            "the strategy should be between experiences, but experience "
+            f"{experience.current_experience} is being trained or evaluated, or was interrupted. "
+            "Save when `strategy.train` has returned."
         )
     stateless = plugins_without_state(strategy)
     if stateless:
         raise TypeError(
-            f"the plugins {', '.join(stateless)} have no `state_dict` and `load_state_dict`, and "
-            "without their state the stream could not be continued as it was; give them both (of "
-            "an empty dictionary if there is nothing to keep)."
+            f"plugins should have `state_dict` and `load_state_dict`, but {', '.join(stateless)} "
+            "do not. Add both (with an empty dictionary if nothing outlives an experience)."
         )
     return {
         "strategy": type(strategy).__name__,
@@ -63,10 +63,10 @@ def strategy_state(strategy: Any) -> State:
 
 
 def plugins_without_state(strategy: Any) -> list[str]:
-    """Class names of the plugins that keep something and cannot say what.
+    """Returns the class names of plugins with attributes but without a state.
 
     A plugin needs ``state_dict()`` and ``load_state_dict(state)``, of tensors and plain values,
-    unless it has no attributes at all. Of Avalanche's own, EWC and GEM are known; and those of its
+    unless it has no attributes. Of Avalanche's own, EWC and GEM are supported; and those of its
     ``LwF``, and of its ``Replay`` with a :class:`~treelora_avalanche.plugins.MemoryDrawsPlugin`.
 
     :param strategy: an Avalanche strategy.
@@ -75,34 +75,34 @@ def plugins_without_state(strategy: Any) -> list[str]:
         type(plugin).__name__
         for plugin in strategy.plugins
         if not has_state(plugin)
-        and not takes_again(strategy, plugin)
+        and not can_be_rebuilt(strategy, plugin)
         and not isinstance(plugin, (EvaluationPlugin, PeriodicEval, Clock))
         and vars(plugin)
     ]
 
 
 def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -> None:
-    """Put a strategy into a state; experience after experience it then does what that one did.
+    """Loads a state into a strategy, which then continues exactly as the saved one.
 
     :param strategy: a strategy built like the one that was saved, from the same pretrained
-        backbone. An experience in which its training was interrupted is given up.
+        backbone. An experience in which its training was interrupted is abandoned.
     :param state: what :func:`strategy_state` returned.
-    :param past: the experiences that it was trained on, in this order. Avalanche's ``Replay``,
-        ``LwF`` and ``Cumulative`` need them, whose memory is data of the stream and is not saved;
-        others do not look at them.
-    :raises ValueError: if the state does not fit; the strategy is then as it was.
+    :param past: the experiences that it was trained on, in order. Avalanche's ``Replay``, ``LwF``
+        and ``Cumulative`` need them, because their memory is data of the stream and is not saved;
+        other strategies ignore them.
+    :raises ValueError: if the state does not fit; the strategy is then unchanged.
     """
     check_fits(strategy, state, past)
     with ExitStack() as undo:
-        # What a plugin refuses is known only when it is asked, and others were loaded before it.
+        # A plugin may refuse its state after others were loaded.
         for step in undo_steps(strategy):
             undo.callback(step)
         apply(strategy, state)
         undo.pop_all()
     strategy.experience = None
-    take_again(strategy, past)
+    rebuild_memory(strategy, past)
     for plugin in strategy.plugins:
-        # What a plugin makes of its state with the strategy's model, which it sees only now.
+        # Some plugins prepare the strategy's model from their state.
         if hasattr(plugin, "prepare_loaded"):
             plugin.prepare_loaded(strategy)
     changed = [
@@ -117,19 +117,19 @@ def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -
 
 
 def save_strategy(strategy: Any, folder: str | os.PathLike[str]) -> None:
-    """Save any Avalanche strategy whose plugins have state; see :meth:`Resumable.save`.
+    """Saves any Avalanche strategy whose plugins have state; see :meth:`Resumable.save`.
 
     :param strategy: an Avalanche strategy between two experiences.
-    :param folder: where to.
+    :param folder: folder of the state.
     """
     save_state(folder, strategy_state(strategy))
 
 
 def load_strategy(strategy: Any, folder: str | os.PathLike[str], past: Sequence[Any] = ()) -> None:
-    """Load what :func:`save_strategy` has written; see :meth:`Resumable.load`.
+    """Loads what :func:`save_strategy` has written; see :meth:`Resumable.load`.
 
     :param strategy: a strategy built like the one that was saved.
-    :param folder: the folder of the state.
+    :param folder: folder of the state.
     :param past: see :func:`load_strategy_state`.
     """
     state = load_state(folder)
@@ -140,33 +140,41 @@ def load_strategy(strategy: Any, folder: str | os.PathLike[str], past: Sequence[
 
 
 class Resumable:
-    """Mixin for strategies: save and load at the boundaries of experiences."""
+    """Mixin for strategies: saves and loads between experiences. Example::
+
+    strategy.train(benchmark.train_stream[0])
+    strategy.save("state")
+    ...
+    strategy = TreeLoRAStrategy(model)  # in a new process
+    strategy.load("state")
+    strategy.train(benchmark.train_stream[1])
+    """
 
     def state_dict(self) -> State:
-        """The state between two experiences, see :func:`strategy_state`."""
+        """Returns the state between two experiences, see :func:`strategy_state`."""
         return strategy_state(self)
 
     def load_state_dict(self, state: State) -> None:
-        """Continue from a state, see :func:`load_strategy_state`.
+        """Continues from a state, see :func:`load_strategy_state`.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if the state does not fit; the strategy is then as it was.
+        :raises ValueError: if the state does not fit; the strategy is then unchanged.
         """
         load_strategy_state(self, state)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Save between two experiences: all tensors in safetensors, all else in JSON.
+        """Saves between two experiences: all tensors in safetensors, everything else in JSON.
 
         The pretrained backbone is not saved, only its fingerprint. The folder is complete at every
-        moment: it is replaced when the new state is written.
+        moment: it is replaced once the new state is written.
 
         Avalanche has ``save_checkpoint`` and ``maybe_load_checkpoint`` (in
         ``avalanche.checkpointing``) for this. **They do not work with today's torch**: Avalanche
         0.6 pickles the whole strategy with dill, which fails on every optimizer of ``torch.optim``,
-        and the file that was there before is lost. ``tests/checkpoint/test_state.py`` tells when
-        that is mended. Use this method.
+        and the previous file is lost. ``tests/checkpoint/test_resume.py`` fails once that is fixed.
+        Use this method.
 
-        :param folder: where to, a folder for the state alone.
+        :param folder: folder of the state alone.
         :raises RuntimeError: if an experience is being trained or evaluated, or was interrupted.
         :raises TypeError: if a plugin has no ``state_dict``, or one of something that is neither a
             tensor nor a plain value.
@@ -175,24 +183,20 @@ class Resumable:
         save_strategy(self, folder)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Continue from what :meth:`save` has written, as if there had been no interruption.
+        """Continues from what :meth:`save` has written, as without an interruption.
 
-        Build the strategy like the one that was saved, from the same pretrained backbone, then
-        load, then train on the next experience (``strategy.clock.train_exp_counter`` counts those
-        done). On the CPU the result is that of the uninterrupted stream, bit for bit. This holds if
+        Build the strategy like the one that was saved, from the same pretrained backbone; load;
+        then train on the next experience (``strategy.clock.train_exp_counter`` counts those done).
+        On the CPU the result equals that of the uninterrupted stream bit for bit, provided that
         nothing draws random numbers in between: the global generators of Python, numpy and torch
-        are set to where they were.
+        are restored.
 
         :param folder: what :meth:`save` was given.
         :raises FileNotFoundError: if there is no state.
         :raises ValueError: if the state is truncated, altered, of another method, backbone or
-            adapter; the strategy is then as it was.
+            adapter; the strategy is then unchanged.
         """
         load_strategy(self, folder)
-
-
-# --------------------------------------------------------------------------------------------------
-# The parts of the state
 
 
 __all__ = [

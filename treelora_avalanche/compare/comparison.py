@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from treelora_avalanche.compare.cells import Cell, MethodLines
 from treelora_avalanche.compare.executors import attempt, attempt_all, settings_of_jobs
-from treelora_avalanche.registry.methods import check_models
-from treelora_avalanche.registry.settings import RunSettings
+from treelora_avalanche.registry import METHODS, RegistrationError, RunSettings, check_models
 from treelora_avalanche.runs import (
     Ingredients,
     check_arguments,
@@ -54,7 +54,9 @@ def compare(
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     if not methods or not seeds:
         raise ValueError("`--methods` and `--seeds` should name at least one each")
-    check_models(methods, settings)
+    broken = _broken(methods)
+    usable = [method for method in methods if method not in broken]
+    check_models(usable, settings)
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output` should be a folder, but {output} is a file")
@@ -69,14 +71,22 @@ def compare(
         config = resolve_config(method, seed, settings, elsewhere=executor == "slurm")
         return Cell(method, seed, config, output / run_name(config))
 
-    cells = [cell_of(method, seed) for method in methods for seed in seeds]
-    lines = MethodLines(
-        methods, len(seeds), console or Console(stderr=True), measure=_measure(settings)
-    )
+    cells = [cell_of(method, seed) for method in usable for seed in seeds]
+    console = console or Console(stderr=True)
+    for reason in broken.values():
+        console.print(f"failed  {escape(reason)}", soft_wrap=True, highlight=False)
+    failed = [
+        Cell(method, seed, {}, output, error=reason)
+        for method, reason in broken.items()
+        for seed in seeds
+    ]
+    if not usable:
+        return failed
+    lines = MethodLines(usable, len(seeds), console, measure=_measure(settings))
     if executor is not None:
         with lines.live:
             _run_elsewhere(cells, settings, executor, executor_options, output, lines)
-        return cells
+        return cells + failed
     checked = False
     with lines.live:
         # Seed by seed, so that one stream and backbone at a time is in memory.
@@ -96,7 +106,18 @@ def compare(
                     lines.begin(cell.method, "starting")
                     _run_cell(cell, settings, ingredients, lines)
                 lines.finish(cell)
-    return cells
+    return cells + failed
+
+
+def _broken(methods: Sequence[str]) -> dict[str, str]:
+    """Methods of other packages that cannot be loaded, and why."""
+    reasons = {}
+    for method in methods:
+        try:
+            METHODS[method]
+        except RegistrationError as error:
+            reasons[method] = str(error)
+    return reasons
 
 
 def _measure(settings: RunSettings) -> str:

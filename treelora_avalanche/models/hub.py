@@ -1,4 +1,4 @@
-"""Models of transformers, from a folder or from the Hugging Face hub, with errors to act on."""
+"""Loading of transformers models from a folder or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import Any
 def from_folder_or_hub(
     name_or_folder: str | os.PathLike[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A context in which to call ``from_pretrained``.
+    """Checks a folder, and turns errors of ``from_pretrained`` inside the context into clear ones::
+
+        with from_folder_or_hub(name_or_folder) as (name, safe):
+            model = AutoModel.from_pretrained(name, **safe)
 
     :param name_or_folder: a folder that ``save_pretrained`` has written, or a name on the hub.
     :return: the name to load, and the arguments that keep a model's own code from being run.
-    :raises FileNotFoundError: if the folder lacks something.
+    :raises FileNotFoundError: if a file is missing in the folder.
     :raises OSError: if the hub cannot be reached, or does not have the model.
     """
     name = os.fspath(name_or_folder)
@@ -27,31 +30,31 @@ def from_folder_or_hub(
         _check_folder(folder)
         name = str(folder)
     elif folder.is_absolute() or name.startswith((".", "~")):
-        raise FileNotFoundError(f"`name_or_folder` is {name!r}, which is not a folder.")
+        raise FileNotFoundError(f"`name_or_folder` should be a folder, but {name!r} is none.")
     try:
         yield name, {"trust_remote_code": False}
     except OSError as error:
         if local:
             raise
         raise OSError(
-            f"{name!r} could not be fetched from the Hugging Face hub ({type(error).__name__}); "
-            "check the name, your connection, and whether its licence must be accepted there, or "
-            "pass a folder on this machine that holds config.json, the tokenizer and "
-            "*.safetensors."
+            f"`name_or_folder` is {name!r}, which could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}). Check the name, your connection, and whether its licence "
+            "must be accepted there, or pass a folder on this machine that holds config.json, the "
+            "tokenizer and *.safetensors."
         ) from error
 
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"`name_or_folder` is {str(folder)!r}, a folder without config.json; pass one that "
-            "`save_pretrained` has written."
+            f"`name_or_folder` should hold a config.json, but {str(folder)!r} does not. Pass a "
+            "folder that `save_pretrained` has written."
         )
     if not any(folder.glob("*.safetensors")):
         others = sorted(f.name for end in ("*.bin", "*.pt", "*.pth") for f in folder.glob(end))
         found = f" (found {', '.join(others)}, which may hold code)" if others else ""
         raise FileNotFoundError(
-            f"`name_or_folder` is {str(folder)!r}, a folder without weights in safetensors{found}; "
-            "load it with transformers where you trust it, and save it with "
+            f"`name_or_folder` should hold weights in safetensors, but {str(folder)!r} does "
+            f"not{found}. Load it with transformers if you trust it, and save it with "
             "`model.save_pretrained(folder)`."
         )

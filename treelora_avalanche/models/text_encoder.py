@@ -1,8 +1,7 @@
-"""Encoders of text with a linear classifier: the way of images, with rows of tokens for pixels."""
+"""Text encoders with a linear classifier, trained like image models, on token sequences."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,24 +10,29 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from treelora_avalanche.adapters.trainable_view import deepcopy_sharing
 from treelora_avalanche.defaults import ENCODER_LORA
 from treelora_avalanche.models.hub import from_folder_or_hub
-from treelora_avalanche.models.tokens import PADDING, crop
+from treelora_avalanche.models.tokens import PADDING, crop, pad_tokens
 
 
 class TextEncoder(nn.Module):
-    """A transformer over rows of tokens, and a linear head on the mean of its outputs.
+    """Transformer over token sequences, with a linear head on the mean of its outputs.
 
-    The class logits of a row do not depend on its padding, or on the other rows. LoRA and every
-    strategy for images take it as they take vision transformers: the head is trained beside the
-    adapter, and :func:`~treelora_avalanche.adapters.find_classifier` finds it.
+    The logits of a text depend neither on its padding nor on the other texts of the batch. LoRA and
+    every strategy for images take it as they take vision transformers: the head is trained with the
+    adapter, and :func:`~treelora_avalanche.adapters.find_classifier` finds it::
+
+        model = create_text_encoder("FacebookAI/roberta-base", num_classes=4)
+        tokens = encode_texts(model.tokenizer, ["a text"], model.max_length)
+        logits = model(tokens)  # (1, 4)
 
     :param encoder: a model of transformers that gives ``last_hidden_state``, such as
         ``AutoModel.from_pretrained`` gives for BERT, RoBERTa, DeBERTa, or a causal model.
     :param tokenizer: its tokenizer.
     :param num_classes: classes over all tasks.
-    :param max_length: most tokens of a text; at most the context of the encoder, to which it is
-        lowered.
+    :param max_length: most tokens of a text; lowered to the context of the encoder, where that is
+        shorter.
     :raises ValueError: if an argument is out of range.
     """
 
@@ -38,11 +42,9 @@ class TextEncoder(nn.Module):
         self, encoder: nn.Module, tokenizer: Any, *, num_classes: int, max_length: int = 256
     ):
         super().__init__()
-        if num_classes < 1 or max_length < 1:
-            raise ValueError(
-                f"`num_classes` is {num_classes} and `max_length` {max_length}; both must be at "
-                "least 1."
-            )
+        for name, value in (("num_classes", num_classes), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"`{name}` should be at least 1, but is {value}.")
         config: Any = encoder.config
         context = getattr(config, "max_position_embeddings", None) or max_length
         if getattr(config, "model_type", "") in _OFFSET_POSITIONS:
@@ -53,7 +55,7 @@ class TextEncoder(nn.Module):
         self.head = nn.Linear(config.hidden_size, num_classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Class logits.
+        """Returns the class logits.
 
         :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
         :return: ``(batch, num_classes)``.
@@ -67,29 +69,24 @@ class TextEncoder(nn.Module):
         return logits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
-        memo[id(self.tokenizer)] = self.tokenizer  # large, and never changed
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        return deepcopy_sharing(self, memo, [self.tokenizer])  # large, and never changed
 
 
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tensor:
-    """Texts as the rows that a :class:`TextEncoder` takes; what is too long loses its end.
+    """Returns texts as the token sequences that a :class:`TextEncoder` takes.
+
+    Texts that are too long lose their end.
 
     :param tokenizer: the encoder's tokenizer.
     :param texts: the texts.
-    :param max_length: width of the rows.
+    :param max_length: number of columns.
     :return: ``(n_texts, max_length)``, padded with -1.
     """
-    rows = torch.full((len(texts), max_length), PADDING)
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    for row, tokens in zip(rows, encoded, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-    return rows
+    return pad_tokens(encoded, max_length)
 
 
 def create_text_encoder(
@@ -99,7 +96,7 @@ def create_text_encoder(
     dtype: torch.dtype | str | None = None,
     max_length: int = 256,
 ) -> TextEncoder:
-    """A pretrained encoder with a new linear head, from a folder or from the hub.
+    """Loads a pretrained encoder and gives it a new linear head, from a folder or from the hub.
 
     Only safetensors are read, and no code that comes with a model is ever run.
 

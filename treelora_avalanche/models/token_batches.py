@@ -1,4 +1,4 @@
-"""Rows of tokens in batches: samples of similar length together, padded to the longest of them."""
+"""Batches of token sequences: samples of similar length together, padded to the longest."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ WINDOW = 64
 
 
 class LengthBatchSampler(Sampler[list[int]]):
-    """Batches of samples of similar length.
+    """Samples batches of similar length.
 
     The samples are shuffled, sorted by length within windows of :data:`WINDOW` batches, cut into
-    batches, and the batches shuffled; by torch's global generator, so that a seed settles it all.
-    Without shuffling the whole is sorted, the longest first.
+    batches, and the batches shuffled; all by torch's global generator. Without shuffling, all
+    samples are sorted, the longest first:
+
+    >>> list(LengthBatchSampler([3, 9, 4, 8], batch_size=2, shuffle=False))
+    [[1, 3], [2, 0]]
 
     :param lengths: the length of every sample.
     :param batch_size: samples per batch.
@@ -61,25 +64,29 @@ class LengthBatchSampler(Sampler[list[int]]):
             yield batches[i]
 
     def _batches(self, samples: Tensor) -> Iterator[list[int]]:
+        if not len(samples):  # `split` would give one empty batch
+            return
         by_length = self.lengths[samples].argsort(descending=True, stable=True)
         for batch in samples[by_length].split(self.batch_size):
             if not self.drop_last or len(batch) == self.batch_size:
                 yield batch.tolist()
 
 
-def collate_token_rows(samples: Sequence[Any]) -> list[Tensor]:
-    """A batch of rows of tokens, without what is padding in all of them.
+def collate_tokens(samples: Sequence[Any]) -> list[Tensor]:
+    """Returns a batch of token sequences, without the columns that are padding in all of them.
 
-    The targets keep the last columns alone, from the first that has a target in some row: their
-    width tells how many columns of logits are needed.
+    The targets keep the last columns alone, from the first that has a target in some sample: their
+    width is how many columns of logits are needed.
 
-    :param samples: tuples of tokens ``(width,)``, or what a prefix has made of them, ``(length,
+    :param samples: tuples of tokens ``(width,)``, or the frozen layers' output for them, ``(length,
         dim)``; targets of the same width; and numbers.
     :return: tokens ``(batch, longest)``, or ``(batch, longest, dim)``; targets ``(batch,
         columns)``; and the rest.
     """
     tokens, targets, *rest = (
-        default_collate(list(samples)) if samples[0][0].ndim == 1 else collate_hidden_rows(samples)
+        default_collate(list(samples))
+        if samples[0][0].ndim == 1
+        else collate_hidden_states(samples)
     )
     tokens = crop(tokens)
     targets = targets[:, : tokens.shape[1]]
@@ -88,11 +95,11 @@ def collate_token_rows(samples: Sequence[Any]) -> list[Tensor]:
     return [tokens.contiguous(), targets[:, first:].contiguous(), *rest]
 
 
-def collate_hidden_rows(samples: Sequence[Any], width: int | None = None) -> list[Tensor]:
-    """A batch of what a prefix has made of rows of tokens, padded with NaN.
+def collate_hidden_states(samples: Sequence[Any], width: int | None = None) -> list[Tensor]:
+    """Returns a batch of the frozen layers' outputs for texts, padded with NaN.
 
     :param samples: tuples of hidden states ``(length, dim)``, targets ``(length,)``, and numbers.
-    :param width: of the rows; by default that of the longest.
+    :param width: number of columns; by default the length of the longest.
     :return: hidden states ``(batch, width, dim)``, targets ``(batch, width)``, and the rest.
     """
     width = max(len(sample[1]) for sample in samples) if width is None else width
@@ -110,14 +117,14 @@ def token_loader(
     drop_last: bool = False,
     **options: Any,
 ) -> DataLoader[Any]:
-    """A loader of batches of similar length.
+    """Returns a loader of batches of similar length.
 
-    :param dataset: a dataset of rows of tokens with an attribute ``lengths``, as the benchmarks of
-        texts make it.
+    :param dataset: token sequences with an attribute ``lengths``, as the benchmarks of texts make
+        them.
     :param batch_size: samples per batch.
     :param shuffle: whether to shuffle.
     :param drop_last: whether to leave out a batch that is not full.
     :param options: further arguments of the loader.
     """
     sampler = LengthBatchSampler(dataset.lengths, batch_size, shuffle=shuffle, drop_last=drop_last)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_token_rows, **options)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_tokens, **options)

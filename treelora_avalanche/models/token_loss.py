@@ -1,4 +1,4 @@
-"""Cross entropy over the tokens of the answers, without a float32 copy of all logits."""
+"""Cross entropy over the tokens of the answer, without a float32 copy of all logits."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-"""Target of a position that has no part in the loss: the prompt, and the padding."""
+"""Target of positions that are not in the loss: the prompt, and the padding."""
 
 _CHUNK_VALUES = 1 << 24
-"""Logits that are in float32 at a time: 64 MiB."""
+"""Number of logits that are in float32 at a time: 64 MiB."""
 
 
 class TokenCrossEntropy(nn.Module):
     """Cross entropy of next-token logits, over the positions whose target is not -100.
 
-    The logits stay in their own precision: a few columns at a time are raised to float32, and once
+    The logits stay in their own precision: a few columns at a time are cast to float32, and once
     more in the backward pass, so that the peak memory is that of the logits and of their gradient.
-    (``torch.nn.functional.cross_entropy`` on logits raised as a whole keeps three such copies in
-    float32.) Nothing in it waits for an accelerator.
+    (``torch.nn.functional.cross_entropy`` on float32 logits keeps three such copies.) Nothing in it
+    synchronises with an accelerator.
 
-    Logits and targets may differ in width. Where targets are wider, the model has cropped its rows
-    to the longest, and the rest is padding. Where logits are wider, the targets are those of the
-    last columns, which all answers of the batch lie in; see :func:`collate_token_rows`.
+    Logits and targets may differ in width. Where targets are wider, the model has cropped its input
+    to the longest sequence, and the rest is padding. Where logits are wider, the targets are those
+    of the last columns, which hold all answers of the batch; see :func:`collate_tokens`::
+
+        loss = TokenCrossEntropy()(model(tokens), targets)
 
     :param reduction: ``"mean"`` over all answer tokens of the batch; ``"none"`` for the mean over
         each sample's own answer tokens, ``(batch,)``.
@@ -35,11 +37,11 @@ class TokenCrossEntropy(nn.Module):
     def __init__(self, reduction: str = "mean"):
         super().__init__()
         if reduction not in ("mean", "none"):
-            raise ValueError(f"`reduction` is {reduction!r}; use 'mean' or 'none'.")
+            raise ValueError(f"`reduction` should be 'mean' or 'none', but is {reduction!r}.")
         self.reduction = reduction
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss.
+        """Returns the loss.
 
         :param logits: ``(batch, vocabulary, length)``.
         :param targets: token ids, -100 where there is no loss, ``(batch, length)``.
@@ -55,7 +57,7 @@ class TokenCrossEntropy(nn.Module):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The negative log likelihood of every target, ``(batch, length)``; 0 where it is -100."""
+    """Negative log likelihood of every target, ``(batch, length)``; 0 where it is -100."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a prompt and an answer to the tokens of one sample."""
+"""Tokenization of a prompt and its answer as one sequence."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 MIN_PROMPT = 32
-"""Tokens of a prompt that stay, where an answer would take all the room."""
+"""Tokens of a prompt that are kept, where an answer would take all the room."""
 
 _MARK = "\ue000"  # of Unicode's private use
 
 
 class EncodedSample(NamedTuple):
-    """A prompt and its answer as one sequence of tokens.
+    """Prompt and answer as one token sequence.
+
+    >>> sample = EncodedSample(tokens=[5, 6, 7, 2], n_prompt=2, n_cut=0)
+    >>> sample.tokens[sample.n_prompt :]
+    [7, 2]
 
     :param tokens: prompt, answer, end token.
-    :param n_prompt: how many of them are the prompt's.
+    :param n_prompt: number of tokens of the prompt.
     :param n_cut: tokens of the answer that did not fit; its end token is then missing too.
     :param n_dropped: tokens of the prompt that did not fit.
     """
@@ -27,7 +31,7 @@ class EncodedSample(NamedTuple):
 
 
 class _EncodedPrompt(NamedTuple):
-    """The tokens of a prompt in three parts, of which only the middle one may be shortened."""
+    """Tokens of a prompt in three parts, of which only the middle one may be shortened."""
 
     head: list[int]
     body: list[int]
@@ -38,57 +42,58 @@ class _EncodedPrompt(NamedTuple):
         return len(self.head) + len(self.tail)
 
     def shortened(self, room: int) -> list[int]:
-        """At most ``room`` tokens; what goes first is the beginning of the body."""
+        """Returns at most ``room`` tokens; the beginning of the body is dropped first."""
         kept = min(len(self.body), max(0, room - self.n_fixed))
         return [*self.head, *self.body[len(self.body) - kept :], *self.tail]
 
 
 def end_token(tokenizer: Any) -> int:
-    """Id of the token that ends an answer.
+    """Returns the id of the token that ends an answer.
 
     :param tokenizer: a tokenizer of transformers.
     :raises ValueError: if it has none.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"`tokenizer` ({type(tokenizer).__name__}) has no end token, and without one a model "
-            "cannot learn where an answer ends; set `tokenizer.eos_token` to one of its tokens."
+            f"`tokenizer` should have an end token, from which a model learns where an answer "
+            f"ends, but this {type(tokenizer).__name__} has none. Set `tokenizer.eos_token` to one "
+            "of its tokens."
         )
     return int(tokenizer.eos_token_id)
 
 
 def encode_prompt(tokenizer: Any, prompt: str, room: int) -> list[int]:
-    """The tokens of a prompt, ready to be answered.
+    """Returns the tokens of a prompt, after which the answer follows.
 
     A tokenizer with a chat template puts the prompt into a turn of the user, and opens the turn of
-    the assistant; without one the prompt stands as it is, as in TRACE. Where it is too long its
-    *end* is kept, and with it all that the template adds around it.
+    the assistant; without one the prompt is left as it is, as in TRACE. Where it is too long, its
+    *end* is kept, and all that the template adds around it.
 
     :param tokenizer: a tokenizer of transformers.
     :param prompt: the text.
-    :param room: how many tokens there may be.
+    :param room: maximal number of tokens.
     :raises ValueError: if not even the template fits.
     """
     encoded = _encode(tokenizer, prompt)
     if room <= encoded.n_fixed:
         raise ValueError(
-            f"there is room for {max(room, 0)} tokens of a prompt, and what the tokenizer puts "
-            f"around it alone has {encoded.n_fixed}; raise `max_length`, or lower the number of "
-            "new tokens."
+            f"the room for a prompt should be above {encoded.n_fixed} tokens, which the chat "
+            f"template alone takes, but is {max(room, 0)}. Raise `max_length`, or lower the number "
+            "of new tokens."
         )
     return encoded.shortened(room)
 
 
 def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> EncodedSample:
-    """The tokens of a prompt, its answer, and the end token.
+    """Returns the tokens of a prompt, its answer, and the end token.
 
-    What is too long loses the beginning of its prompt, but for :data:`MIN_PROMPT` tokens. Only an
-    answer that does not fit beside these loses its end; ``n_cut`` tells.
+    A sample that is too long loses the beginning of its prompt, up to :data:`MIN_PROMPT` tokens.
+    Only an answer that does not fit next to these loses its end, see ``n_cut``.
 
     :param tokenizer: a tokenizer of transformers.
     :param prompt: the prompt, see :func:`encode_prompt`.
     :param answer: the answer, not empty.
-    :param max_length: how many tokens there may be in all.
+    :param max_length: maximal number of tokens in all.
     :raises ValueError: if the tokenizer has no end token, or there is no room for an answer.
     """
     encoded = _encode(tokenizer, prompt)
@@ -99,8 +104,8 @@ def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
     least = encoded.n_fixed + min(len(encoded.body), MIN_PROMPT)
     if max_length <= least:
         raise ValueError(
-            f"`max_length` is {max_length}, and {least} tokens of the prompt are kept whatever its "
-            "answer, so that there is no room for one; raise it."
+            f"`max_length` should be above {least}, the tokens of the prompt that are always kept, "
+            f"but is {max_length}. Raise it to make room for an answer."
         )
     kept = full[: max_length - least]
     tokens = encoded.shortened(max_length - len(kept))
@@ -111,14 +116,14 @@ def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
 def _encode(tokenizer: Any, prompt: str) -> _EncodedPrompt:
     templated = tokenizer.chat_template is not None
     text = _in_template(tokenizer, prompt) if templated else prompt
-    if not tokenizer.is_fast:  # it cannot tell which token stands for which characters
+    if not tokenizer.is_fast:  # a slow one gives no offsets of tokens in the text
         tokens = tokenizer(text, add_special_tokens=not templated)["input_ids"]
         return _EncodedPrompt([], tokens, [])
     encoded = tokenizer(
         text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False
     )
     start, end = 0, len(text)
-    if templated:  # found by a mark, as the prompt's own words may stand in the template too
+    if templated:  # found by a mark, as the template may contain the prompt's own words
         empty = _in_template(tokenizer, _MARK)
         start = empty.index(_MARK)
         end -= len(empty) - start - len(_MARK)
@@ -134,7 +139,7 @@ def _in_template(tokenizer: Any, prompt: str) -> str:
 def _split(
     tokens: Sequence[int], offsets: Sequence[tuple[int, int]], start: int, end: int
 ) -> _EncodedPrompt:
-    """Parts before, within and after the characters ``start`` to ``end``."""
+    """Splits tokens into those before, within and after the characters ``start`` to ``end``."""
     within = [i for i, (a, b) in enumerate(offsets) if a < b and a >= start and b <= end]
     if not within:
         return _EncodedPrompt(list(tokens), [], [])

@@ -1,18 +1,40 @@
-"""Padded token sequences."""
+"""Padded token sequences: padding, cropping, masks and means."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 PADDING = -1
-"""What fills the rows of tokens. No token's id, so that no tokenizer needs a padding token, and an
-end token is never taken for padding."""
+"""Id of the padding. No token has it, so that no tokenizer needs a padding token, and an end token
+is never taken for padding."""
+
+
+def pad_tokens(sequences: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
+    """Returns token sequences as one tensor, padded on the right.
+
+    >>> pad_tokens([[5, 6, 7], [8]])
+    tensor([[ 5,  6,  7],
+            [ 8, -1, -1]])
+
+    :param sequences: token ids.
+    :param width: number of columns; by default the length of the longest sequence, at least 1.
+    :return: ``(n_sequences, width)``.
+    """
+    if width is None:
+        width = max([1, *map(len, sequences)])
+    padded = torch.full((len(sequences), width), PADDING)
+    for row, tokens in zip(padded, sequences, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+    return padded
 
 
 def crop(tokens: Tensor) -> Tensor:
-    """Rows of tokens without the columns that are padding in all of them.
+    """Returns token sequences without the columns that are padding in all of them.
 
-    :param tokens: padded on the right, ``(batch, length)``; or what a prefix has made of them, see
+    :param tokens: padded on the right, ``(batch, length)``; or hidden states, see
         :func:`real_tokens`.
     :return: a view, at least one column wide.
     """
@@ -21,7 +43,7 @@ def crop(tokens: Tensor) -> Tensor:
 
 
 def real_tokens(tokens: Tensor) -> Tensor:
-    """Where there is a token, and no padding: ``(batch, length)``.
+    """Returns the mask that is true at tokens and false at padding, ``(batch, length)``.
 
     :param tokens: token ids, padded with -1, ``(batch, length)``; or hidden states, padded with
         NaN, ``(batch, length, dim)``.
@@ -30,22 +52,22 @@ def real_tokens(tokens: Tensor) -> Tensor:
 
 
 def first_tokens(mask: Tensor, n: int) -> Tensor:
-    """Where the first tokens of every row are, whichever side is padded.
+    """Returns the mask of the first tokens of every sequence, whichever side is padded.
 
     :param mask: 1 at tokens, 0 at padding, ``(batch, length)``.
-    :param n: how many tokens of a row are wanted.
-    :return: true at the first ``n`` tokens of each row, ``(batch, length)``.
+    :param n: number of tokens.
+    :return: true at the first ``n`` tokens of each sequence, ``(batch, length)``.
     """
     return (mask.cumsum(1) <= n) & (mask > 0)
 
 
 def mean_over(hidden: Tensor, chosen: Tensor) -> Tensor:
-    """Mean over the chosen positions of every row, in float32; 0 where a row has none.
+    """Returns the mean over the chosen positions of every sequence, in float32; 0 without any.
 
     :param hidden: ``(batch, length, dim)``.
     :param chosen: boolean, ``(batch, length)``.
     :return: ``(batch, dim)``.
     """
-    # Left out by choosing, not by a factor of 0, which would keep what is not a number.
+    # Masked by filling: a factor of 0 would keep NaN.
     total = hidden.float().masked_fill(~chosen[:, :, None], 0).sum(1)
     return total / chosen.sum(1, keepdim=True).clamp(min=1)

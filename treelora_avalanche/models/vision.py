@@ -1,7 +1,7 @@
 """Pretrained vision transformers from timm, and the preprocessing that belongs to each.
 
 :func:`create_vit` is ``timm.create_model`` for class-incremental use: it also takes a local weight
-file, whatever the number of classes or the image size those weights were trained with.
+file, whatever number of classes or image size those weights were trained with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torchvision.transforms import Compose, ConvertImageDtype, Normalize
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
-# What iBOT's training adds to the backbone: the projection head (its `models/head.py`) and the
+# Parts of iBOT's training outside the backbone: the projection head (its `models/head.py`) and the
 # embedding of masked patches.
 IBOT_PRETRAINING_KEYS = re.compile(r"head\.(mlp|last_layer|last_norm)2?\.|masked_embed$")
 
@@ -49,26 +49,26 @@ def create_vit(
     pretrained: bool | None = None,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """A vision transformer of timm with pretrained weights and a head of ``num_classes`` classes.
+    """Returns a timm vision transformer with pretrained weights and a head of ``num_classes``.
 
-    The weights come from ``checkpoint``, a file on this machine, or else from the hub. Position
-    embeddings are resampled where ``img_size`` is not the size of the pretraining; the classifier
-    of the checkpoint is kept only if it has ``num_classes`` classes; all parameters are float32.
+    The weights come from ``checkpoint``, a local file, or else from the hub. Position embeddings
+    are resampled where ``img_size`` differs from that of the pretraining; the classifier of the
+    checkpoint is kept only if it has ``num_classes`` classes; all parameters are float32.
 
     Checkpoints of iBOT (https://github.com/bytedance/ibot) are read in all their forms: the
     backbone alone (``checkpoint_teacher.pth``, key ``state_dict``) and the whole training state
     (``checkpoint.pth``, of which the key ``teacher`` is taken). The second is the only published
     form of the teacher of "iBOT-21K", ViT-B/16 on ImageNet-22K, used by HiDe-Prompt and TreeLoRA:
     https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitb_16_pt22k/checkpoint.pth.
-    What belongs to the pretraining only, projection head and mask embedding, is left out; the log
-    says what. iBOT normalises images with ImageNet's mean and deviation, timm's
-    ``vit_base_patch16_224`` with 0.5: take the name ``vit_base_patch16_224.dino``, the same
+    Projection head and mask embedding, which belong to the pretraining only, are left out, and the
+    log lists them. iBOT normalises images with ImageNet's mean and deviation, timm's
+    ``vit_base_patch16_224`` with 0.5: choose the name ``vit_base_patch16_224.dino``, the same
     architecture, and :func:`image_preprocessing` gives iBOT's::
 
         create_vit("vit_base_patch16_224.dino", num_classes=100, checkpoint="checkpoint.pth")
 
     :param name: name of the model in timm, such as ``vit_base_patch16_224``.
-    :param num_classes: classes of the head, over all tasks; 0 for a model without a head.
+    :param num_classes: number of classes of the head, over all tasks; 0 for a model without a head.
     :param checkpoint: a ``.safetensors`` or ``.pth`` file, or a folder that holds exactly one.
         Nothing in it is executed: ``.pth`` files are read with ``weights_only=True``.
     :param img_size: side of the input images in pixels; by default the model's own.
@@ -76,38 +76,46 @@ def create_vit(
         ``checkpoint``. False gives random weights.
     :param timm_kwargs: further arguments of ``timm.create_model``, such as ``drop_path_rate``.
     :return: the model, as timm makes it.
-    :raises ValueError: if the name is unknown or not a vision transformer, or if the weights in
-        ``checkpoint`` are not those of this model, or its file is damaged.
+    :raises ValueError: if the name is unknown or not a vision transformer, if the weights in
+        ``checkpoint`` are not those of this model, or if its file is damaged.
+    :raises OSError: if the weights cannot be fetched from the hub.
     """
     _check_name(name)
     if checkpoint is not None and pretrained:
         raise ValueError(
-            f"`pretrained` is True and `checkpoint` is {str(checkpoint)!r}: the weights can come "
-            "from one place only. Leave out one of the two."
+            "`pretrained` and `checkpoint` should not both be given, but are True and "
+            f"{str(checkpoint)!r}. Leave out one of the two."
         )
     # Found before the model is built, so that a wrong path fails at once.
     file = None if checkpoint is None else _checkpoint_file(Path(checkpoint))
+    model = _create_model(
+        name,
+        pretrained=checkpoint is None and pretrained is not False,
+        num_classes=num_classes,
+        img_size=img_size,
+        **timm_kwargs,
+    )
+    if file is not None:
+        _load_checkpoint(model, file, num_classes)
+    return model
+
+
+def _create_model(name: str, **timm_kwargs: Any) -> nn.Module:
+    """Calls timm, with a remedy in the error if the hub cannot be reached."""
     try:
-        model = timm.create_model(
-            name,
-            pretrained=checkpoint is None and pretrained is not False,
-            num_classes=num_classes,
-            img_size=img_size,
-            **timm_kwargs,
-        )
+        model = timm.create_model(name, **timm_kwargs)
     except OSError as error:
         raise OSError(
             f"the pretrained weights of {name!r} could not be fetched from the hub "
-            f"({type(error).__name__}); pass a local file as `checkpoint=` (.safetensors or .pth), "
+            f"({type(error).__name__}). Pass a local file as `checkpoint=` (.safetensors or .pth), "
             "or `pretrained=False` for random weights."
         ) from error
     if not hasattr(model, "patch_embed") or not hasattr(model, "blocks"):
         raise ValueError(
-            f"`name` is {name!r}, a {type(model).__name__}, which is not a vision transformer (no "
-            "patch embedding and blocks); choose one of timm's, such as 'vit_base_patch16_224'."
+            "`name` should be a vision transformer (with patch embedding and blocks), but is "
+            f"{name!r}, a {type(model).__name__}. Choose one of timm's, such as "
+            "'vit_base_patch16_224'."
         )
-    if file is not None:
-        _load_checkpoint(model, file, num_classes)
     return model
 
 
@@ -118,7 +126,7 @@ def _check_name(name: str) -> None:
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=3) or ["vit_base_patch16_224"]
         raise ValueError(
-            f"`name` is {name!r}, which timm {timm.__version__} does not know; did you mean "
+            f"`name` should be a model of timm {timm.__version__}, but is {name!r}. Did you mean "
             f"{' or '.join(map(repr, nearest))}? timm.list_models('*vit*') lists the known ones."
         )
 
@@ -129,37 +137,24 @@ def _checkpoint_file(path: Path) -> Path:
         if len(files) != 1:
             found = ", ".join(f.name for f in files) or "none"
             raise ValueError(
-                f"`checkpoint` is the folder {str(path)!r}, which holds {len(files)} weight files "
-                f"({found}); pass the path of one {' or '.join(CHECKPOINT_SUFFIXES)} file."
+                f"`checkpoint` should hold one weight file, but the folder {str(path)!r} holds "
+                f"{len(files)} ({found}). Pass the path of one {' or '.join(CHECKPOINT_SUFFIXES)} "
+                "file."
             )
         return files[0]
     if not path.is_file():
-        raise FileNotFoundError(f"`checkpoint` is {str(path)!r}, which does not exist.")
+        raise FileNotFoundError(f"`checkpoint` should exist, but {str(path)!r} does not.")
     if path.suffix not in CHECKPOINT_SUFFIXES:
         raise ValueError(
-            f"`checkpoint` is {str(path)!r}; only {', '.join(CHECKPOINT_SUFFIXES)} files are read."
+            f"`checkpoint` should be a file of {', '.join(CHECKPOINT_SUFFIXES)}, but is "
+            f"{str(path)!r}."
         )
     return path
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict in a file, under the names of a plain model and in float32."""
-    try:
-        # iBOT keeps its arguments beside the weights: plain values, and nothing to execute.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # each format has exceptions of its own for a file it cannot read
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        if isinstance(error.__cause__ or error, pickle.UnpicklingError) and _is_pickle(file):
-            raise ValueError(
-                f"`checkpoint` {str(file)!r} cannot be read as plain tensors ({reason}). Files "
-                "that hold pickled objects are never loaded: save the state dict alone, best as "
-                ".safetensors."
-            ) from error
-        raise ValueError(
-            f"`checkpoint` {str(file)!r} is damaged or incomplete ({file.stat().st_size:,} bytes: "
-            f"{reason}); fetch or write the file again."
-        ) from error
+    """Returns the state dict in a file, under the names of a plain model and in float32."""
+    state = _read_state(file)
     if isinstance(state.get("teacher"), dict):  # the whole state of a self-distillation
         others = state.keys() - {"teacher"}
         logger.info("%s: took 'teacher', left out %s", file, _some(others, at_most=20))
@@ -167,8 +162,9 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     strange = {str(k) for k, v in state.items() if not isinstance(v, Tensor)}
     if strange or not state:
         raise ValueError(
-            f"`checkpoint` {str(file)!r} holds no state dict, neither at its top nor under "
-            f"'state_dict', 'model' or 'teacher' (not tensors: {_some(strange) or 'all is empty'})."
+            f"`checkpoint` should hold a state dict, at its top or under 'state_dict', 'model' or "
+            f"'teacher', but {str(file)!r} does not "
+            f"(not tensors: {_some(strange) or 'all is empty'})."
         )
     state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     dropped = {name for name in state if IBOT_PRETRAINING_KEYS.match(name)}
@@ -187,16 +183,37 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     }
 
 
+def _read_state(file: Path) -> dict[str, Any]:
+    """Reads a file without executing anything in it."""
+    try:
+        # iBOT stores its arguments next to the weights: plain values, and nothing to execute.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state: dict[str, Any] = load_state_dict(str(file), weights_only=True)
+            return state
+    except Exception as error:  # each format has exceptions of its own for a file it cannot read
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError) and _is_pickle(file):
+            raise ValueError(
+                f"`checkpoint` {str(file)!r} cannot be read as plain tensors ({reason}). Files "
+                "that hold pickled objects are never loaded: save the state dict alone, best as "
+                ".safetensors."
+            ) from error
+        raise ValueError(
+            f"`checkpoint` {str(file)!r} is damaged or incomplete ({file.stat().st_size:,} bytes: "
+            f"{reason}). Fetch or write the file again."
+        ) from error
+
+
 def _is_pickle(file: Path) -> bool:
-    """Whether a file could be torch's at all: a whole zip archive, or a bare pickle."""
+    """Returns whether a file may be torch's: a whole zip archive, or a bare pickle."""
     with file.open("rb") as stream:
         return stream.read(1) == b"\x80" or zipfile.is_zipfile(stream)
 
 
 def _load_checkpoint(model: nn.Module, file: Path, num_classes: int) -> None:
     weights = _read_weights(file)
-    # timm keeps one filter per family of models in its module: it resamples position embeddings
-    # and patches, and understands the key names of the original releases.
+    # timm has one filter per family of models in its module: it resamples position embeddings and
+    # patches, and renames the keys of the original releases.
     family = sys.modules[type(model).__module__]
     if hasattr(family, "checkpoint_filter_fn"):
         weights = family.checkpoint_filter_fn(weights, model)
@@ -222,8 +239,8 @@ def _load_checkpoint(model: nn.Module, file: Path, num_classes: int) -> None:
     if any(problems.values()):
         listed = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(
-            f"`checkpoint` {str(file)!r} does not hold the weights of this "
-            f"{type(model).__name__} ({listed}). Choose the `name` of the model it was saved from."
+            f"`checkpoint` should hold the weights of this {type(model).__name__}, but "
+            f"{str(file)!r} does not ({listed}). Choose the `name` of the model it was saved from."
         )
     model.load_state_dict(weights, strict=False)
 
@@ -239,9 +256,9 @@ def _some(keys: set[str], at_most: int = 5) -> str:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """What a viewer shows; ``convert("RGB")`` alone clips 16 bits and uncovers hidden colours."""
+    """Converts as viewers do; ``convert("RGB")`` alone clips 16 bits and shows hidden colours."""
     if image.mode == "F":
-        raise ValueError("floating point pixels have no known range; save the image as 8 bit")
+        raise ValueError("floating-point pixels have no known range; save the image as 8 bit")
     if image.mode.startswith("I"):  # from 16-bit PNG, TIFF or PGM, in 16 or 32 bits per pixel
         pixels = np.asarray(image).clip(0, 65535)
         return Image.fromarray(np.rint(pixels / 257).astype(np.uint8)).convert("RGB")
@@ -253,18 +270,22 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """timm's evaluation preprocessing, in two halves between which images can be kept.
+    """Timm's evaluation preprocessing, in two halves between which images can be cached.
 
-    ``resize`` is the slow half and ends in bytes; ``normalize`` is the cheap half. Together they
+    ``resize`` is the slow half and returns bytes; ``normalize`` is the cheap half. Together they
     are ``timm.data.create_transform`` of the same values. Equal values compare equal, so that
-    images resized for one model are found again for the next. The defaults are those of timm for
-    ImageNet.
+    images resized for one model are reused for the next. The defaults are those of timm for
+    ImageNet::
+
+        preprocessing = image_preprocessing(model)
+        small = preprocessing.resize(image)  # (3, 224, 224) uint8
+        x = preprocessing.normalize(small)  # (3, 224, 224) float32
 
     :param input_size: channels, height and width of the model's input; 3 channels.
-    :param interpolation: how PIL resizes: "bicubic", "bilinear", ...
+    :param interpolation: PIL's interpolation: "bicubic", "bilinear", ...
     :param mean: mean of each channel, of values in [0, 1].
     :param std: standard deviation of each channel.
-    :param crop_pct: the side of the crop divided by the side that the image is resized to.
+    :param crop_pct: side of the crop divided by the side that the image is resized to.
     :param crop_mode: "center", "squash" or "border", as in timm.
     """
 
@@ -278,8 +299,8 @@ class ImagePreprocessing:
     def __post_init__(self) -> None:
         if len(self.input_size) != 3 or self.input_size[0] != 3:
             raise ValueError(
-                f"`input_size` is {self.input_size}; images are read as RGB, so it must be "
-                "(3, height, width)."
+                "`input_size` should be (3, height, width), as images are read as RGB, but is "
+                f"{self.input_size}."
             )
 
     @cached_property
@@ -298,23 +319,23 @@ class ImagePreprocessing:
         return Compose([ConvertImageDtype(torch.float32), Normalize(self.mean, self.std)])
 
     def resize(self, image: Image.Image) -> Tensor:
-        """The image as RGB bytes of the model's input size, ``(3, height, width)``, uint8.
+        """Returns the image as RGB bytes of the model's input size, ``(3, height, width)``, uint8.
 
-        :param image: an image of any mode and size. Where it is transparent it is seen on white;
-            16 bits are scaled to 8.
-        :raises ValueError: for floating point images, whose range nothing tells.
+        :param image: an image of any mode and size. Transparent pixels are composed on white; 16
+            bits are scaled to 8.
+        :raises ValueError: for floating-point images, whose range is unknown.
         """
         return self._resize(_as_rgb(image))
 
     def normalize(self, image: Tensor) -> Tensor:
-        """The bytes as the model wants them, float32.
+        """Returns the normalised image, float32.
 
-        :param image: what ``resize`` gives, or a batch of it.
+        :param image: the result of :meth:`resize`, or a batch of such.
         """
         return self._normalize(image)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Both halves.
+        """Returns the image after both halves.
 
         :param image: an image of any mode and size.
         """
@@ -322,12 +343,12 @@ class ImagePreprocessing:
 
 
 def image_preprocessing(model: nn.Module) -> ImagePreprocessing:
-    """The preprocessing with which a timm model was pretrained, at the model's actual input size.
+    """Returns the preprocessing of a timm model's pretraining, at the model's actual input size.
 
-    :param model: a model of timm, for instance from :func:`create_vit`.
+    :param model: a model of timm, such as from :func:`create_vit`.
     """
     config = resolve_model_data_config(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:  # timm's own table knows only the size of the pretraining
+    if size is not None:  # timm's table has only the size of the pretraining
         config["input_size"] = (config["input_size"][0], *size)
     return ImagePreprocessing(**config)

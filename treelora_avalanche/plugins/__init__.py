@@ -1,4 +1,8 @@
-"""Avalanche plugins: the parts of TreeLoRA, each of which works with other strategies too."""
+"""Avalanche plugins: the parts of TreeLoRA, and of the other methods, for any strategy.
+
+TreeLoRA's own modules lie in this folder, those of other methods in ``baselines``, those that are
+useful to every method in ``training``.
+"""
 
 from treelora_avalanche.plugins.baselines.demonstrations import DemonstrationsPlugin
 from treelora_avalanche.plugins.baselines.hide import ContrastivePlugin, TaskAdaptersPlugin
@@ -20,7 +24,7 @@ from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
-from treelora_avalanche.plugins.training.activation_cache import PrefixCachePlugin
+from treelora_avalanche.plugins.training.activation_cache import ActivationCachePlugin
 from treelora_avalanche.plugins.training.cosine_schedule import CosineSchedulePlugin
 from treelora_avalanche.plugins.training.data_parallel import DataParallelPlugin
 from treelora_avalanche.plugins.training.finite_loss import FiniteLossPlugin, NonFiniteLossError
@@ -29,7 +33,11 @@ from treelora_avalanche.plugins.training.memory_draws import MemoryDrawsPlugin
 from treelora_avalanche.plugins.tree_builder import TreeBuilderPlugin
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 
+# Former name of ActivationCachePlugin, kept for existing code.
+PrefixCachePlugin = ActivationCachePlugin
+
 __all__ = [
+    "ActivationCachePlugin",
     "ContrastivePlugin",
     "CosineSchedulePlugin",
     "DataParallelPlugin",

@@ -1,9 +1,9 @@
-"""Choose, at every step and for every layer, the past task nearest to the current one.
+"""Selects, at every step and for every layer, the past task nearest to the current one.
 
-The current task is known by its running signature: the direction in which it has moved the adapter
-so far. :class:`LCBSelectorPlugin` looks at one past task per layer and step, as in Section 3.2 of
-TreeLoRA; :class:`NearestSelectorPlugin` looks at all of them, which stored signatures make cheap;
-:class:`RandomSelectorPlugin` looks at none, and is the control.
+The current task is represented by its running signature: the direction in which training has moved
+the adapter so far. :class:`LCBSelectorPlugin` compares it with one past task per layer and step
+(TreeLoRA, Section 3.2), :class:`NearestSelectorPlugin` with all of them, which stored signatures
+make cheap, and :class:`RandomSelectorPlugin` with none, as a control.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from treelora_avalanche.tree import AdapterTree
 
 
 class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Common part of the selectors: keeps the running signature, and the picks.
+    """Base class of the selectors: keeps the running signature and the picks.
+
+    A subclass implements ``_start_search``, ``_select`` and, to learn from the signature,
+    ``_observe``. Example::
+
+        class FirstSelectorPlugin(SelectorPlugin):
+            def _start_search(self, strategy):
+                self._first = torch.zeros(self._signatures.shape[1], dtype=torch.long)
+
+            def _select(self):
+                return self._first
 
     :param tree: the tree of task signatures, shared with the other plugins.
     """
@@ -30,10 +40,10 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         super().__init__()
         self.tree = tree
         self.picks: Tensor | None = None
-        """Index of the adapter picked for every layer, ``(n_layers,)``; None in the first task."""
+        """Index of the picked adapter of every layer, ``(n_layers,)``; None in the first task."""
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Notes where the adapter starts, and puts the stored signatures on the device."""
+        """Records where the adapter starts, and moves the stored signatures to the device."""
         self.picks = None
         if len(self.tree):
             self._factors = LoRAFactors(strategy.model)
@@ -49,27 +59,27 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
             self.picks = self._select()
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Observes how far the picked adapters are from where the step has led."""
+        """Passes the running signature to the selector."""
         if self.picks is not None:
             self._observe(self._sketch.direction(self._factors.stack, self._start))
 
     def state_dict(self) -> dict[str, Any]:
-        """The last picks, and the seed. The search itself ends with its experience."""
+        """Returns the last picks and the seed. The search itself ends with its experience."""
         return {"seed": getattr(self, "seed", None), "picks": self.picks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over the last picks; the seed must be the same.
+        """Loads the last picks; the seed must be the same.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it is of a selector with another seed; this one is then as it was.
+        :raises ValueError: if the seed differs; the selector is then unchanged.
         """
         where = f"the state of {type(self).__name__}"
         check_keys(state, {"seed", "picks"}, where)
         seed = getattr(self, "seed", None)
         if state["seed"] != seed:
             raise ValueError(
-                f"{where} has the seed {state['seed']}, and this one has {seed}; make it with "
-                f"seed={state['seed']} to continue."
+                f"`seed` of {type(self).__name__} should be {state['seed']}, as in the state, but "
+                f"is {seed}. Build it with seed={state['seed']} to continue."
             )
         self.picks = None if state["picks"] is None else state["picks"].clone()
 
@@ -80,17 +90,22 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         raise NotImplementedError
 
     def _observe(self, signature: Tensor) -> None:
-        """Learns from the running signature ``(n_layers, size)``."""
+        """Updates the selector with the running signature, ``(n_layers, size)``."""
 
 
 class LCBSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Picks by lower confidence bound on the tree: one past task per layer and step (Eq. 2).
 
-    The search starts anew with every experience, and its horizon is the number of steps of that
+    A new search starts with every experience; its horizon is the number of steps of that
     experience. Works with any strategy whose model carries LoRA. Task labels are not used.
+    Example::
+
+        tree, bank = AdapterTree(), AdapterBank()
+        selector = LCBSelectorPlugin(tree)
+        plugins = [TreeBuilderPlugin(tree, bank), selector, SparseUpdatePlugin(selector, bank)]
 
     :param tree: the tree of task signatures, shared with the other plugins.
-    :param seed: seed of the order in which tasks not looked at yet are tried.
+    :param seed: seed of the order among unvisited tasks.
     """
 
     def __init__(self, tree: AdapterTree, seed: int = 0):
@@ -98,7 +113,7 @@ class LCBSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ign
         self.seed = seed
 
     search: LCBSearch
-    """The search of the current experience; there is none in the first."""
+    """Search of the current experience; unset in the first."""
 
     def _start_search(self, strategy: Any) -> None:
         n_layers = self._signatures.shape[1]
@@ -120,10 +135,12 @@ class LCBSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ign
 
 
 class NearestSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Picks the exact nearest past task by distance to every stored signature.
+    """Picks the exact nearest past task, ``argmin_k ‖g − g_k‖_1``, over every stored signature.
 
-    Shows what the bandit gives up. The work of a step grows with the number of tasks, slowly: it
-    reads one sketch per task and layer.
+    Measures what the bandit gives up. A step costs O(n_tasks), with a small constant: one sketch
+    per task and layer. Example::
+
+        selector = NearestSelectorPlugin(tree)
 
     :param tree: the tree of task signatures, shared with the other plugins.
     """
@@ -139,7 +156,9 @@ class NearestSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type:
 
 
 class RandomSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Picks uniformly at random: the control that any selection must beat.
+    """Picks uniformly at random: the control for every selection. Example::
+
+        selector = RandomSelectorPlugin(tree, seed=0)
 
     :param tree: the tree of task signatures, shared with the other plugins.
     :param seed: seed of the picks.

@@ -1,4 +1,4 @@
-"""After every task the live adapter becomes the mean of all finished ones: the root of the tree."""
+"""Sets the active adapter, after every experience, to the mean of all finished ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from treelora_avalanche.state import check_keys
 
 
 class MergedAdapterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Answers, and starts the next experience, with the mean of all adapters learned so far.
+    """Predicts with, and starts the next experience from, the mean of all adapters learned so far.
 
-    In TreeLoRA's picture (Figure 2) the inner nodes of the tree are the adapters of groups of
-    tasks; the root's belongs to all. With theta_i the adapter at the end of experience i, after
-    experience n the live one is set to (theta_1 + ... + theta_n) / n. Every theta_i was trained
-    from the mean of those before it, so the factors themselves can be averaged: none has gone far
-    from the others. A running mean: neither time nor memory grows with the experiences.
+    In TreeLoRA's Figure 2 the inner nodes of the tree are the adapters of groups of tasks; the
+    root's is that of all. With θ_i the adapter at the end of experience i, the active adapter after
+    experience n is ``(θ_1 + ... + θ_n) / n``. Every θ_i was trained from the mean of its
+    predecessors, so the factors themselves can be averaged: none is far from the others. The mean
+    is a running one; time and memory do not grow with the experiences.
 
-    Works with any strategy whose model carries LoRA. The classifier must fit the mean and not the
-    adapter that was trained with it, so this plugin must come before a
-    :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`; and after a
-    :class:`~treelora_avalanche.plugins.TreeBuilderPlugin`, which keeps what the experience has
-    learned. Task labels are not used.
+    Works with any strategy whose model carries LoRA. The classifier must fit the mean, not the
+    adapter it was trained with: place this plugin before a
+    :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`, and after a
+    :class:`~treelora_avalanche.plugins.TreeBuilderPlugin`, which stores the experience's own
+    adapter. Task labels are not used. Example::
+
+        plugins = [TreeBuilderPlugin(tree, bank), MergedAdapterPlugin(), TaskAdaptiveHeadPlugin()]
     """
 
     def __init__(self) -> None:
@@ -31,22 +33,22 @@ class MergedAdapterPlugin(SupervisedPlugin, supports_distributed=True):  # type:
         self.n_experiences = 0
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Notes the mean so far, where the training starts."""
+        """Records the mean so far, where training starts."""
         self._mean = LoRAFactors(strategy.model).stack.clone()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Takes what was learned into the mean."""
+        """Adds the experience to the mean."""
         self.n_experiences += 1
-        # In the first experience the mean is what was learned, to the last bit.
+        # Exact in the first experience: the weight of the old mean is 0.
         LoRAFactors(strategy.model).stack.lerp_(self._mean, 1 - 1 / self.n_experiences)
         del self._mean
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of adapters in the mean; the mean itself is the live adapter."""
+        """Returns the number of adapters in the mean; the mean itself is the active adapter."""
         return {"n_experiences": self.n_experiences}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where another plugin of this class has ended.
+        """Continues from the state of another plugin of this class.
 
         :param state: what :meth:`state_dict` returned.
         """

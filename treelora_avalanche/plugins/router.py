@@ -1,4 +1,4 @@
-"""Learns, after every task, which adapter a sample belongs to (task-identity inference)."""
+"""Fits the router that selects an adapter per sample (task-identity inference)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,23 @@ from treelora_avalanche.tree import AdapterTree
 class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Fits the router of a :class:`~treelora_avalanche.models.views.router.RoutedView`.
 
-    The router tells the classes of each task apart by the features of the frozen backbone, which
-    never drift (task-identity inference, HiDe); of texts, all of a task count as one class. It is
-    trained like the head, on pseudo-features; no image is stored. Costs one frozen pass over the
-    data per experience, and stores per class what ``kind`` says. Task labels are not used.
+    The router classifies features of the frozen backbone, which never drift, by the classes of each
+    task (task-identity inference, HiDe); all texts of a task count as one class. It is trained like
+    the head, on pseudo-features; no image is stored. Costs one pass through the frozen backbone per
+    experience, and stores per class what ``kind`` defines. Task labels are not used. Example::
 
-    :param tree: the tree that knows which adapter stands for a task; its
+        view = RoutedAdapters(model, bank)
+        strategy = Naive(view, plugins=[TaskAdaptersPlugin(bank), RouterPlugin()])
+
+    :param tree: the tree that maps a task to its adapter; its
         :class:`~treelora_avalanche.plugins.TreeBuilderPlugin` must come before this plugin. None:
         every task has an adapter, or a prompt, of its own.
     :param seed: seed of the pseudo-features.
-    :param kind: what is remembered of a class, see :class:`TaskAdaptiveHeadPlugin`.
+    :param kind: the statistics of a class, see :class:`TaskAdaptiveHeadPlugin`.
     """
+
+    requires_whole_adapter: str | None = "predicts with a whole adapter per task"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
 
     def __init__(
         self, tree: AdapterTree | None = None, seed: int = 0, kind: StatisticsKind | None = None
@@ -45,7 +51,7 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self.statistics: list[Any] = []
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Looks at the task's images through the frozen backbone, and fits the router anew."""
+        """Adds the statistics of the task's frozen features, and refits the router."""
         view: RoutedView = strategy.model
         loader = torch.utils.data.DataLoader(
             strategy.experience.dataset.eval(), strategy.eval_mb_size
@@ -54,7 +60,7 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             batches = [(view.frozen_features(x.to(strategy.device)), y) for x, y, *_ in loader]
         features = torch.cat([frozen for frozen, _ in batches])
         targets = torch.cat(
-            # Texts have no classes but their tasks: all of a task are one.
+            # Texts have no classes: all of a task are one.
             [y if y.ndim == 1 else y.new_zeros(len(y)) for _, y in batches]
         ).to(features.device)
         self.statistics = move_statistics(self.statistics, features.device)
@@ -73,11 +79,11 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             self._fit(strategy.model)
 
     def _fit(self, view: RoutedView) -> None:
-        """Trains the router from nothing, so that it depends on the statistics alone."""
+        """Trains the router from zero, so that it depends on the statistics alone."""
         clusters = [s._replace(label=i) for i, s in enumerate(self.statistics)]
         source = self.kind.draws(clusters)
         device = source.labels.device
-        # Without the usual initialisation: it would draw from the global generator.
+        # The usual initialisation would draw from the global generator.
         head = nn.utils.skip_init(nn.Linear, source.dim, len(clusters), device=str(device))
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -99,11 +105,11 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics of the classes so far, as tensors and plain values."""
+        """Returns the statistics of the classes so far, as tensors and plain values."""
         return {"statistics": statistics_state(self.statistics)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where another plugin of this class has ended.
+        """Continues from the state of another plugin of this class.
 
         :param state: what :meth:`state_dict` returned.
         """

@@ -1,4 +1,4 @@
-"""The sparse update of TreeLoRA (Eq. 3): stay, in most coordinates exactly, at a past adapter."""
+"""Sparse update of TreeLoRA (Eq. 3): proximal steps towards a past adapter."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ from treelora_avalanche.state import check_keys, check_same_settings
 
 
 def proximal_step(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
-    """Proximal step of ``threshold * ||factors - anchor||_1``: soft thresholding around the anchor.
+    """Returns the proximal step of ``threshold * ‖θ − θ_k‖_1``: soft thresholding around the
+    anchor.
 
-    theta <- theta_k + sign(theta - theta_k) max(|theta - theta_k| - threshold, 0). A coordinate
-    within the threshold lands on the anchor exactly, which a subgradient step never does.
+    ``θ <- θ_k + sign(θ − θ_k) max(|θ − θ_k| − threshold, 0)``. A coordinate within the threshold
+    lands exactly on the anchor, which a subgradient step never does.
 
-    :param factors: theta, ``(n_layers, dim)``.
-    :param anchor: theta_k, of the same shape.
-    :param threshold: learning rate times lambda, at least 0.
+    >>> proximal_step(torch.tensor([[1.0, 0.1]]), torch.zeros(1, 2), threshold=0.5)
+    tensor([[0.5000, 0.0000]])
+
+    :param factors: θ, ``(n_layers, dim)``.
+    :param anchor: θ_k, of the same shape.
+    :param threshold: learning rate times λ, at least 0.
     :return: the new factors, of the same shape.
     """
     return proximal_step_(factors.clone(), anchor, threshold)
 
 
 def proximal_step_(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
-    """:func:`proximal_step` in place, in three passes over two tensors.
+    """Applies :func:`proximal_step` in place, in three passes over two tensors.
 
-    Fresh memory of the adapter's size, asked for at every step, would cost a CPU more than the
-    arithmetic, so the shrinkage, which :mod:`torch.nn.functional` has not in place, is called by
-    its name among PyTorch's operators.
+    On a CPU, allocating memory of the adapter's size at every step would cost more than the
+    arithmetic. :mod:`torch.nn.functional` has no in-place shrinkage, so PyTorch's operator is
+    called directly.
 
     :return: ``factors``.
     """
@@ -43,32 +47,37 @@ def proximal_step_(factors: Tensor, anchor: Tensor, threshold: float) -> Tensor:
 
 
 class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Pulls the adapter, in L1, towards the past adapter that the selector has picked.
+    """Regularises the adapter towards the past adapter that the selector has picked, in L1.
 
-    The penalty ``tree_lambda * sum_l ||theta^l - theta_{k_l}^l||_1`` is applied as its proximal
-    step after the optimizer's, at its current learning rate, from the second experience on. After
-    every epoch its value, and the share of coordinates that equal the picked adapter's, are
-    published to the strategy's evaluator as ``SparsePenalty`` and ``SharedCoordinates``. Works with
-    any strategy whose model carries LoRA. Task labels are not used.
+    The penalty ``λ Σ_l ‖θ^l − θ_{k_l}^l‖_1`` is applied as its proximal step after the optimizer's,
+    at the current learning rate, from the second experience on. After every epoch its value, and
+    the share of coordinates equal to the picked adapter's, are published to the strategy's
+    evaluator as ``SparsePenalty`` and ``SharedCoordinates``. Works with any strategy whose model
+    carries LoRA. Task labels are not used. Example::
+
+        selector = LCBSelectorPlugin(tree)
+        plugins = [TreeBuilderPlugin(tree, bank), selector, SparseUpdatePlugin(selector, bank, 0.5)]
 
     :param selector: the plugin that picks; it must come before this one among the plugins.
     :param bank: the bank of finished adapters, filled by a
         :class:`~treelora_avalanche.plugins.tree_builder.TreeBuilderPlugin`.
-    :param tree_lambda: strength lambda of the penalty; 0 leaves the training untouched.
+    :param tree_lambda: strength λ of the penalty; 0 leaves training unchanged.
     :raises ValueError: if ``tree_lambda`` is negative.
     """
 
     def __init__(self, selector: SelectorPlugin, bank: AdapterBank, tree_lambda: float = 0.5):
         super().__init__()
         if not tree_lambda >= 0:
-            raise ValueError(f"`tree_lambda` must be at least 0, and is {tree_lambda}.")
+            raise ValueError(
+                f"`tree_lambda` should be at least 0, but is {tree_lambda}. Use 0 for no penalty."
+            )
         self.selector = selector
         self.bank = bank
         self.tree_lambda = tree_lambda
         self._anchor: Tensor | None = None
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Finds the live adapter and the part of the optimizer that moves it."""
+        """Finds the active adapter and its parameter group."""
         self._factors = LoRAFactors(strategy.model)
         self._anchor = None
         a, _ = self._factors.parameters[0]
@@ -79,19 +88,19 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         )
 
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Asks for the picked adapter, which arrives during the step."""
+        """Requests the picked adapter, which arrives during the step."""
         if self.tree_lambda > 0 and self.selector.picks is not None:
             self.bank.request(self.selector.picks)
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Takes the proximal step."""
+        """Applies the proximal step."""
         if self.tree_lambda > 0 and self.selector.picks is not None:
             self._anchor = self.bank.receive()
             threshold = float(self._group["lr"]) * self.tree_lambda
             proximal_step_(self._factors.stack, self._anchor, threshold)
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Publishes the penalty and the sparsity that it has reached."""
+        """Publishes the penalty and the share of unchanged coordinates."""
         if self._anchor is None:
             return
         difference = self._factors.stack - self._anchor
@@ -109,11 +118,11 @@ class SparseUpdatePlugin(SupervisedPlugin, supports_distributed=True):  # type: 
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The strength, so that a stream is not continued with another by mistake."""
+        """Returns the strength, so that a stream is not continued with another."""
         return {"tree_lambda": float(self.tree_lambda)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Checks that the strength is the same; there is nothing to load.
+        """Checks that the strength is the same; nothing is loaded.
 
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if the strength differs.

@@ -1,9 +1,9 @@
-"""The head of a class-incremental stream, re-trained after every task on remembered statistics.
+"""Retrains the head of a class-incremental stream, after every task, on stored class statistics.
 
-HiDe-Prompt (Wang et al., NeurIPS 2023) calls it task-adaptive prediction; TreeLoRA takes it over.
-Within a task the loss compares the task's own classes alone, so the head forgets nothing there that
-it would have to learn again; what separates the classes of different tasks is learned afterwards,
-from pseudo-features drawn around the class means. No image is stored.
+HiDe-Prompt (Wang et al., NeurIPS 2023) calls it task-adaptive prediction; TreeLoRA uses it too.
+During a task the loss compares only the task's own classes, so the head unlearns no other class.
+Classes of different tasks are separated afterwards, on pseudo-features drawn around the class
+means. No image is stored.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ from treelora_avalanche.state import check_keys
 
 
 class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Within-task loss, class statistics, and a head re-trained on pseudo-features.
+    """Within-task loss, class statistics, and a head retrained on pseudo-features.
 
-    Attaches to any strategy, Avalanche's own too, whose model ends in a linear classifier. It costs
+    Works with any strategy, including Avalanche's, whose model ends in a linear classifier. Costs
     one pass over the data before and one after each experience, and stores per class what ``kind``
-    says: its mean and at most 64 directions of its covariance, or centroids with variances. In a
-    domain-incremental stream a class has statistics for every task. Old statistics are moved along
-    with the features, as the current images show it
+    defines: mean and at most 64 directions of the covariance, or centroids with variances. In a
+    domain-incremental stream a class has statistics for every task. Old statistics follow the drift
+    of the features, estimated on the current images
     (:func:`~treelora_avalanche.models.features.gaussians.feature_drift`); not so in a
-    :class:`~treelora_avalanche.models.views.router.RoutedView`, where each class is answered by the
-    adapter of its own task. Task labels are not used.
+    :class:`~treelora_avalanche.models.views.router.RoutedView`, where each class is predicted with
+    the adapter of its own task. Task labels are not used. Example::
 
-    :param epochs: steps in which the head is re-trained.
+        strategy = SeqLoRA(model, plugins=[TaskAdaptiveHeadPlugin(seed=0)])
+
+    :param epochs: number of optimisation steps of the retraining.
     :param n_per_class: pseudo-features per class and step.
-    :param learning_rate: learning rate of the re-training.
-    :param kind: what is remembered of a class,
-        :class:`~treelora_avalanche.models.features.gaussians. Gaussians` by default, or
+    :param learning_rate: learning rate of the retraining.
+    :param kind: the statistics of a class,
+        :class:`~treelora_avalanche.models.features.gaussians.Gaussians` by default, or
         :class:`~treelora_avalanche.models.features.centroids.Centroids`.
     :param seed: seed of the pseudo-features.
     """
@@ -71,17 +73,17 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
         self.statistics: list[Any] = []
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Narrows the loss to the classes of the experience."""
+        """Restricts the loss to the classes of the experience."""
         super().before_training_exp(strategy, *args, **kwargs)
         self._check_backbone(strategy.model)
-        if self._must_follow(strategy):
+        if self._follows_drift(strategy):
             self._before, _ = self._features(strategy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Takes the statistics of the new classes and re-trains the head on all."""
+        """Computes the statistics of the new classes and retrains the head on all."""
         features, targets = self._features(strategy)
         self.statistics = move_statistics(self.statistics, features.device)
-        if self._must_follow(strategy):
+        if self._follows_drift(strategy):
             drift = feature_drift(self._before, features)
             self.statistics = [s.moved(*drift) for s in self.statistics]
             del self._before
@@ -96,20 +98,19 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
             generator=torch.Generator().manual_seed(self.seed + self.n_tasks),
         )
 
-    def _must_follow(self, strategy: Any) -> bool:
+    def _follows_drift(self, strategy: Any) -> bool:
         return len(self.statistics) > 0 and not isinstance(strategy.model, RoutedView)
 
     def _check_backbone(self, model: nn.Module) -> None:
-        """Loaded into a plugin alone, statistics have no fingerprint that tells their backbone."""
+        """Raises for statistics of another backbone; a plugin loaded alone has no fingerprint."""
         if not self.statistics:
             return
         means = next(value for value in self.statistics[0] if isinstance(value, Tensor))
         dim = classifier_of(model).in_features
         if means.shape[-1] != dim:
             raise ValueError(
-                f"the class statistics are of features of {means.shape[-1]} values, and this "
-                f"model's have {dim}: they are of another backbone. Load them beside the model "
-                "that they are of."
+                f"the features of the model should have {means.shape[-1]} values, as the class "
+                f"statistics, but have {dim}. Load statistics of the same backbone."
             )
 
     def _features(self, strategy: Any) -> tuple[Tensor, Tensor]:
@@ -122,15 +123,15 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics of the classes so far, as tensors and plain values."""
+        """Returns the statistics of the classes so far, as tensors and plain values."""
         return {"n_tasks": self.n_tasks, "statistics": statistics_state(self.statistics)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where another plugin of this class has ended.
+        """Continues from the state of another plugin of this class.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it lacks keys or has unknown ones, or its statistics are of another
-            kind; the plugin is then as it was.
+        :raises ValueError: if keys are missing or unknown, or its statistics are of another kind;
+            the plugin is then unchanged.
         """
         check_keys(state, {"n_tasks", "statistics"}, "the state of TaskAdaptiveHeadPlugin")
         self.statistics = self.kind.load(state["statistics"])

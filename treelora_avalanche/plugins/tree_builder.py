@@ -1,4 +1,4 @@
-"""Files every finished task in the tree and in the bank (TreeLoRA, Section 3.1)."""
+"""Stores finished adapters in the bank and their signatures in the tree (TreeLoRA, Section 3.1)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from treelora_avalanche.tree import AdapterTree
 
 
 class TreeBuilderPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """After every experience, stores the adapter and inserts its signature into the tree.
+    """Stores the adapter after every experience, and inserts its signature into the tree.
 
-    The signature of a task is the direction in which its training moved the adapter. When the tree
+    The signature of a task is the direction in which training moved the adapter. Where the tree
     merges adapters to stay within its budget, the bank merges the same ones. Works with any
-    strategy whose model carries LoRA; it never changes the training. Task labels are not used.
+    strategy whose model carries LoRA, and does not affect training. Task labels are not used.
+    Example::
+
+        tree, bank = AdapterTree(), AdapterBank()
+        strategy = SeqLoRA(model, plugins=[TreeBuilderPlugin(tree, bank)])
 
     :param tree: the tree of task signatures, shared with the other plugins.
     :param bank: the bank of finished adapters, shared with the other plugins.
@@ -28,7 +32,7 @@ class TreeBuilderPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self.bank = bank
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Notes where the adapter starts."""
+        """Records where the adapter starts."""
         self._factors = LoRAFactors(strategy.model)
         self._sketch = SignatureSketch(self._factors.shapes, device=self._factors.stack.device)
         self._start = self._sketch(self._factors.stack)
@@ -41,23 +45,24 @@ class TreeBuilderPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             self.bank.merge(*merge)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tree and the bank."""
+        """Returns the tree and the bank."""
         return {"tree": self.tree.state_dict(), "bank": self.bank.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the tree and the bank into the objects that the plugins share.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it does not fit; the tree and the bank are then as they were.
+        :raises ValueError: if it does not fit; the tree and the bank are then unchanged.
         """
         check_keys(state, {"tree", "bank"}, "the state of TreeBuilderPlugin")
-        # Both are read into new objects first, so that neither changes where the other is refused.
+        # Read into a new object first, so that neither changes if the other is refused.
         bank = AdapterBank()
         bank.load_state_dict(state["bank"])
         n_adapters = len(state["tree"].get("tasks", ()))
         if len(bank) != n_adapters:
             raise ValueError(
-                f"the state has {n_adapters} adapters in the tree and {len(bank)} in the bank."
+                f"the bank should have {n_adapters} adapters, as the tree of the state, but has "
+                f"{len(bank)}. Use another copy of the state."
             )
         self.tree.load_state_dict(state["tree"])
         self.bank.load_state_dict(state["bank"])

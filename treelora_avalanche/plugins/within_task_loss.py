@@ -1,4 +1,4 @@
-"""A loss that compares the classes of the present task alone."""
+"""Loss over the classes of the current task only."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from treelora_avalanche.adapters.classifier import check_classes
 
 
 class WithinTaskLoss(nn.Module):
-    """A criterion that compares only the classes of the current experience.
+    """Criterion over the logits of the current experience's classes.
 
-    A sample of another class (from a replay memory) competes with these by its own output.
+    The true class of a sample is always included, also for a sample of another experience (from a
+    replay memory). Example::
+
+        criterion = WithinTaskLoss(nn.CrossEntropyLoss())
+        criterion.current = torch.tensor([4, 5])
+        loss = criterion(logits, targets)
 
     :param criterion: the criterion of logits ``(batch, n_classes)`` and targets ``(batch,)``.
     """
@@ -32,15 +37,17 @@ class WithinTaskLoss(nn.Module):
 
 
 class WithinTaskLossPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Narrows the loss to the classes of the experience, while it is trained.
+    """Restricts the training loss to the classes of the experience.
 
-    What the prompt methods call masking the logits of other tasks: the head forgets nothing there
-    that a later task could make it forget. Predictions compare all classes. Works with any
-    strategy, and beside another plugin of this kind. Task labels are not used.
+    The prompt methods call this masking the logits of other tasks: the loss of a task does not
+    lower the logits of other classes. Predictions compare all classes. Works with any strategy, and
+    next to another plugin of this kind. Task labels are not used. Example::
+
+        strategy = SeqLoRA(model, plugins=[WithinTaskLossPlugin()])
     """
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Narrows the loss to the classes of the experience."""
+        """Restricts the loss to the classes of the experience."""
         check_classes(strategy.model, strategy.experience)
         if not isinstance(strategy._criterion, WithinTaskLoss):
             strategy._criterion = WithinTaskLoss(strategy._criterion)
@@ -48,20 +55,20 @@ class WithinTaskLossPlugin(SupervisedPlugin, supports_distributed=True):  # type
         strategy._criterion.current = torch.tensor(classes, device=strategy.device)
 
     def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Checks that the classifier knows the classes, also of a strategy that does not."""
+        """Checks that the classifier has the classes, also in a strategy that does not check."""
         check_classes(strategy.model, strategy.experience)
 
     def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Gives the strategy its own criterion back."""
+        """Restores the criterion of the strategy."""
         if isinstance(strategy._criterion, WithinTaskLoss):
             strategy._criterion = strategy._criterion.criterion
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: there is nothing to keep from one experience to the next."""
+        """Returns an empty state: nothing outlives an experience."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load.
+        """Loads nothing.
 
         :param state: what :meth:`state_dict` returned.
         """

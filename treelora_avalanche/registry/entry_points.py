@@ -104,6 +104,12 @@ def load_object(path: str) -> Any:
     """Imports an object of an installed package.
 
     :param path: ``"package.module:name"``.
+    :raises RegistrationError: if it cannot be imported.
     """
     module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # whatever another package's import raises
+        raise RegistrationError(
+            f"{path} cannot be imported ({type(error).__name__}: {error})."
+        ) from error

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from treelora_avalanche.reports.style import COLOURS, LINES, MARKERS, new_figure, plain
-from treelora_avalanche.reports.table import is_language
+from treelora_avalanche.reports.table import is_language, label
 from treelora_avalanche.reports.tree_growth import tree_growth
 
 KINDS = {
@@ -37,7 +37,7 @@ def _measure(results: Sequence[dict[str, Any]]) -> str:
 def _by_method(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     methods: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        methods.setdefault(result["method"], []).append(result)
+        methods.setdefault(label(result), []).append(result)
     return methods
 
 

@@ -150,6 +150,37 @@ class Row:
     """ Sample deviation over seeds; NaN with fewer than two. """
 
 
+def label(result: dict[str, Any]) -> str:
+    """Returns the method of a run, with the options that were given to it.
+
+    :param result: content of a `results.json`.
+    """
+    method: str = result["method"]
+    options = result["config"].get("method_options", {}).get(method, {})
+    given = ", ".join(f"{name}={value}" for name, value in options.items())
+    return f"{method} ({given})" if given else method
+
+
+def differing_settings(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the settings that differ between methods: of each setting the value by method.
+
+    :param results: contents of `results.json` files.
+    """
+    ignored = ("method", "seed", "device", "method_options")
+    configs = {label(result): result["config"] for result in results}
+    names = dict.fromkeys(name for config in configs.values() for name in config)
+    values = {
+        name: {method: config[name] for method, config in configs.items() if name in config}
+        for name in names
+        if name not in ignored
+    }
+    return {
+        name: of_method
+        for name, of_method in values.items()
+        if len({repr(value) for value in of_method.values()}) > 1
+    }
+
+
 def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     """One row per method, in the order of first appearance.
 
@@ -157,8 +188,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     """
     rows = []
     columns = columns_of(results)
-    for method in dict.fromkeys(result["method"] for result in results):
-        own = [result for result in results if result["method"] == method]
+    for method in dict.fromkeys(label(result) for result in results):
+        own = [result for result in results if label(result) == method]
         values = {column.key: [_number(column.read(r)) for r in own] for column in columns}
         rows.append(
             Row(
@@ -212,8 +243,23 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n"
         f"{scores}Bwt = (1/n) Σ f_i(w_i) − f_i(w_n), positive is forgetting; "
         "Forget: the same over n − 1. "
-        f"Peak: {first['memory']['peak_kind']}. Stored: tensors kept beside the model."
+        f"Peak: {first['memory']['peak_kind']}. Stored: tensors kept apart from the model."
+        f"{_differences(results)}"
     )
+
+
+def _differences(results: Sequence[dict[str, Any]]) -> str:
+    """A line on the settings that differ, the most frequent value of each first; or nothing."""
+    parts = []
+    for name, of_method in differing_settings(results).items():
+        by_value: dict[str, list[str]] = {}
+        for method, value in of_method.items():
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            by_value.setdefault(shown, []).append(method)
+        common, *others = sorted(by_value, key=lambda value: -len(by_value[value]))
+        exceptions = ", ".join(f"{' and '.join(by_value[value])} {value}" for value in others)
+        parts.append(f"{name} {common} ({exceptions})")
+    return f"\nSettings that differ: {'; '.join(parts)}." if parts else ""
 
 
 def rich_table(results: Sequence[dict[str, Any]], width: int = 120) -> Group:
@@ -274,7 +320,9 @@ __all__ = [
     "Row",
     "caption",
     "columns_of",
+    "differing_settings",
     "is_language",
+    "label",
     "markdown_table",
     "rich_table",
     "short_bytes",

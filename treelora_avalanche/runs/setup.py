@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from treelora_avalanche import models
-from treelora_avalanche.registry.entry_points import load_object
+from treelora_avalanche.registry.entry_points import RegistrationError, load_object
 from treelora_avalanche.registry.families import SharedArguments
 from treelora_avalanche.registry.methods import METHODS
 from treelora_avalanche.registry.scenarios import SCENARIOS
@@ -126,11 +126,12 @@ def check_arguments(
             build_strategy(
                 method, settings, ingredients, device=device, plugins=[], evaluator=evaluator
             )
+        except RegistrationError:
+            continue  # another package's fault, which the method's own run reports
         except ValueError:
             raise
         except Exception:
-            # Not an argument's fault: it happens again where the method's own run can report it.
-            continue
+            continue  # not an argument's fault either
 
 
 __all__ = ["Ingredients", "build_strategy", "check_arguments", "language_model", "prepare"]

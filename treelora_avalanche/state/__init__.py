@@ -1,11 +1,11 @@
 """State as plain files: all tensors in one safetensors file, everything else in one JSON file.
 
 A state is a dictionary of nested dictionaries and lists, with tensors, strings, numbers, booleans
-and None at the ends. Nothing is pickled, so a state of unknown origin can be read without running
-what it holds, and any other program can read it too. A folder is written beside its place and then
-renamed: whatever happens meanwhile, either the old state or the new one is there, and whole.
+and None as leaves. Nothing is pickled, so a state of unknown origin can be read without running
+its content, and any other program can read it too. A folder is written under another name and then
+renamed: after an interruption at any moment, either the old state or the new one is complete.
 
-Beside the files, this package reads and writes what every strategy has: an optimizer's state by the
+The package also reads and writes the parts that every strategy has: an optimizer's state by the
 names of its parameters, the state of the global random generators, and a fingerprint of a frozen
 backbone.
 """
@@ -28,9 +28,9 @@ from treelora_avalanche.state.files import (
 from treelora_avalanche.state.fingerprint import backbone_fingerprint
 from treelora_avalanche.state.optimizer import (
     check_optimizer_state,
-    forget,
     load_optimizer_state,
     optimizer_state,
+    reset_optimizer_state,
 )
 from treelora_avalanche.state.random_state import check_random_state, random_state, set_random_state
 
@@ -46,12 +46,12 @@ __all__ = [
     "check_same_settings",
     "check_same_tensors",
     "clone_state",
-    "forget",
     "has_state",
     "load_optimizer_state",
     "load_state",
     "optimizer_state",
     "random_state",
+    "reset_optimizer_state",
     "save_state",
     "set_random_state",
 ]

@@ -1,4 +1,4 @@
-"""What a state is made of, and checks of what was read."""
+"""Type of a state, and checks of one that was read."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ _NAMED_AT_MOST = 3
 def check_keys(
     found: Mapping[str, Any], expected: Iterable[str], where: str, remedy: str = ""
 ) -> None:
-    """Raise an error that names the keys which are missing and those which are too many.
+    """Raises an error that names missing and unknown keys.
 
-    :param found: what was read.
+    :param found: the dictionary that was read.
     :param expected: the keys that it should have.
-    :param where: what was read, in the words of the message.
+    :param where: name of the dictionary in the message.
     :param remedy: what to do, a sentence.
     :raises ValueError: if the keys differ, or ``found`` is no dictionary.
     """
     if not isinstance(found, Mapping):
-        raise ValueError(
-            f"{where} should be a dictionary of keys and values, and is a {type(found).__name__}."
-        )
+        raise ValueError(f"{where} should be a dictionary, but is a {type(found).__name__}.")
     expected = set(expected)
     parts = [
         f"{verb} {'key' if len(keys) == 1 else 'keys'} {', '.join(map(repr, keys))}"
@@ -42,16 +40,16 @@ def check_keys(
 
 
 def check_same_settings(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise an error that names an argument which was another one when the state was saved.
+    """Raises an error that names an argument that differs from the one in the state.
 
-    :param found: what was read; it may hold more.
-    :param here: the arguments of the object that is to take it over, by their names.
+    :param found: the dictionary that was read; it may hold more.
+    :param here: the arguments of the object that loads it, by name.
     :raises ValueError: if one differs.
     """
     for name, value in here.items():
         if found[name] != value:
             raise ValueError(
-                f"`{name}` is {found[name]} in the state, and {value} here; make it with "
+                f"`{name}` should be {found[name]}, as in the state, but is {value}. Build it with "
                 f"{name}={found[name]} to continue."
             )
 
@@ -59,16 +57,16 @@ def check_same_settings(found: Mapping[str, Any], here: Mapping[str, Any]) -> No
 def check_same_tensors(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, remedy: str
 ) -> None:
-    """Raise an error that names the tensors whose name, shape or dtype differ.
+    """Raises an error that names the tensors whose name, shape or dtype differ.
 
-    :param found: what was read.
-    :param expected: tensors of the names, shapes and dtypes that it should have.
-    :param where: what was read, in the words of the message.
+    :param found: the tensors that were read.
+    :param expected: tensors of the expected names, shapes and dtypes.
+    :param where: name of the tensors in the message.
     :param remedy: what to do, a sentence.
     :raises ValueError: if something differs.
     """
     if not isinstance(found, Mapping):
-        raise ValueError(f"{where} should be a dictionary, and is a {type(found).__name__}.")
+        raise ValueError(f"{where} should be a dictionary, but is a {type(found).__name__}.")
     differences = [
         f"{name} is {_shape(found.get(name))} in the state and {_shape(expected.get(name))} here"
         for name in (*expected, *(name for name in found if name not in expected))
@@ -87,10 +85,10 @@ def _shape(tensor: Any) -> str:
 
 
 def some_of(names: list[str], separator: str = ", ") -> str:
-    """The first of some names, and how many more there are.
+    """Returns the first few names, and the number of the others.
 
     :param names: the names.
-    :param separator: what stands between them.
+    :param separator: separator between them.
     """
     more = len(names) - _NAMED_AT_MOST
     rest = f"{separator}and {more} more" if more > 0 else ""
@@ -98,7 +96,7 @@ def some_of(names: list[str], separator: str = ", ") -> str:
 
 
 def clone_state(state: Any) -> Any:
-    """A copy of a state that shares no tensor with it.
+    """Returns a copy of a state that shares no tensor with it.
 
     :param state: a state, or a part of one.
     """

@@ -1,4 +1,4 @@
-"""A state as plain files: all tensors in one safetensors file, everything else in one JSON file."""
+"""Files of a state: tensors in one safetensors file, everything else in one JSON file."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _DTYPES = {
 
 
 def save_state(folder: str | os.PathLike[str], state: State) -> None:
-    """Write a state as a folder of two files, whole or not at all.
+    """Writes a state as a folder of two files, completely or not at all.
 
-    :param folder: where to; a state that is there already is replaced once the new one is complete.
+    :param folder: folder of the state; an existing state is replaced once the new one is complete.
     :param state: the state. Tensors come back on the CPU, contiguous and without gradient.
     :raises TypeError: if the state holds something that is neither a tensor nor a plain value; the
         message names its place.
@@ -39,13 +39,13 @@ def save_state(folder: str | os.PathLike[str], state: State) -> None:
     """
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`folder` {folder} is a file; choose a folder for the state.")
+        raise ValueError(f"`folder` should be a folder, but {folder} is a file. Choose another.")
     if folder.is_dir():
         foreign = sorted({p.name for p in folder.iterdir()} - {TENSOR_FILE, VALUE_FILE})
         if foreign:
             raise ValueError(
-                f"`folder` {folder} holds other files ({some_of(foreign)}), and a state replaces "
-                "its folder as a whole; choose a folder for the state alone."
+                f"`folder` should hold a state alone, but {folder} holds other files "
+                f"({some_of(foreign)}). Choose another folder: a state replaces all of it."
             )
     tensors: dict[str, Tensor] = {}
     plain = _encode(state, (), tensors, set())
@@ -65,7 +65,7 @@ def save_state(folder: str | os.PathLike[str], state: State) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     if folder.exists():
-        # No folder can be renamed onto another. `load_state` knows where the old one waits.
+        # A folder cannot be renamed onto another. `load_state` finds the old one meanwhile.
         shutil.rmtree(replaced, ignore_errors=True)
         folder.replace(replaced)
     unfinished.replace(folder)
@@ -73,7 +73,7 @@ def save_state(folder: str | os.PathLike[str], state: State) -> None:
 
 
 def load_state(folder: str | os.PathLike[str]) -> State:
-    """Read what :func:`save_state` has written, and check that it is complete and unaltered.
+    """Returns the state that :func:`save_state` wrote, checked to be complete and unaltered.
 
     :param folder: the folder of the state.
     :return: the state, its tensors on the CPU.
@@ -90,7 +90,7 @@ def load_state(folder: str | os.PathLike[str]) -> State:
                 f"{folder} holds no state: {name} is missing. Pass the folder that `save` was "
                 "given."
             )
-    altered = "is truncated or altered; use another copy of the state, or train from the start."
+    altered = "is truncated or altered. Use another copy of the state, or train from the start."
     try:
         document = json.loads((folder / VALUE_FILE).read_text(encoding="ascii"))
     except ValueError as error:  # of JSON, and of the encoding
@@ -98,8 +98,8 @@ def load_state(folder: str | os.PathLike[str]) -> State:
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / VALUE_FILE} has format version {version!r}, and this release reads version "
-            f"{FORMAT_VERSION}; load the state with the release that wrote it."
+            f"{folder / VALUE_FILE} should have format version {FORMAT_VERSION}, but has "
+            f"{version!r}. Load the state with the release that wrote it."
         )
     check_keys(document, {"format_version", "sha256", "state"}, str(folder / VALUE_FILE))
     hashes = document["sha256"]
@@ -114,9 +114,9 @@ def load_state(folder: str | os.PathLike[str]) -> State:
 
 
 def has_state(folder: str | os.PathLike[str]) -> bool:
-    """Whether there is a state to load.
+    """Returns whether a folder holds a state.
 
-    :param folder: the folder of the state; an interrupted replacement of it counts.
+    :param folder: the folder; an interrupted replacement of its state counts.
     """
     folder = Path(folder).resolve()
     places = (folder, _siblings(folder)[1]) if not folder.exists() else (folder,)
@@ -124,7 +124,7 @@ def has_state(folder: str | os.PathLike[str]) -> bool:
 
 
 def _siblings(folder: Path) -> tuple[Path, Path]:
-    """Where the new folder is written, and where the old one waits for the new to be in place."""
+    """Returns the path of the unfinished new folder, and of the old one during the renames."""
     return (
         folder.with_name(folder.name + ".unfinished"),
         folder.with_name(folder.name + ".replaced"),
@@ -146,10 +146,10 @@ def _hash_file(path: Path) -> str:
 def _encode(
     value: Any, path: tuple[str, ...], tensors: dict[str, Tensor], storages: set[int]
 ) -> Any:
-    """The value as JSON can hold it; tensors are put into ``tensors`` and leave their name.
+    """Returns a value as JSON can hold it; tensors go to ``tensors`` and leave their name.
 
-    What JSON cannot say is a dictionary of one key that begins with ``$``; such keys of the state
-    itself get a second ``$``.
+    A value that JSON does not know becomes a dictionary of one key that begins with ``$``; such
+    keys of the state itself get a second ``$``.
     """
     if isinstance(value, Tensor):
         name = "/".join(path).encode("utf-8", "backslashreplace").decode()
@@ -162,8 +162,8 @@ def _encode(
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(
-                    f"{_place(path)} has the key {key!r} ({type(key).__name__}); keys must be "
-                    "strings: convert it with str()."
+                    f"{_place(path)} should have strings as keys, but has {key!r} "
+                    f"({type(key).__name__}). Convert it with str()."
                 )
             escaped = "$" + key if key.startswith("$") else key
             encoded[escaped] = _encode(item, (*path, key), tensors, storages)
@@ -177,18 +177,18 @@ def _encode(
     for kind in (str, int):
         if isinstance(value, kind):
             return kind(value)
-    hint = "; pass a list" if isinstance(value, tuple) else ""
+    hint = " Pass a list." if isinstance(value, tuple) else ""
     raise TypeError(
-        f"{_place(path)} is a {type(value).__name__}; a state holds dicts, lists, tensors, str, "
-        f"int, float, bool and None{hint}."
+        f"{_place(path)} should be a dict, list, tensor, str, int, float, bool or None, but is a "
+        f"{type(value).__name__}.{hint}"
     )
 
 
 def _plain_tensor(value: Tensor, path: tuple[str, ...], storages: set[int]) -> Tensor:
     if value.layout != torch.strided or value.dtype not in _DTYPES or value.is_meta:
         raise TypeError(
-            f"{_place(path)} is a tensor that cannot be saved (dtype {value.dtype}, layout "
-            f"{value.layout}, device {value.device}); convert it to a dense one of a usual dtype."
+            f"{_place(path)} should be a dense tensor of a usual dtype, but has dtype "
+            f"{value.dtype}, layout {value.layout} and device {value.device}. Convert it."
         )
     tensor = value.detach().cpu().contiguous()
     storage = tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Fingerprint of a frozen backbone, which tells whether a state goes with it."""
+"""Fingerprint of a frozen backbone, to check that a state belongs to it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SAMPLES = 64
 
 
 def backbone_fingerprint(model: nn.Module) -> dict[str, str]:
-    """Fingerprint of the frozen parameters of a model: the same on every device.
+    """Returns a fingerprint of the frozen parameters of a model: the same on every device.
 
-    The sum of all bits, and a sample of values in order; one pass over memory, without copies. What
-    is trained has no part in it, nor has the choice of layers that carry LoRA.
+    It covers the sum of all bits and a sample of values in order, in one pass over memory without
+    copies. Trainable parameters and the choice of layers with LoRA do not change it.
 
     :param model: a model, with or without LoRA.
     :return: ``structure``, of names, shapes and dtypes, and ``values``, as hexadecimal digits.
@@ -24,7 +24,7 @@ def backbone_fingerprint(model: nn.Module) -> dict[str, str]:
         # peft renames the layers that it adapts.
         name.replace(".base_layer.", "."): parameter.detach()
         for name, parameter in nn.Module.named_parameters(model)
-        # The classifier that peft set aside for a trained copy is random, and computes nothing.
+        # peft keeps the original of a trained classifier; it is random and unused.
         if not parameter.requires_grad and ".original_module." not in name
     }
     names = sorted(frozen)
@@ -32,7 +32,7 @@ def backbone_fingerprint(model: nn.Module) -> dict[str, str]:
     digest = hashlib.sha256()
     parts = [_sum_and_sample(frozen[name]) for name in names if frozen[name].numel()]
     if parts:
-        # One transfer for each device.
+        # One transfer per device.
         for device in sorted({part.device for part in parts}, key=str):
             on_device = torch.cat([part for part in parts if part.device == device]).cpu()
             digest.update(on_device.numpy().tobytes())
@@ -43,8 +43,8 @@ def backbone_fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def _sum_and_sample(tensor: Tensor) -> Tensor:
-    """Sum of the bits as integers, which no order of summation changes; then some of them."""
-    if isinstance(tensor, DTensor):  # processes divide it
+    """Returns the sum of the bits as integers, exact in any order, and some of them."""
+    if isinstance(tensor, DTensor):  # sharded over processes
         tensor = tensor.full_tensor()
     flat = tensor.contiguous().flatten()
     if flat.is_complex():

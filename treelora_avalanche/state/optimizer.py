@@ -1,4 +1,4 @@
-"""An optimizer's state, by the names of its parameters."""
+"""State of an optimizer, by the names of its parameters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from treelora_avalanche.state.checks import State, check_keys, clone_state, some
 
 
 def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> State:
-    """The state of an optimizer, by names of parameters in place of their positions.
+    """Returns the state of an optimizer, with names of parameters in place of positions.
 
-    :param optimizer: any optimizer of ``torch.optim``'s kind.
+    :param optimizer: an optimizer with the interface of ``torch.optim``.
     :param parameters: the model's parameters by name.
     """
     named = _named_parameters(optimizer, parameters)
@@ -37,11 +37,11 @@ def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
     }
 
 
-def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Lets go of what an optimizer has gathered of parameters that begin anew.
+def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Deletes the optimizer's state of some parameters, such as moments and momentum.
 
     :param optimizer: the optimizer.
-    :param parameters: the parameters.
+    :param parameters: parameters that start again from new values.
     """
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
@@ -50,7 +50,7 @@ def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
 def check_optimizer_state(
     optimizer: Optimizer, state: State, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Raise an error if a state does not fit an optimizer; changes nothing.
+    """Raises an error if a state does not fit an optimizer; changes nothing.
 
     :param optimizer: the optimizer.
     :param state: what :func:`optimizer_state` returned.
@@ -60,42 +60,45 @@ def check_optimizer_state(
     check_keys(state, {"class", "groups", "state"}, "the optimizer's state")
     if state["class"] != type(optimizer).__name__:
         raise ValueError(
-            f"the state is of the optimizer {state['class']}, and this strategy has "
-            f"{type(optimizer).__name__}; build it with the same optimizer."
+            f"the optimizer should be {state['class']}, as in the state, but is "
+            f"{type(optimizer).__name__}. Build the strategy with the same optimizer."
         )
     groups = state["groups"]
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
-            f"the optimizer has {len(groups)} parameter groups in the state, and "
-            f"{len(optimizer.param_groups)} here; build it with the same groups."
+            f"the optimizer should have {len(groups)} parameter groups, as in the state, but has "
+            f"{len(optimizer.param_groups)}. Build it with the same groups."
         )
     named = _named_parameters(optimizer, parameters)
     name_of = {id(parameter): name for name, parameter in named.items()}
     for index, (saved, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         check_keys(saved, {"parameters", "options"}, f"the optimizer's group {index}")
-        # Avalanche adds parameters to a fresh optimizer, so the state may well name more.
+        # Avalanche adds parameters to a new optimizer, so the state may name more.
         unknown = [name for name in saved["parameters"] if name not in named]
         lost = {name_of[id(p)] for p in own["params"]} - set(saved["parameters"])
         if unknown or lost:
             raise ValueError(
-                f"the optimizer's group {index} has other parameters in the state than here: "
-                f"{some_of(sorted({*unknown, *lost}))}; build it with the same groups."
+                f"the optimizer's group {index} should have the parameters of the state, but "
+                f"differs in {some_of(sorted({*unknown, *lost}))}. Build it with the same groups."
             )
     listed = {name for group in groups for name in group["parameters"]}
     stray = sorted(set(state["state"]) - listed)
     if stray:
-        raise ValueError(f"the optimizer's state is of parameters in no group: {some_of(stray)}.")
+        raise ValueError(
+            f"the optimizer's state should be of parameters in its groups, but has "
+            f"{some_of(stray)}. Use another copy of the state."
+        )
 
 
 def load_optimizer_state(
     optimizer: Optimizer, state: State, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Put a state into an optimizer; it holds copies of the state's tensors then.
+    """Loads a state into an optimizer; the tensors are copied.
 
-    :param optimizer: the optimizer; its groups get exactly the state's parameters.
+    :param optimizer: the optimizer; its groups get exactly the parameters of the state.
     :param state: what :func:`optimizer_state` returned.
     :param parameters: the model's parameters by name.
-    :raises ValueError: if the state does not fit; the optimizer is then as it was.
+    :raises ValueError: if the state does not fit; the optimizer is then unchanged.
     """
     check_optimizer_state(optimizer, state, parameters)
     named = _named_parameters(optimizer, parameters)
@@ -117,7 +120,7 @@ def load_optimizer_state(
 def _named_parameters(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, nn.Parameter]:
-    """The model's parameters, and under their position those that the optimizer has beside them."""
+    """Returns the model's parameters, and by position the optimizer's other ones."""
     named = dict(parameters)
     known = {id(parameter) for parameter in named.values()}
     for g, group in enumerate(optimizer.param_groups):

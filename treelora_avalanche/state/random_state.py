@@ -1,4 +1,4 @@
-"""The state of the global random generators."""
+"""State of the global random generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treelora_avalanche.state.checks import State, check_keys, check_same_tensor
 
 
 def random_state() -> State:
-    """The state of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
+    """Returns the state of the global generators of Python, numpy and torch, on CPU and CUDA."""
     version, internal, gauss_next = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -28,13 +28,13 @@ def random_state() -> State:
             "cached_gaussian": float(cached),
         },
         "torch": torch.get_rng_state(),
-        # Asking for it would wake up CUDA in a run that does not use it.
+        # Reading it would initialise CUDA in a run that does not use it.
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
 def check_random_state(state: State) -> None:
-    """Raise an error if a state of the random generators is incomplete; changes nothing.
+    """Raises an error if a state of the random generators is incomplete; changes nothing.
 
     :param state: what :func:`random_state` returned.
     :raises ValueError: if keys are missing or unknown.
@@ -50,7 +50,7 @@ def check_random_state(state: State) -> None:
         _random_tensors(state),
         _random_tensors(random_state()),
         "the tensors of the random state",
-        "It was saved with other versions of the libraries; use those.",
+        "Use the library versions that saved it.",
     )
 
 
@@ -63,13 +63,13 @@ def _random_tensors(state: State) -> dict[str, Any]:
 
 
 def set_random_state(state: State) -> None:
-    """Put the global generators into a state.
+    """Sets the global generators to a state.
 
-    The generators of GPUs that are not there are left out, and those of GPUs that the state does
-    not know stay as they are.
+    Generators of missing GPUs are skipped; those of GPUs that the state does not know are
+    unchanged.
 
     :param state: what :func:`random_state` returned.
-    :raises ValueError: if keys are missing or unknown; the generators are then as they were.
+    :raises ValueError: if keys are missing or unknown; the generators are then unchanged.
     """
     check_random_state(state)
     python, numpy = state["python"], state["numpy"]

@@ -17,9 +17,9 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
-from treelora_avalanche.models.views.split_language import LanguagePrefixView, takes_parts
+from treelora_avalanche.models.views.split_language import SplitLanguageModel, supports_split
 from treelora_avalanche.models.views.split_vit import trainable_view
-from treelora_avalanche.plugins import PrefixCachePlugin
+from treelora_avalanche.plugins import ActivationCachePlugin
 from treelora_avalanche.strategies.base.arguments import TrainingOptions
 from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
@@ -55,7 +55,7 @@ class SeqLoRA(ParameterEfficientStrategy):
     :param target_modules: adapted linear layers inside a block; default the fused ``qkv``, for
         language models queries and values.
     :param cache: memory in bytes for the cached outputs of the frozen blocks below the adapter,
-        ``"auto"`` or None, see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
+        ``"auto"`` or None, see :class:`~treelora_avalanche.plugins.ActivationCachePlugin`.
     :param compile: whether to compile the model with ``torch.compile``.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of
@@ -79,7 +79,7 @@ class SeqLoRA(ParameterEfficientStrategy):
     ):
         check_training(model, plugins=plugins, **kwargs)
         _check_returns_logits(model)
-        prefix_cache = PrefixCachePlugin(cache)
+        activation_cache = ActivationCachePlugin(cache)
         if not lora_layers(model):
             model = add_lora(
                 model, rank=rank, alpha=alpha, layers=layers, target_modules=target_modules
@@ -88,11 +88,11 @@ class SeqLoRA(ParameterEfficientStrategy):
         view = model if isinstance(model, TrainableView) else self._view(model)
         if compile:
             view.compile()
-        super().__init__(model=view, plugins=[*(plugins or ()), prefix_cache], **kwargs)
+        super().__init__(model=view, plugins=[*(plugins or ()), activation_cache], **kwargs)
 
     def _view(self, model: nn.Module) -> TrainableView:
         """The view of a model with LoRA that becomes :attr:`model`."""
-        return LanguagePrefixView(model) if takes_parts(model) else trainable_view(model)
+        return SplitLanguageModel(model) if supports_split(model) else trainable_view(model)
 
 
 def _check_returns_logits(model: nn.Module) -> None:

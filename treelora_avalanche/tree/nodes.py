@@ -1,4 +1,4 @@
-"""Nodes of the tree."""
+"""Nodes of the K-D tree, and the record of a merge."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch import Tensor
 
 
 class Merge(NamedTuple):
-    """Two adapters became one. Indices above ``absorbed`` are one smaller from now on.
+    """Two adapters merged into one; indices above ``absorbed`` decrease by one.
 
-    :param kept: index of the adapter that stands for both.
-    :param absorbed: index, before the merge, of the adapter that is gone; above ``kept``.
-    :param kept_weight: share of ``kept`` in the merged adapter: the number of tasks it stood
-        for, divided by the number of tasks of both.
+    >>> Merge(kept=0, absorbed=2, kept_weight=0.5)
+    Merge(kept=0, absorbed=2, kept_weight=0.5)
+
+    :param kept: index of the merged adapter.
+    :param absorbed: index, before the merge, of the adapter that is removed; above ``kept``.
+    :param kept_weight: share of ``kept`` in the merged adapter: n_kept / (n_kept + n_absorbed), in
+        numbers of tasks.
     """
 
     kept: int
@@ -24,37 +27,21 @@ class Merge(NamedTuple):
     kept_weight: float
 
 
-class FlatTree(NamedTuple):
-    """The tree as tensors, which is what the bandit searches.
-
-    Nodes ``0 .. n_adapters - 1`` are the arms: node k is adapter k. A leaf of the last level that
-    holds more than two adapters has nodes beneath it that halve them without comparing them: their
-    δ is infinite, so that their bound (Eq. 2) is the smaller one of their children. The search
-    finds the smallest bound in such a leaf as if all its adapters were children of the one node,
-    and a step is O(log n_adapters) however few levels there are.
-
-    :param children: ``(n_nodes, 2)``, long; both of an arm are itself.
-    :param delta: ``(n_nodes,)``, the threshold δ of inner nodes, 0 for arms.
-    :param root: index of the root; the arm itself where there is one only.
-    :param height: number of edges on the longest path from the root to an arm.
-    """
-
-    children: Tensor
-    delta: Tensor
-    root: int
-    height: int
-
-
 @dataclass(eq=False)
 class Node:
-    """A group of tasks.
+    """Group of tasks; a leaf, or an inner node with two children.
 
-    :param level: distance from the root. The members are compared, and split, by layer ``level``.
+    >>> import torch
+    >>> leaf = Node(level=1, members=[0, 2], total=torch.tensor([1.0, 0.5]))
+    >>> leaf.mean
+    tensor([0.5000, 0.2500])
+
+    :param level: distance from the root. The members are compared and split by layer ``level``.
     :param members: indices of the adapters in this group, ascending.
     :param total: ``(dim,)``, float64: sum of the members' signatures at the layer by which the
         parent compares its two children. Empty at the root.
     :param delta: threshold δ, Eq. 1: median of the L1 distances between the members and their
-        mean. Not a number while insertions have outdated it; :attr:`AdapterTree.root` renews it.
+        mean. NaN where an insertion has outdated it; :attr:`AdapterTree.root` recomputes it.
     :param left: first child; None in a leaf.
     :param right: second child; None in a leaf.
     """
@@ -68,16 +55,16 @@ class Node:
 
     @property
     def children(self) -> tuple[Node, Node] | None:
-        """Both children, or None for a leaf."""
+        """Returns both children, or None for a leaf."""
         return None if self.left is None or self.right is None else (self.left, self.right)
 
     @property
     def mean(self) -> Tensor:
-        """``(dim,)``: mean of the members' signatures at the layer the parent splits by."""
+        """Returns the mean of the members' signatures at the layer of the parent, ``(dim,)``."""
         return self.total / len(self.members)
 
     def walk(self) -> Iterator[Node]:
-        """Yields this node and all beneath it, parents first, left before right."""
+        """Yields this node and its descendants, parents first, left before right."""
         stack = [self]
         while stack:
             node = stack.pop()

@@ -1,4 +1,7 @@
-"""Splits of a group of tasks."""
+"""Halves a group of tasks: the threshold δ of Eq. 1, principal direction, closest pair.
+
+Tensor in, tensor out; :class:`~treelora_avalanche.tree.AdapterTree` calls these functions.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ import torch
 from torch import Tensor
 
 SPLITS = ("principal", "median_l1")
-
+"""How a group may be halved."""
 
 _POWER_ITERATIONS = 16
 
 
 def threshold(group: Tensor) -> float:
-    """The threshold δ of a group (Eq. 1): median L1 distance of its members to their mean.
+    """Returns the threshold δ of a group (Eq. 1), ``median_k ‖g_k − mean(g)‖_1``.
 
-    Of an even number of distances, the median is the mean of the middle two.
+    The median of an even number of distances is the mean of the middle two.
 
     :param group: ``(n_members, dim)``, the members' signatures at the layer of their node.
     """
@@ -27,11 +30,11 @@ def threshold(group: Tensor) -> float:
 
 
 def principal_direction(centred: Tensor) -> Tensor:
-    """The direction along which a group spreads the most, by power iteration.
+    """Returns the principal direction of a group X, by power iteration ``v <- XᵀX v / ‖XᵀX v‖``.
 
-    The iteration starts from the member that is farthest from the mean, so the result does not
-    depend on the order of the members. The largest component, the first if several are equally
-    large, is positive. No matrix of size (dim, dim) or (n_members, n_members) is formed.
+    The iteration starts from the member farthest from the mean, so the result does not depend on
+    the order of the members. The largest component, the first of several equal ones, is positive.
+    No matrix of size (dim, dim) or (n_members, n_members) is formed.
 
     :param centred: ``(n_members, dim)``, the members' signatures less their mean.
     :return: ``(dim,)``, of length 1; all zero if the members are identical.
@@ -48,7 +51,7 @@ def principal_direction(centred: Tensor) -> Tensor:
 
 
 def closest_pair(signatures: Tensor) -> tuple[int, int]:
-    """The two adapters whose signatures have the smallest L1 distance, summed over layers.
+    """Returns the two adapters with the smallest L1 distance, summed over layers.
 
     :param signatures: ``(n_adapters, n_layers, dim)``, of at least two adapters.
     :return: the smaller index, then the larger; of equally close pairs the first.
@@ -61,7 +64,12 @@ def closest_pair(signatures: Tensor) -> tuple[int, int]:
 
 
 def split_key(group: Tensor, split: str) -> Tensor:
-    """One number per member, ``(n_members,)``; the smaller half makes the left child."""
+    """Returns the key by which a group is split; the smaller half becomes the left child.
+
+    :param group: ``(n_members, dim)``, the members' signatures at the layer of their node.
+    :param split: one of :data:`SPLITS`.
+    :return: ``(n_members,)``.
+    """
     centred = group - group.mean(0)
     if split == "median_l1":
         distances: Tensor = torch.linalg.vector_norm(centred, ord=1, dim=1)

@@ -5,8 +5,8 @@ import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from treelora_avalanche.models.views.precision import autocast_dtype
-from treelora_avalanche.models.views.split_vit import PrefixView
-from treelora_avalanche.plugins import PrefixCachePlugin
+from treelora_avalanche.models.views.split_vit import SplitViT
+from treelora_avalanche.plugins import ActivationCachePlugin
 from treelora_avalanche.registry import METHODS, RunSettings
 from treelora_avalanche.runs.setup import Ingredients, build_strategy
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
@@ -166,7 +166,7 @@ def test_bf16_attention_on_a_cpu_is_that_of_float64(tiny_vit):
     attention = model.transformer.blocks[-2].attn
     assert not attention.fused_attn
     assert exact.transformer.blocks[-2].attn.fused_attn
-    hidden = exact.prefix(images.double())
+    hidden = exact.frozen_output(images.double())
     expected = exact.transformer.blocks[-2].attn(hidden)
     with model.autocasting():
         answer = attention(hidden.float())
@@ -197,7 +197,7 @@ def test_a_compiled_model_learns_the_same(tiny_vit, tiny_benchmark, monkeypatch)
         compiled.append(self)
         torch.nn.Module.compile(self, backend="aot_eager")  # without a compiler of C++
 
-    monkeypatch.setattr(PrefixView, "compile", compile)
+    monkeypatch.setattr(SplitViT, "compile", compile)
     weights = []
     for flag in (False, True):
         strategy = make(tiny_vit(), kind=SeqLoRA, compile=flag, train_epochs=1)
@@ -248,7 +248,7 @@ def test_no_step_waits_for_the_gpu(tiny_vit, tiny_benchmark, selection, cache):
 def test_what_is_kept_comes_from_pinned_memory(tiny_vit, tiny_benchmark):
     pinned = []
 
-    class Seen(PrefixCachePlugin):
+    class Seen(ActivationCachePlugin):
         def before_training_epoch(self, strategy, **kwargs):
             pinned.append(next(iter(strategy.dataloader))[0].is_pinned())
 

@@ -1,4 +1,4 @@
-"""Routed inference: each sample is answered by one of the finished adapters."""
+"""Routed inference: each sample uses one of the finished adapters."""
 
 import copy
 
@@ -47,13 +47,13 @@ def always(router: Router, adapter: int) -> Router:
 def test_routing_with_the_true_adapter_equals_that_adapters_own_output(trained, images):
     router = trained.model.router
     factors = LoRAFactors(trained.model)
-    live = factors.stack.clone()
+    active = factors.stack.clone()
     for adapter in range(3):
         trained.model.router = always(router, adapter)
         routed = trained.model(images)
         factors.stack.copy_(trained.bank[adapter])
-        assert torch.equal(routed, trained.model.live(images))
-        factors.stack.copy_(live)
+        assert torch.equal(routed, trained.model.forward_active(images))
+        factors.stack.copy_(active)
 
 
 @torch.no_grad()
@@ -84,12 +84,12 @@ def test_frozen_features_are_those_of_the_model_without_adapter(trained, tiny_vi
 
 
 @torch.no_grad()
-def test_live_adapter_is_back_after_routing_and_answers_in_training_mode(trained, images):
-    live = LoRAFactors(trained.model).stack.clone()
+def test_active_adapter_is_restored_after_routing_and_used_in_training_mode(trained, images):
+    active = LoRAFactors(trained.model).stack.clone()
     trained.model(images)
-    assert torch.equal(LoRAFactors(trained.model).stack, live)
+    assert torch.equal(LoRAFactors(trained.model).stack, active)
     trained.model.train()
-    assert torch.equal(trained.model(images), trained.model.live(images))
+    assert torch.equal(trained.model(images), trained.model.forward_active(images))
 
 
 def test_router_adds_up_the_classes_of_an_adapter_by_hand():

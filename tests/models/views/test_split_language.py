@@ -1,4 +1,4 @@
-"""What the frozen layers of a language model compute is kept, and nothing else changes."""
+"""Split language models: caching the frozen layers' output changes nothing else."""
 
 import json
 import logging
@@ -23,10 +23,10 @@ from support import weights
 from treelora_avalanche.adapters import add_lora
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.features.signature import activation_signature
-from treelora_avalanche.models.token_batches import collate_hidden_rows, collate_token_rows
+from treelora_avalanche.models.token_batches import collate_hidden_states, collate_tokens
 from treelora_avalanche.models.tokenization import EncodedSample
 from treelora_avalanche.models.tokens import PADDING, crop
-from treelora_avalanche.models.views.split_language import LanguagePrefixView, frozen_layers
+from treelora_avalanche.models.views.split_language import SplitLanguageModel, frozen_layers
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche.scenarios.text_tasks import TokenRows, TokenTargets
 from treelora_avalanche.strategies import (
@@ -103,7 +103,7 @@ def make(kind, model, **kwargs):
 
 
 class Count:
-    """Counts the rows that go through the first layer, and through the first adapted one."""
+    """Counts the samples that pass the first layer, and the first adapted one."""
 
     def __init__(self, strategy):
         self.first = self.adapted = 0
@@ -119,7 +119,7 @@ class Count:
 
 
 class Losses(SupervisedPlugin):
-    """Notes the loss of every batch that is evaluated."""
+    """Records the loss of every batch that is evaluated."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ class Losses(SupervisedPlugin):
 
 
 def train(strategy, stream):
-    """Trains and evaluates two tasks; what was learned, and the losses on the way."""
+    """Trains and evaluates two tasks; returns the learned weights and the losses on the way."""
     watch = next(p for p in strategy.plugins if isinstance(p, Losses))
     for experience in stream.train_stream[:2]:
         strategy.train(experience)
@@ -154,8 +154,8 @@ def test_weights_are_the_same_but_for_rounding(kind, make_model, tiny_texts):
         torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-9, msg=name)
     before, now = counts
     assert before.first == before.adapted
-    # Two sets of eight to train on and two to test: each once, a token of a row to know the shape,
-    # two to see that nothing is random, twice, and two to find out whether it can be divided.
+    # Two sets of eight to train on and two to test: each once, a token of a text for the shape, two
+    # twice to check that nothing is random, and two to check that the model can be split.
     assert now.first == 2 * (8 + 1 + 2 + 4) + 2 * (8 + 1 + 2)
     assert now.adapted >= before.adapted
 
@@ -187,22 +187,22 @@ def test_bit_for_bit_where_all_batches_have_one_shape(kind, make_model, tmp_path
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_parts_answer_as_the_whole_in_every_kind_of_model(kind, make_model):
+def test_the_parts_give_the_output_of_the_whole_in_every_kind_of_model(kind, make_model):
     model = make_model(kind)
     targets = None if kind != "OPT" else ["q_proj", "v_proj"]
-    view = LanguagePrefixView(add_lora(model, layers="last:2", target_modules=targets)).eval()
+    view = SplitLanguageModel(add_lora(model, layers="last:2", target_modules=targets)).eval()
     for factors in view.parameters():
         torch.nn.init.normal_(factors, std=0.3)
     tokens = torch.randint(98, (3, 9))
     tokens[1, 5:] = PADDING
     assert view.n_frozen == 2
     with torch.no_grad():
-        hidden = view.prefix(tokens)
+        hidden = view.frozen_output(tokens)
         assert torch.equal(hidden.isnan().all(2), tokens == PADDING)
         torch.testing.assert_close(view(hidden), view(tokens))
         torch.testing.assert_close(view(hidden, last=3), view(tokens, last=3))
-        # What is kept of a row depends neither on its padding nor on the other rows.
-        torch.testing.assert_close(hidden[1:2, :5], view.prefix(tokens[1:2, :5]))
+        # The cached output depends neither on a text's padding nor on the other texts.
+        torch.testing.assert_close(hidden[1:2, :5], view.frozen_output(tokens[1:2, :5]))
     assert view.agrees(tokens)
     kept = [parameter.grad is None for parameter in view.parameters()]
     view(hidden).sum().backward()
@@ -223,21 +223,21 @@ def test_which_layers_are_frozen(make_model):
 
 
 def test_layers_have_their_own_forward_pass_again(make_model):
-    view = LanguagePrefixView(add_lora(make_model(), layers="last:2"))
-    view(view.prefix(torch.tensor([[1, 2, 3]])))
+    view = SplitLanguageModel(add_lora(make_model(), layers="last:2"))
+    view(view.frozen_output(torch.tensor([[1, 2, 3]])))
     assert not any("forward" in layer.__dict__ for layer in view.module.base.model.layers)
     with pytest.raises(IndexError):
-        view.prefix(torch.tensor([[1, 2, 300]]))
+        view.frozen_output(torch.tensor([[1, 2, 300]]))
     assert not any("forward" in layer.__dict__ for layer in view.module.base.model.layers)
 
 
-def test_compiled_layers_answer_the_same(make_model):
-    view = LanguagePrefixView(add_lora(make_model(), layers="last:2"))
+def test_compiled_layers_give_the_same_output(make_model):
+    view = SplitLanguageModel(add_lora(make_model(), layers="last:2"))
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, PADDING, PADDING]])
     with torch.no_grad():
         logits = view(tokens)
         view.compile(backend="eager")
-        torch.testing.assert_close(view(view.prefix(tokens)), logits)
+        torch.testing.assert_close(view(view.frozen_output(tokens)), logits)
         torch.testing.assert_close(view(tokens), logits)
     assert all(layer._compiled_call_impl for layer in view.module.base.model.layers)
 
@@ -245,23 +245,23 @@ def test_compiled_layers_answer_the_same(make_model):
 def said(strategy, stream, caplog):
     with caplog.at_level(logging.INFO):
         strategy.train(stream.train_stream[0])
-    return [r.getMessage() for r in caplog.records if "not kept" in r.getMessage()]
+    return [r.getMessage() for r in caplog.records if "not cached" in r.getMessage()]
 
 
-def test_it_says_why_it_is_off_where_all_layers_are_adapted(make_model, tiny_texts, caplog):
+def test_the_log_says_why_the_cache_is_off_with_all_layers_adapted(make_model, tiny_texts, caplog):
     lines = said(make("SeqLoRA", make_model(), layers="all"), tiny_texts, caplog)
     assert len(lines) == 1
     assert "no block is frozen below the adapter" in lines[0]
 
 
-def test_it_says_why_it_is_off_with_dropout(make_model, tiny_texts, caplog):
+def test_the_log_says_why_the_cache_is_off_with_dropout(make_model, tiny_texts, caplog):
     # GPT-2 drops a tenth of its embeddings.
     lines = said(make("SeqLoRA", make_model("GPT-2")), tiny_texts, caplog)
     assert len(lines) == 1
     assert "random (dropout)" in lines[0]
 
 
-def test_a_model_whose_layers_read_more_than_hidden_states_is_found_out(
+def test_a_model_whose_layers_read_more_than_hidden_states_is_not_split(
     make_model, tiny_texts, caplog
 ):
     model = make_model()
@@ -272,10 +272,10 @@ def test_a_model_whose_layers_read_more_than_hidden_states_is_found_out(
     layers[3].register_forward_hook(lambda _, __, output: output + left["first"])
     lines = said(make("SeqLoRA", model), tiny_texts, caplog)
     assert len(lines) == 1
-    assert "read more than what the layer below hands on" in lines[0]
+    assert "read more than the output of the layer below" in lines[0]
 
 
-def test_rows_shorter_than_they_say_are_found_out(make_model, caplog):
+def test_sequences_shorter_than_their_lengths_switch_the_cache_off(make_model, caplog):
     samples = [EncodedSample([1, 2, 3, 4], 2, 0)] * 3
     dataset = TaskAwareSupervisedClassificationDataset(
         [TokenRows(samples, 48)],
@@ -288,10 +288,10 @@ def test_rows_shorter_than_they_say_are_found_out(make_model, caplog):
     stream = with_task_labels(benchmark_from_datasets(train=[dataset]))
     lines = said(make("SeqLoRA", make_model()), stream, caplog)
     assert len(lines) == 1
-    assert "a row is not as long as `lengths` tells" in lines[0]
+    assert "a token sequence differs from its `lengths`" in lines[0]
 
 
-def test_hidden_rows_are_padded_as_tokens_are():
+def test_hidden_states_are_padded_as_tokens_are():
     tokens = [torch.tensor([5, 6, 7, PADDING]), torch.tensor([8, PADDING, PADDING, PADDING])]
     targets = [torch.tensor([-100, 6, 7, -100]), torch.tensor([9, -100, -100, -100])]
     lengths = [3, 1]
@@ -300,18 +300,18 @@ def test_hidden_rows_are_padded_as_tokens_are():
         for t, y, n in zip(tokens, targets, lengths, strict=True)
     ]
     rows = [(t, y, 0) for t, y in zip(tokens, targets, strict=True)]
-    for make_batch, width in ((collate_token_rows, 3), (partial(collate_hidden_rows, width=4), 4)):
+    for make_batch, width in ((collate_tokens, 3), (partial(collate_hidden_states, width=4), 4)):
         x, y, task = make_batch(hidden)
         assert x.shape == (2, width, 2)
         assert torch.equal(x.isnan().all(2), torch.stack(tokens)[:, :width] == PADDING)
         assert torch.equal(y, torch.stack(targets)[:, :width])
         assert torch.equal(task, torch.zeros(2, dtype=torch.long))
         assert crop(x).shape == (2, 3, 2)
-    assert torch.equal(collate_token_rows(rows)[1], collate_token_rows(hidden)[1])
+    assert torch.equal(collate_tokens(rows)[1], collate_tokens(hidden)[1])
 
 
 def test_the_signature_of_a_task_is_that_of_its_tokens(make_model):
-    view = LanguagePrefixView(add_lora(make_model(), layers="last:2"))
+    view = SplitLanguageModel(add_lora(make_model(), layers="last:2"))
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, PADDING, PADDING]])
     signature = activation_signature(view, tokens)
-    torch.testing.assert_close(activation_signature(view, view.prefix(tokens)), signature)
+    torch.testing.assert_close(activation_signature(view, view.frozen_output(tokens)), signature)

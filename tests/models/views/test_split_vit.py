@@ -1,4 +1,4 @@
-"""The view of a vision transformer in two parts: equal to timm's own pass, with less work."""
+"""Split vision transformers: equal to timm's own forward pass, with less computation."""
 
 import copy
 
@@ -12,9 +12,9 @@ from torch import nn
 
 from treelora_avalanche.adapters import TrainableView, add_lora, lora_layers
 from treelora_avalanche.models.views.split_vit import (
-    PrefixView,
-    answers_by_class_token,
+    SplitViT,
     frozen_blocks,
+    head_reads_class_token,
     trainable_view,
 )
 
@@ -71,7 +71,7 @@ def test_logits_and_gradients_are_those_of_timm(kind, layers, images):
     truth = gradients(model)
     model.zero_grad()
     view = trainable_view(model)
-    assert isinstance(view, PrefixView)
+    assert isinstance(view, SplitViT)
     logits = view(images)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
     nn.functional.cross_entropy(logits, targets).backward()
@@ -88,10 +88,10 @@ def test_logits_and_gradients_are_those_of_timm(kind, layers, images):
 )
 def test_hidden_states_stand_for_the_images(blocks, kind):
     model = lora_vit(kind, sorted(blocks))
-    view = PrefixView(model)
+    view = SplitViT(model)
     images = torch.randn(3, 1, 8, 8)
     assert view.n_frozen == min(blocks)
-    hidden = view.prefix(images)
+    hidden = view.frozen_output(images)
     assert torch.equal(view(hidden), view(images))
     # By timm's own blocks, one after the other.
     vit = view.transformer
@@ -100,30 +100,28 @@ def test_hidden_states_stand_for_the_images(blocks, kind):
     assert torch.equal(hidden, truth)
 
 
-def test_the_last_block_works_for_the_class_token_alone(images):
+def test_the_last_block_computes_the_class_token_alone(images):
     for kind, expected in (("plain", 1), ("mean of the patches", 5)):
-        view = PrefixView(lora_vit(kind))
+        view = SplitViT(lora_vit(kind))
         seen = []
         view.transformer.blocks[-1].mlp.register_forward_pre_hook(
             lambda _, inputs, seen=seen: seen.append(inputs[0].shape[1])
         )
         view(images)
         assert seen == [expected]
-        assert answers_by_class_token(view.transformer) == (expected == 1)
+        assert head_reads_class_token(view.transformer) == (expected == 1)
 
 
-def test_the_prefix_has_no_gradients(images):
-    view = PrefixView(lora_vit(layers="last:2"))
+def test_frozen_blocks_have_no_gradients(images):
+    view = SplitViT(lora_vit(layers="last:2"))
     asked = images.clone().requires_grad_()  # as gradient checkpointing asks embeddings to be
-    assert not view.prefix(asked).requires_grad
+    assert not view.frozen_output(asked).requires_grad
     view(asked).sum().backward()
     assert asked.grad is None
 
 
-def test_what_counts_as_frozen():
-    assert [
-        frozen_blocks(PrefixView(lora_vit(layers=c)).transformer) for c in ("all", "last:3")
-    ] == [
+def test_frozen_blocks_are_those_below_the_lowest_trainable_one():
+    assert [frozen_blocks(SplitViT(lora_vit(layers=c)).transformer) for c in ("all", "last:3")] == [
         0,
         1,
     ]
@@ -139,7 +137,7 @@ def test_what_counts_as_frozen():
 
 def test_a_trained_embedding_gets_its_gradient(images):
     model = lora_vit(layers="last:2")
-    view = PrefixView(model)
+    view = SplitViT(model)
     view.transformer.pos_embed.requires_grad_()
     view.train()
     assert view.n_frozen is None
@@ -152,7 +150,7 @@ def test_a_trained_embedding_gets_its_gradient(images):
 
 
 def test_checkpointing_computes_the_same(images):
-    view = PrefixView(lora_vit(layers="last:3"))
+    view = SplitViT(lora_vit(layers="last:3"))
     view(images).square().sum().backward()
     truth = gradients(view)
     view.zero_grad()
@@ -162,10 +160,10 @@ def test_checkpointing_computes_the_same(images):
         torch.testing.assert_close(gradient, truth[name])
 
 
-def test_models_with_a_pass_of_their_own_are_left_alone(images):
+def test_models_with_a_forward_pass_of_their_own_are_not_split(images):
     distilled = lora_vit(make=VisionTransformerDistilled)
     # Its blocks are run by timm's own pass, but its head reads two tokens.
-    assert isinstance(trainable_view(distilled), PrefixView)
+    assert isinstance(trainable_view(distilled), SplitViT)
     expected = distilled(images)
     torch.testing.assert_close(trainable_view(distilled)(images), expected, rtol=1e-5, atol=1e-6)
 
@@ -176,12 +174,12 @@ def test_models_with_a_pass_of_their_own_are_left_alone(images):
     other = lora_vit(make=Other)
     assert type(trainable_view(other)) is TrainableView
     with pytest.raises(ValueError, match=r"no timm VisionTransformer.*TrainableView"):
-        PrefixView(other)
+        SplitViT(other)
     assert type(trainable_view(nn.Linear(2, 2))) is TrainableView
 
 
 def test_a_copy_of_a_compiled_view_is_its_own(images):
-    view = PrefixView(lora_vit())
+    view = SplitViT(lora_vit())
     before = view(images)
     view.compile(backend="eager")
     torch.testing.assert_close(view(images), before)

@@ -1,4 +1,4 @@
-"""What the frozen blocks compute is kept, and nothing else changes."""
+"""Cached frozen-block activations: the weights are those without the cache."""
 
 import gc
 import logging
@@ -17,7 +17,7 @@ from torch import nn
 
 from support import weights
 from treelora_avalanche.metrics import AccuracyMatrix
-from treelora_avalanche.plugins import PrefixCachePlugin
+from treelora_avalanche.plugins import ActivationCachePlugin
 from treelora_avalanche.strategies import (
     OGD,
     EWCLoRA,
@@ -64,7 +64,7 @@ def all_equal(first, second):
 
 
 class Count:
-    """Counts the samples that go through the first block, and through the first adapted one."""
+    """Counts the samples that pass through the first block, and the first adapted one."""
 
     def __init__(self, strategy):
         self.first = self.adapted = 0
@@ -101,7 +101,7 @@ def test_weights_are_the_same_bit_for_bit(kind, tiny_vit, tiny_benchmark):
     assert torch.equal(*accuracies)
 
 
-def test_the_prefix_sees_a_sample_once_a_task_and_a_test_set_once_a_stream(
+def test_frozen_blocks_compute_a_sample_once_a_task_and_a_test_set_once_a_stream(
     tiny_vit, tiny_benchmark
 ):
     strategy = make("SeqLoRA", tiny_vit())
@@ -142,15 +142,15 @@ def test_in_files_where_memory_is_short(tiny_vit, tiny_benchmark, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_kept_where_there_is_no_room(tiny_vit, tiny_benchmark, monkeypatch, caplog):
+def test_nothing_is_cached_where_there_is_no_room(tiny_vit, tiny_benchmark, monkeypatch, caplog):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     strategy = make("SeqLoRA", tiny_vit(), cache=0)
     with caplog.at_level(logging.INFO):
         strategy.train(tiny_benchmark.train_stream)
-    assert [r.message for r in caplog.records if "not kept" in r.message] == [
-        "what the frozen blocks compute is not kept: there is no room for 10,240 bytes, neither in "
+    assert [r.message for r in caplog.records if "not cached" in r.message] == [
+        "the output of the frozen blocks is not cached: 10,240 bytes fit neither in "
         "memory nor on disk"
     ]
 
@@ -163,12 +163,12 @@ class Jitter:
 
 
 def off(strategy, stream, caplog):
-    """The reasons that the log gives, after training on a stream."""
+    """Returns the logged reasons after training on a stream."""
     count = Count(strategy)
     with caplog.at_level(logging.INFO):
         strategy.train(stream)
     assert count.first >= count.adapted
-    lines = [r.getMessage() for r in caplog.records if "not kept" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "not cached" in r.getMessage()]
     caplog.clear()
     return lines
 
@@ -196,10 +196,10 @@ def test_random_augmentation_switches_it_off_and_is_undisturbed(tiny_vit, caplog
         assert len(lines) == (0 if cache is None else 1)
         results.append(weights(strategy))
     assert "a sample read again differs (random augmentation" in lines[0]
-    assert all_equal(*results)  # the tried samples have drawn no random numbers
+    assert all_equal(*results)  # the probe has drawn no random numbers
 
 
-def test_what_evaluation_has_kept_is_not_trained_on_where_images_are_augmented(tiny_vit, caplog):
+def test_activations_of_evaluation_are_not_trained_on_where_images_are_augmented(tiny_vit, caplog):
     results = []
     stream = benchmark_with(Jitter()).train_stream
     for cache in (None, "auto"):
@@ -223,7 +223,7 @@ def test_a_training_transform_of_its_own_switches_it_off(tiny_vit, caplog):
     assert "two transforms" in lines[0]
 
 
-def test_dropout_in_the_prefix_switches_it_off(caplog, tiny_benchmark):
+def test_dropout_in_the_frozen_blocks_switches_it_off(caplog, tiny_benchmark):
     model = VisionTransformer(
         img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=3, num_heads=2, num_classes=6,
         pos_drop_rate=0.5,
@@ -233,7 +233,9 @@ def test_dropout_in_the_prefix_switches_it_off(caplog, tiny_benchmark):
     assert "random (dropout)" in lines[0]
 
 
-def test_first_layers_leave_nothing_to_keep_and_it_says_so(tiny_vit, tiny_benchmark, caplog):
+def test_adapted_first_layers_leave_nothing_to_cache_and_the_log_says_so(
+    tiny_vit, tiny_benchmark, caplog
+):
     strategy = make("SeqLoRA", tiny_vit(), layers="first:2")
     lines = off(strategy, tiny_benchmark.train_stream, caplog)
     assert len(lines) == 1
@@ -247,14 +249,14 @@ def test_a_model_of_another_kind_is_trained_as_before(tiny_benchmark, caplog):
     )
     with caplog.at_level(logging.INFO):
         strategy.train(tiny_benchmark.train_stream)
-    assert "is not known in two parts" in caplog.text
+    assert "cannot be split at a block" in caplog.text
 
 
-def test_the_benchmark_keeps_its_images_and_memory_is_let_go(tiny_vit, tiny_benchmark):
+def test_the_benchmark_keeps_its_images_and_memory_is_freed(tiny_vit, tiny_benchmark):
     strategy = make("SeqLoRA", tiny_vit())
     kept = []
 
-    class Watch(PrefixCachePlugin):
+    class Watch(ActivationCachePlugin):
         def before_training_exp(self, strategy, **kwargs):
             x, y, *_ = strategy.experience.dataset[3]
             assert x.shape == (5, 16)  # four patches and the class token
@@ -282,5 +284,5 @@ def test_a_stream_continues_with_another_cache(tiny_vit, tiny_benchmark, tmp_pat
 
 @pytest.mark.parametrize("value", ["1 GB", -1, 0.5])
 def test_memory_out_of_range(value):
-    with pytest.raises(ValueError, match=r"`memory` is .*'auto', or None"):
-        PrefixCachePlugin(value)
+    with pytest.raises(ValueError, match=r"`memory` should be .*'auto' or None"):
+        ActivationCachePlugin(value)

@@ -1,4 +1,4 @@
-"""Two processes, each on its half of every batch, learn what one learns on all of it."""
+"""Two processes, each on half of every batch, learn the weights of one process on all of it."""
 
 import json
 import os
@@ -109,7 +109,7 @@ for name, (kind, make_model, arguments) in KINDS.items():
         **{"layers": "last:2", **arguments},
         optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9), schedule="constant",
     )
-    if rank:  # what processes start with is made alike
+    if rank:  # the plugin synchronises the initial weights
         with torch.no_grad():
             for parameter in strategy.model.parameters():
                 parameter.add_(1)
@@ -151,7 +151,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What one process has learned, and what each of two has."""
+    """The results of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("processes")
     script = folder / "child.py"
     script.write_text(CHILD)
@@ -197,7 +197,7 @@ def load(folder: Path, name: str) -> dict[str, torch.Tensor]:
         ("head", 1e-6),
     ],
 )
-def test_two_processes_learn_what_one_does(trained, method, tolerance):
+def test_two_processes_learn_the_weights_of_one(trained, method, tolerance):
     alone = load(trained / "one", f"{method}.0")
     if method == "head":
         # Adam has trained the classifier on the statistics: its steps do not shrink with the
@@ -219,10 +219,10 @@ def test_both_processes_have_the_same_statistics_bit_for_bit(trained, method):
 
 
 @pytest.mark.parametrize("method", ["TreeLoRA", "head", "texts"])
-def test_each_process_does_its_share_of_what_needs_no_gradients(trained, method):
+def test_each_process_computes_its_share_of_the_passes_without_gradients(trained, method):
     alone = load(trained / "one", f"{method}.0.work")["samples"]
     for rank in range(2):
-        # A few samples every process tries, to know whether the cache may be used.
+        # Every process probes a few samples to see whether they can be cached.
         assert load(trained / "two", f"{method}.{rank}.work")["samples"] < 0.75 * alone
 
 

@@ -1,15 +1,16 @@
-"""The first experience adapts all blocks, and those that follow the last ones alone."""
+"""The first experience adapts all blocks, later ones only the last blocks."""
 
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from treelora_avalanche.adapters import lora_layers
-from treelora_avalanche.plugins import FirstSessionPlugin
+from treelora_avalanche.plugins import FirstSessionPlugin, OGDPlugin, RouterPlugin
 from treelora_avalanche.strategies import (
     OGD,
     EWCLoRA,
@@ -51,12 +52,12 @@ def make(kind, model, *plugins, **kwargs):
 
 
 def factors(strategy):
-    """The live adapter by block."""
+    """The active adapter by block."""
     weights: dict[int, list[torch.Tensor]] = {}
     for name, layer in lora_layers(strategy.model).items():
         block = next(int(part) for part in name.split(".") if part.isdigit())
-        live = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-        weights.setdefault(block, []).extend(weight.detach().clone() for weight in live)
+        active = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        weights.setdefault(block, []).extend(weight.detach().clone() for weight in active)
     return weights
 
 
@@ -89,7 +90,9 @@ def test_the_first_experience_is_that_of_the_strategy_alone(tiny_vit, tiny_bench
     assert equal(*results)
 
 
-def test_those_that_follow_are_as_if_the_lower_blocks_were_frozen_by_hand(tiny_vit, tiny_benchmark):
+def test_later_experiences_equal_training_with_lower_blocks_frozen_by_hand(
+    tiny_vit, tiny_benchmark
+):
     by_hand = make("SeqLoRA", tiny_vit(), cache=None)
     by_hand.train(tiny_benchmark.train_stream[0])
     for block in by_hand.model.transformer.blocks[:2]:
@@ -104,7 +107,7 @@ def test_those_that_follow_are_as_if_the_lower_blocks_were_frozen_by_hand(tiny_v
 
 
 @pytest.mark.parametrize("kind", ["TreeLoRA", "EWC"])
-def test_it_is_the_same_bit_for_bit_with_the_settled_blocks_kept(kind, tiny_vit, tiny_benchmark):
+def test_it_is_the_same_bit_for_bit_with_the_frozen_blocks_cached(kind, tiny_vit, tiny_benchmark):
     results, passes = [], []
     for cache in (None, "auto"):
         strategy = make(kind, tiny_vit(), FirstSessionPlugin(1), cache=cache)
@@ -119,8 +122,8 @@ def test_it_is_the_same_bit_for_bit_with_the_settled_blocks_kept(kind, tiny_vit,
         results.append(all_weights(strategy))
         passes.append(sum(passed))
     assert equal(*results)
-    # Every sample once; one to know the shape, two twice to see that nothing is random. The test
-    # sets were passed through before.
+    # Every sample once; one for the shape, two twice for randomness. The test sets were cached
+    # before.
     assert passes[1] == 2 * (32 + 1 + 4)
     assert passes[0] >= 2 * (2 * 32 + 16)
 
@@ -142,7 +145,7 @@ def test_a_stream_is_continued_in_a_new_process(tiny_vit, tiny_benchmark, tmp_pa
         make("TreeLoRA", tiny_vit(), FirstSessionPlugin(2)).load(tmp_path / "state")
 
 
-def test_decoder_layers_of_a_language_model_settle(make_language_model, tiny_texts):
+def test_decoder_layers_of_a_language_model_are_frozen(make_language_model, tiny_texts):
     strategy = make("TreeLoRA, last", make_language_model(), FirstSessionPlugin(1))
     seen = []
     for experience in tiny_texts.train_stream[:2]:
@@ -156,16 +159,16 @@ def test_decoder_layers_of_a_language_model_settle(make_language_model, tiny_tex
     ("build", "message"),
     [
         (partial(SeqLoRA, layers="last:1"), "no block below the last 1 of 3 is adapted"),
-        (partial(OLoRA, layers="all"), "one for each"),
-        (partial(InfLoRA, layers="all"), "one for each"),
+        (partial(OLoRA, layers="all"), "freezes a whole adapter per experience"),
+        (partial(InfLoRA, layers="all"), "freezes a whole adapter per experience"),
         (
             partial(TreeLoRAStrategy, layers="all", head="task_adaptive", inference="routed"),
-            "by the model without it",
+            "TaskStartPlugin starts an experience from the whole adapter",
         ),
-        (partial(OGD, layers="all"), "moves all of it"),
+        (partial(OGD, layers="all"), "OGDPlugin projects gradients and steps of the whole adapter"),
     ],
 )
-def test_where_blocks_cannot_settle(build, message, tiny_vit, tiny_benchmark):
+def test_where_blocks_cannot_be_frozen(build, message, tiny_vit, tiny_benchmark):
     strategy = build(tiny_vit(), plugins=[FirstSessionPlugin(1)], train_epochs=1)
     before = all_weights(strategy)
     with pytest.raises(ValueError, match=message):
@@ -173,21 +176,61 @@ def test_where_blocks_cannot_settle(build, message, tiny_vit, tiny_benchmark):
     assert equal(before, all_weights(strategy))
 
 
-def test_an_adapter_that_is_consolidated_cannot_settle(make_language_model, tiny_texts):
+class OGDVariantPlugin(OGDPlugin, supports_distributed=True):
+    """A subclass that says nothing about FirstSessionPlugin itself."""
+
+
+class ThirdPartyPlugin(SupervisedPlugin):
+    """A plugin of another package, with the reason as an attribute."""
+
+    requires_whole_adapter = "rotates the whole adapter"
+
+
+class PermissivePlugin(OGDPlugin, supports_distributed=True):
+    """A subclass that works with part of the adapter."""
+
+    requires_whole_adapter = None
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (OGDVariantPlugin(), "OGDVariantPlugin projects gradients and steps of the whole adapter"),
+        (RouterPlugin(), "RouterPlugin predicts with a whole adapter per task"),
+        (ThirdPartyPlugin(), "ThirdPartyPlugin rotates the whole adapter. Leave one of the two"),
+    ],
+)
+def test_a_plugin_that_requires_the_whole_adapter_is_refused(
+    plugin, message, tiny_vit, tiny_benchmark
+):
+    strategy = make("SeqLoRA", tiny_vit(), FirstSessionPlugin(1), plugin)
+    before = all_weights(strategy)
+    with pytest.raises(ValueError, match=message):
+        strategy.train(tiny_benchmark.train_stream[0])
+    assert equal(before, all_weights(strategy))
+
+
+def test_a_subclass_may_lift_the_restriction(tiny_vit, tiny_benchmark):
+    strategy = make("SeqLoRA", tiny_vit(), FirstSessionPlugin(1), PermissivePlugin(2))
+    strategy.train(tiny_benchmark.train_stream[0])
+    assert strategy.model.n_settled == 2
+
+
+def test_an_adapter_that_is_consolidated_cannot_be_frozen(make_language_model, tiny_texts):
     strategy = TaSL(make_language_model(), plugins=[FirstSessionPlugin(1)])
-    with pytest.raises(ValueError, match="consolidates all of it"):
+    with pytest.raises(ValueError, match="TaSLPlugin consolidates the whole adapter"):
         strategy.train(tiny_texts.train_stream[0])
 
 
-def test_a_trained_embedding_keeps_blocks_from_settling(tiny_vit, tiny_benchmark):
+def test_a_trained_embedding_keeps_blocks_from_being_frozen(tiny_vit, tiny_benchmark):
     strategy = make("SeqLoRA", tiny_vit(), FirstSessionPlugin(1))
     strategy.model.transformer.patch_embed.requires_grad_(True)
     strategy.model.train()
-    with pytest.raises(ValueError, match="below the blocks is trained"):
+    with pytest.raises(ValueError, match="below the blocks should be frozen, but are trained"):
         strategy.train(tiny_benchmark.train_stream[0])
 
 
-def test_a_model_that_is_not_known_in_two_parts(tiny_benchmark):
+def test_a_model_that_cannot_be_split(tiny_benchmark):
     from avalanche.training.supervised import Naive
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6))
@@ -197,10 +240,10 @@ def test_a_model_that_is_not_known_in_two_parts(tiny_benchmark):
         plugins=[FirstSessionPlugin()],
         evaluator=EvaluationPlugin(loggers=[]),
     )
-    with pytest.raises(ValueError, match="not known in two parts"):
+    with pytest.raises(ValueError, match="is a Sequential, which cannot be split at a block"):
         strategy.train(tiny_benchmark.train_stream[0])
 
 
-def test_at_least_one_block_goes_on():
-    with pytest.raises(ValueError, match="must be at least 1, and is 0"):
+def test_at_least_one_block_is_trained():
+    with pytest.raises(ValueError, match="should be at least 1, but is 0"):
         FirstSessionPlugin(0)

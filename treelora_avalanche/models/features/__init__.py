@@ -1,1 +1,6 @@
-"""Features of a backbone: extraction, task signatures, Gaussians, centroids."""
+"""Features, the inputs of a classifier, and their statistics.
+
+``extraction`` computes the features of a data set, ``signature`` the activation signature of a task
+before its first step. ``gaussians`` and ``centroids`` are two kinds of class statistics, from which
+pseudo-features are drawn, so that a head can be trained on past classes without storing samples.
+"""

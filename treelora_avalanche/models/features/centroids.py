@@ -1,7 +1,7 @@
-"""Classes as a few centroids: what HiDe remembers of their features (Wang et al., NeurIPS 2023).
+"""Class statistics as a few centroids, those of HiDe (Wang et al., NeurIPS 2023).
 
-A kind of statistics beside the Gaussians of ``models/pseudo_features.py``, for classes whose
-features lie in several heaps. Tensor in, tensor out.
+An alternative to ``gaussians``, for classes whose features form several clusters. Tensor in, tensor
+out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Here, and not where it is used: to import it moves the global generator of Python.
+# At the top, not in the function: its import moves Python's global random state.
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,15 +21,18 @@ from treelora_avalanche.models.features.gaussians import load_statistics
 
 
 class ClassCentroids(NamedTuple):
-    """A class as a mixture of Gaussians without correlations, one for each centroid.
+    """Class as a mixture of Gaussians with diagonal covariance, one for each centroid.
 
-    Its mean and the variance of every coordinate are those of the class. Stores
-    ``n * (2 * dim + 1)`` values.
+    Mean and variance of every coordinate are those of the class. Stores ``n * (2 * dim + 1)``
+    values::
+
+        statistics = ClassCentroids.of(label=3, task=0, features=features, n_centroids=10)
 
     :param label: the class.
     :param task: number of the task, in the order of training.
     :param means: the centroids, ``(n, dim)``.
-    :param variances: of the features around their centroid, ``(n, dim)``; 0 for a single sample.
+    :param variances: variances of the features around their centroid, ``(n, dim)``; 0 for a single
+        sample.
     :param shares: share of the class's samples at each centroid, ``(n,)``.
     """
 
@@ -41,7 +44,7 @@ class ClassCentroids(NamedTuple):
 
     @classmethod
     def of(cls, label: int, task: int, features: Tensor, n_centroids: int) -> ClassCentroids:
-        """Centroids of a class, by k-means.
+        """Returns the centroids of a class, by k-means.
 
         :param label: the class.
         :param task: number of the task.
@@ -50,8 +53,7 @@ class ClassCentroids(NamedTuple):
         """
         points = features.detach().cpu().double().numpy()
         n = min(n_centroids, len(features.unique(dim=0)))
-        # Its own seed: the choice of centroids neither depends on the global generators nor moves
-        # them.
+        # A fixed seed, so that the global generators are neither read nor moved.
         found = KMeans(n, n_init=1, random_state=0).fit(points)
         owner = torch.as_tensor(found.labels_, dtype=torch.long, device=features.device)
         belongs = F.one_hot(owner, n).to(features)  # (n_samples, n)
@@ -62,11 +64,11 @@ class ClassCentroids(NamedTuple):
 
     @property
     def dim(self) -> int:
-        """Size of a feature."""
+        """Dimension of the features."""
         return self.means.shape[1]
 
     def moved(self, weight: Tensor, bias: Tensor) -> ClassCentroids:
-        """The centroids after the features have moved by ``x -> x + x @ weight + bias``."""
+        """Returns the centroids under the map ``x -> x + x @ weight + bias`` of the features."""
         map_ = weight + torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         return self._replace(
             means=self.means @ map_ + bias, variances=self.variances @ map_.square()
@@ -74,9 +76,11 @@ class ClassCentroids(NamedTuple):
 
 
 class CentroidFeatures:
-    """Draws features around the centroids of the classes, each as often as its share.
+    """Draws features around the centroids of classes, each as often as its share::
 
-    :param statistics: the classes.
+        features, labels = CentroidFeatures(statistics).draw(16, torch.Generator())
+
+    :param statistics: statistics of the classes.
     """
 
     def __init__(self, statistics: Sequence[ClassCentroids]):
@@ -93,13 +97,13 @@ class CentroidFeatures:
 
     @property
     def dim(self) -> int:
-        """Size of a feature."""
+        """Dimension of the features."""
         return self._means.shape[-1]
 
     def draw(self, n_per_class: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws from every class.
+        """Draws features of every class.
 
-        :param n_per_class: features per class.
+        :param n_per_class: number of features per class.
         :param generator: source of randomness, on the CPU.
         :return: features ``(n_classes * n_per_class, dim)``, and their labels.
         """
@@ -114,10 +118,12 @@ class CentroidFeatures:
 
 @dataclass(frozen=True)
 class Centroids:
-    """Classes as centroids: a kind of statistics, see
-    :class:`~treelora_avalanche.models.features.gaussians.StatisticsKind`.
+    """Centroids as the :class:`~treelora_avalanche.models.features.gaussians.StatisticsKind`::
 
-    :param n_centroids: centroids per class; HiDe's are 10.
+        kind = Centroids(n_centroids=10)
+        source = kind.draws(kind.of(features, targets, task=0))
+
+    :param n_centroids: number of centroids per class; 10 in HiDe.
     :raises ValueError: if ``n_centroids`` is below 1.
     """
 
@@ -125,10 +131,10 @@ class Centroids:
 
     def __post_init__(self) -> None:
         if self.n_centroids < 1:
-            raise ValueError(f"`n_centroids` must be at least 1, and is {self.n_centroids}.")
+            raise ValueError(f"`n_centroids` should be at least 1, but is {self.n_centroids}.")
 
     def of(self, features: Tensor, targets: Tensor, task: int) -> list[ClassCentroids]:
-        """Centroids of all classes of a task.
+        """Returns the centroids of all classes of a task.
 
         :param features: ``(n_samples, dim)``.
         :param targets: their classes, ``(n_samples,)``.
@@ -140,14 +146,14 @@ class Centroids:
         ]
 
     def draws(self, statistics: Sequence[ClassCentroids]) -> CentroidFeatures:
-        """A source of pseudo-features.
+        """Returns a source of pseudo-features.
 
-        :param statistics: the classes.
+        :param statistics: statistics of the classes.
         """
         return CentroidFeatures(statistics)
 
     def load(self, state: list[dict[str, Any]]) -> list[ClassCentroids]:
-        """The statistics of a saved state.
+        """Returns the statistics of a saved state.
 
         :param state: the classes as dictionaries of tensors and plain values.
         """

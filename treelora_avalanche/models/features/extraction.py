@@ -1,19 +1,47 @@
-"""Features: what a model hands to its classifier."""
+"""Extraction of features, the inputs of a model's classifier."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.adapters.trainable_view import evaluating
+from treelora_avalanche.adapters.trainable_view import active_forward, evaluating
 
 if TYPE_CHECKING:
     from treelora_avalanche.processes import Processes
+
+
+@contextmanager
+def recorded_features(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Records the features ``(batch, dim)`` of every forward pass inside the context.
+
+    :param model: a model with a linear classifier.
+    """
+    features: list[Tensor] = []
+    hook = classifier_of(model).register_forward_pre_hook(
+        lambda _, inputs: features.append(inputs[0])
+    )
+    try:
+        yield features
+    finally:
+        hook.remove()
+
+
+def features_of(model: nn.Module, samples: Tensor) -> Tensor:
+    """Returns the features of one batch under the active adapter, ``(batch, dim)``.
+
+    :param model: a model with a linear classifier.
+    :param samples: the batch, on the model's device.
+    """
+    with recorded_features(model) as features, evaluating(model):
+        active_forward(model)(samples)
+    return features[0]
 
 
 def extract_features(
@@ -24,32 +52,25 @@ def extract_features(
     device: torch.device | str,
     processes: Processes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features of all samples of a dataset, in evaluation mode.
+    """Returns the features of all samples of a dataset, under the active adapter.
 
     :param model: any model with a linear classifier.
     :param dataset: samples whose first two elements are an image and its class.
     :param batch_size: samples per forward pass.
-    :param device: where the model is.
-    :param processes: those that divide the samples, and of which each gets all features.
+    :param device: device of the model.
+    :param processes: processes that divide the samples among them; each gets all features.
     :return: features ``(n_samples, dim)`` and classes ``(n_samples,)``, on the device.
     """
-    features: list[Tensor] = []
     targets: list[Tensor] = []
-    classifier = classifier_of(model)
     n_samples = len(dataset)
     if processes is not None:
         dataset = Subset(dataset, processes.part(n_samples, batch_size))
-    # A view may route its samples elsewhere; the features are those of the live adapter.
-    live = model.live if isinstance(model, TrainableView) else model
-    hook = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    try:
-        with evaluating(model):
-            for images, target, *_ in DataLoader(dataset, batch_size):
-                live(images.to(device))
-                targets.append(target.to(device))
-    finally:
-        hook.remove()
-    found, classes = torch.cat(features).to(classifier.weight.dtype), torch.cat(targets)
+    forward = active_forward(model)
+    with recorded_features(model) as features, evaluating(model):
+        for images, target, *_ in DataLoader(dataset, batch_size):
+            forward(images.to(device))
+            targets.append(target.to(device))
+    found, classes = torch.cat(features).to(classifier_of(model).weight.dtype), torch.cat(targets)
     if processes is not None:
         found, classes = (processes.whole(f, n_samples, batch_size) for f in (found, classes))
     return found, classes

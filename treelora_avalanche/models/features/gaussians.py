@@ -1,9 +1,9 @@
-"""Classes as Gaussians: what is remembered of their features, and a head trained on draws.
+"""Class statistics as Gaussians, pseudo-features drawn from them, and a head trained on these.
 
 Tensor in, tensor out; the hooks that use it are in ``plugins/task_adaptive_head.py`` and
 ``plugins/router.py``. Task-adaptive prediction in HiDe-Prompt (Wang et al., NeurIPS 2023) and
 classifier alignment in SLCA (Zhang et al., ICCV 2023) are of this kind. HiDe's own statistics, by
-centroids, are in ``models/centroids.py``.
+centroids, are in ``centroids``.
 """
 
 from __future__ import annotations
@@ -21,44 +21,46 @@ Statistics = TypeVar("Statistics", bound="Any")
 
 
 class Draws(Protocol):
-    """A source of pseudo-features."""
+    """Source of pseudo-features."""
 
     labels: Tensor
-    """ Of the classes, ``(n_classes,)``. """
+    """Labels of the classes, ``(n_classes,)``."""
 
     @property
     def dim(self) -> int:
-        """Size of a feature."""
+        """Dimension of the features."""
 
     def draw(self, n_per_class: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Features ``(n_classes * n_per_class, dim)`` and their labels; see :class:`Gaussians`."""
+        """Returns features ``(n_classes * n_per_class, dim)`` and their labels."""
 
 
 class StatisticsKind(Protocol):
-    """What is remembered of a class: :class:`Gaussians`, or centroids (``models/centroids.py``).
+    """Kind of class statistics: :class:`Gaussians`, or ``Centroids``.
 
-    The statistics of a class are a named tuple with ``label``, ``task``, tensors, ``dim`` (the size
-    of a feature), and ``moved``.
+    The statistics of a class are a named tuple of ``label``, ``task`` and tensors, with ``dim`` and
+    ``moved``, as :class:`ClassStatistics`.
     """
 
     def of(self, features: Tensor, targets: Tensor, task: int) -> list[Any]:
-        """Statistics of all classes of a task, from features ``(n_samples, dim)``."""
+        """Returns the statistics of all classes of a task, from features ``(n_samples, dim)``."""
 
     def draws(self, statistics: Sequence[Any]) -> Draws:
-        """A source of features as the classes would have them."""
+        """Returns a source of pseudo-features of the classes."""
 
     def load(self, state: list[dict[str, Any]]) -> list[Any]:
-        """The statistics that :func:`statistics_state` was given."""
+        """Returns the statistics of a :func:`statistics_state`."""
 
 
 class ClassStatistics(NamedTuple):
-    """A class, as the features of one task have shown it.
+    """Mean and covariance of the features of a class in one task::
+
+        statistics = ClassStatistics.of(label=3, task=0, features=features)
 
     :param label: the class.
     :param task: number of the task, in the order of training.
     :param mean: mean of the features, ``(dim,)``.
-    :param factor: ``(n, dim)``; the covariance is ``factor.T @ factor``. As a factor it is never
-        too singular to draw from: a class of a single sample has ``n = 0``.
+    :param factor: ``(n, dim)``; the covariance is ``factor.T @ factor``. A factor, unlike the
+        covariance, is never too singular to draw from: a single sample has ``n = 0``.
     """
 
     label: int
@@ -68,12 +70,12 @@ class ClassStatistics(NamedTuple):
 
     @classmethod
     def of(cls, label: int, task: int, features: Tensor, max_rank: int = 64) -> ClassStatistics:
-        """Statistics of a class.
+        """Returns the statistics of a class.
 
         :param label: the class.
         :param task: number of the task.
         :param features: all features of the class in this task, ``(n_samples, dim)``.
-        :param max_rank: directions kept of the covariance, the widest first.
+        :param max_rank: number of directions kept of the covariance, the widest first.
         """
         mean = features.mean(0)
         n = len(features)
@@ -85,42 +87,42 @@ class ClassStatistics(NamedTuple):
 
     @property
     def dim(self) -> int:
-        """Size of a feature."""
+        """Dimension of the features."""
         return self.mean.shape[0]
 
     def moved(self, weight: Tensor, bias: Tensor) -> ClassStatistics:
-        """The statistics after the features have moved by ``x -> x + x @ weight + bias``."""
+        """Returns the statistics under the map ``x -> x + x @ weight + bias`` of the features."""
         return self._replace(
             mean=self.mean + self.mean @ weight + bias, factor=self.factor + self.factor @ weight
         )
 
 
 def statistics_state(statistics: Sequence[Any]) -> list[dict[str, Any]]:
-    """Statistics as tensors and plain values, to be saved.
+    """Returns statistics as tensors and plain values, to be saved.
 
-    :param statistics: the classes.
+    :param statistics: statistics of the classes.
     """
     return [s._asdict() for s in statistics]
 
 
 def load_statistics(kind: type[Statistics], state: list[dict[str, Any]]) -> list[Statistics]:
-    """The statistics that :func:`statistics_state` was given.
+    """Returns the statistics of a :func:`statistics_state`.
 
     :param kind: their class.
-    :param state: what it returned.
+    :param state: the state.
     :raises ValueError: if they are of another kind.
     """
     for plain in state:
         where = f"the statistics of a class, as {kind.__name__},"
-        check_keys(plain, kind._fields, where, "Load them with the `kind` that they are of.")
+        check_keys(plain, kind._fields, where, "Load them with the `kind` that saved them.")
     return [kind(**plain) for plain in state]
 
 
 def move_statistics(statistics: Sequence[Any], device: torch.device | str) -> list[Any]:
-    """The statistics on another device; loaded ones come on the CPU.
+    """Returns the statistics on another device; loaded ones are on the CPU.
 
-    :param statistics: the classes.
-    :param device: where to.
+    :param statistics: statistics of the classes.
+    :param device: the device.
     """
 
     def moved(s: Any) -> Any:
@@ -131,12 +133,14 @@ def move_statistics(statistics: Sequence[Any], device: torch.device | str) -> li
 
 
 class PseudoFeatures:
-    """Draws features as the classes would have them.
+    """Draws features from the Gaussians of classes, whose covariances are shrunk to their mean.
 
-    A class of few samples knows little of its own covariance. Therefore each class is drawn with
-    ``(1 - shrinkage)`` of its own and ``shrinkage`` of the mean covariance of all classes.
+    The covariance of a class with few samples is a poor estimate. Therefore class c is drawn from
+    ``N(mean_c, (1 - shrinkage) * cov_c + shrinkage * mean(cov))``::
 
-    :param statistics: the classes.
+        features, labels = PseudoFeatures(statistics).draw(16, torch.Generator())
+
+    :param statistics: statistics of the classes.
     :param shrinkage: share of the mean covariance, between 0 and 1.
     """
 
@@ -148,25 +152,25 @@ class PseudoFeatures:
         self._means = torch.stack([s.mean for s in statistics])
         self._own = (1 - shrinkage) ** 0.5
         rank = max(len(s.factor) for s in statistics)
-        # Rows of zeros add nothing to a covariance.
+        # Rows of zeros leave a covariance unchanged.
         self._factors = torch.stack(
             [nn.functional.pad(s.factor, (0, 0, 0, rank - len(s.factor))) for s in statistics]
         )  # (n_classes, rank, dim)
         pooled = torch.cat([s.factor for s in statistics])
         covariance = pooled.T @ pooled / len(self.statistics)
         values, vectors = torch.linalg.eigh(covariance)
-        # Not a Cholesky factor: with few samples the mean covariance is singular too.
+        # Not by Cholesky: with few samples the mean covariance is singular too.
         self._shared = (shrinkage * values.clamp(min=0)).sqrt()[:, None] * vectors.T  # (dim, dim)
 
     @property
     def dim(self) -> int:
-        """Size of a feature."""
+        """Dimension of the features."""
         return self._means.shape[1]
 
     def draw(self, n_per_class: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws from every class.
+        """Draws features of every class.
 
-        :param n_per_class: features per class.
+        :param n_per_class: number of features per class.
         :param generator: source of randomness, on the CPU.
         :return: features ``(n_classes * n_per_class, dim)``, and their labels.
         """
@@ -181,7 +185,10 @@ class PseudoFeatures:
 
 @dataclass(frozen=True)
 class Gaussians:
-    """Classes as Gaussians, the default kind of statistics.
+    """Gaussians as the :class:`StatisticsKind`, the default::
+
+        kind = Gaussians()
+        source = kind.draws(kind.of(features, targets, task=0))
 
     :param max_rank: see :meth:`ClassStatistics.of`.
     :param shrinkage: see :class:`PseudoFeatures`.
@@ -191,7 +198,7 @@ class Gaussians:
     shrinkage: float = 0.5
 
     def of(self, features: Tensor, targets: Tensor, task: int) -> list[ClassStatistics]:
-        """Statistics of all classes of a task.
+        """Returns the statistics of all classes of a task.
 
         :param features: ``(n_samples, dim)``.
         :param targets: their classes, ``(n_samples,)``.
@@ -203,16 +210,16 @@ class Gaussians:
         ]
 
     def draws(self, statistics: Sequence[ClassStatistics]) -> PseudoFeatures:
-        """A source of pseudo-features.
+        """Returns a source of pseudo-features.
 
-        :param statistics: the classes.
+        :param statistics: statistics of the classes.
         """
         return PseudoFeatures(statistics, self.shrinkage)
 
     def load(self, state: list[dict[str, Any]]) -> list[ClassStatistics]:
-        """The statistics that :func:`statistics_state` was given.
+        """Returns the statistics of a :func:`statistics_state`.
 
-        :param state: what it returned.
+        :param state: the state.
         """
         return load_statistics(ClassStatistics, state)
 
@@ -228,14 +235,14 @@ def train_head(
 ) -> None:
     """Trains a classifier, in place, on pseudo-features of the classes seen so far.
 
-    Outputs of classes never seen are left out of the loss, and their weights as they are. All
-    classes weigh the same, also one with statistics of several tasks.
+    Outputs of unseen classes are not in the loss, and their weights stay unchanged. All classes
+    weigh the same, also one with statistics of several tasks.
 
     :param head: the classifier.
-    :param pseudo_features: where the features come from.
-    :param epochs: steps; every one draws anew.
-    :param n_per_class: features per class and step.
-    :param learning_rate: of Adam, falling to 0 along a cosine.
+    :param pseudo_features: source of the features.
+    :param epochs: number of steps; each draws new features.
+    :param n_per_class: number of features per class and step.
+    :param learning_rate: learning rate of Adam, annealed to 0 along a cosine.
     :param generator: source of randomness, on the CPU.
     """
     seen, rows = pseudo_features.labels.unique(return_inverse=True)
@@ -259,20 +266,20 @@ def train_head(
 
 
 def feature_drift(before: Tensor, after: Tensor, ridge: float = 0.01) -> tuple[Tensor, Tensor]:
-    """The linear map by which a task's training has moved the features, by least squares.
+    """Returns the linear map by which training has moved the features, by ridge regression.
 
-    Where old classes have gone is read from what has happened to the current images.
+    The drift of past classes is estimated from that of the current images.
 
     :param before: features of the current images before the task, ``(n_samples, dim)``.
     :param after: features of the same images after it.
-    :param ridge: pulls the map towards a mere shift: share of the features' total variance that is
-        added in every direction. A task has few images, and a free map would follow their noise.
+    :param ridge: share of the features' total variance that is added to every direction, which
+        pulls the map towards a mere shift. A task has few images, and a free map would fit noise.
     :return: ``weight (dim, dim)`` and ``bias (dim,)`` of ``x -> x + x @ weight + bias``.
     """
     center, moved = before.mean(0), (after - before).mean(0)
     x, y = before - center, after - before - moved
     gram = x.T @ x
-    # Images that are all alike differ by rounding errors alone, which a map must not follow either.
+    # Nearly equal images differ by rounding errors alone, which the map must not fit either.
     limits = torch.finfo(gram.dtype)
     rounding = limits.eps * len(x) * center.square().sum() + limits.tiny
     gram.diagonal().add_(ridge * gram.diagonal().sum() + rounding)

@@ -1,8 +1,8 @@
-"""Vision transformers that carry prompts: tokens before the input, or prefixes of the attention.
+"""Vision transformers with prompts: tokens before the input, or prefixes of the attention.
 
 The backbone is frozen and always in evaluation mode; only prompts, keys and the classifier are
-trained. Two kinds: prompt tuning (L2P), and prefix tuning (DualPrompt, HiDe-Prompt), in which the
-prompt is prepended to the keys and values inside the attention and no token is added.
+trained. In prompt tuning (L2P) tokens are added; in prefix tuning (DualPrompt, HiDe-Prompt) keys
+and values are prepended inside the attention, and no token is added.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import find_classifier
 from treelora_avalanche.models.prompts.pools import (
+    DualPrompted,
     PromptPool,
     TaskPrompts,
     check_dual_prompts,
@@ -31,28 +32,32 @@ from treelora_avalanche.models.views.router import RoutedView, Router
 def check_vision_transformer(
     model: nn.Module, method: str, *, or_language: bool = False
 ) -> VisionTransformer:
-    """The model, if it is a vision transformer of timm that a prompt method can be put on.
+    """Returns the model, if it is a timm vision transformer that a prompt method supports.
 
     :param model: the pretrained model.
     :param method: name of the method, for the error.
-    :param or_language: whether the method takes language models too, for the error.
+    :param or_language: whether the method supports language models too, for the error.
     :raises ValueError: if it is another kind of model, or has no classifier.
     """
     if not isinstance(model, VisionTransformer) or isinstance(model, VisionTransformerDistilled):
         other = ", or a LanguageModel, such as create_language_model gives" if or_language else ""
         raise ValueError(
-            f"`model` is a {type(model).__name__}, and {method} takes a VisionTransformer of timm, "
-            f"such as timm.create_model('vit_base_patch16_224'){other}."
+            f"`model` should be a VisionTransformer of timm for {method}, but is a "
+            f"{type(model).__name__}. Pass one such as timm.create_model('vit_base_patch16_224')"
+            f"{other}."
         )
     if find_classifier(model) is None:
-        raise ValueError("`model` has no linear classifier; make it with num_classes above 0.")
+        raise ValueError(
+            "`model` should have a linear classifier, but has none. Make it with num_classes above "
+            "0."
+        )
     return model
 
 
 def attend_with_prefix(attention: Attention, hidden: Tensor, prefix: Tensor) -> Tensor:
-    """Self-attention to the tokens and, before them, to a prefix (prefix tuning).
+    """Returns the self-attention to the tokens and to a prefix before them (prefix tuning).
 
-    Softmax(q [p_k; k]^T / sqrt(head_dim)) [p_v; v]: as many tokens come out as went in.
+    ``softmax(q [p_k; k]^T / sqrt(head_dim)) [p_v; v]``; the number of tokens stays the same.
 
     :param attention: attention of a timm block.
     :param hidden: ``(batch, n_tokens, dim)``.
@@ -71,7 +76,7 @@ def attend_with_prefix(attention: Attention, hidden: Tensor, prefix: Tensor) -> 
 
 
 def block_with_prefix(block: Block, hidden: Tensor, prefix: Tensor) -> Tensor:
-    """A frozen block whose attention sees a prefix.
+    """Returns the output of a frozen block whose attention sees a prefix.
 
     :param block: a block of a timm vision transformer, in evaluation mode.
     :param hidden: ``(batch, n_tokens, dim)``.
@@ -84,7 +89,11 @@ def block_with_prefix(block: Block, hidden: Tensor, prefix: Tensor) -> Tensor:
 
 
 class PromptedViT(nn.Module):
-    """A frozen vision transformer with a trained classifier, to which prompts are added.
+    """Frozen vision transformer with a trainable classifier; base of the models with prompts.
+
+    The backbone's features without prompts are the query by which prompts are selected::
+
+        PromptedViT(vit).query(images)  # (batch, dim)
 
     :param vit: the pretrained transformer, which is frozen in place.
     """
@@ -96,13 +105,13 @@ class PromptedViT(nn.Module):
         self.vit.eval()
 
     def get_classifier(self) -> nn.Module:
-        """The classifier, by timm's name for it."""
+        """Returns the classifier; the name is timm's."""
         return self.vit.head
 
     def train(self, mode: bool = True) -> PromptedViT:
-        """Training or evaluation mode; the frozen backbone drops nothing in either.
+        """Sets the mode; the frozen backbone stays in evaluation mode, without dropout.
 
-        :param mode: whether training.
+        :param mode: whether to train.
         """
         super().train(mode)
         self.vit.eval()
@@ -110,7 +119,7 @@ class PromptedViT(nn.Module):
 
     @torch.no_grad()
     def query(self, images: Tensor) -> Tensor:
-        """Features of the backbone without prompts (its class token's), ``(batch, dim)``.
+        """Returns the backbone's features without prompts (of the class token), ``(batch, dim)``.
 
         :param images: a batch of preprocessed images.
         """
@@ -122,17 +131,20 @@ class PromptedViT(nn.Module):
 
 
 class PromptTunedViT(PromptedViT):
-    """L2P's: the prompts that a sample picks are put before its tokens.
+    """Puts the prompts that each sample picks before its tokens, as L2P does.
 
-    They have no position embedding. The classifier sees the mean of what comes out at the prompts'
-    places (L2P, Section 4.2), and not the class token.
+    Prompts have no position embedding. The input of the classifier is the mean of the outputs at
+    the prompts (L2P, Section 4.2), not the class token::
+
+        pool = PromptPool(pool_size=10, length=5, top_k=5, dim=vit.embed_dim)
+        logits = PromptTunedViT(vit, pool)(images)
 
     :param vit: the pretrained transformer.
     :param pool: the prompts.
     """
 
     key_distance: Tensor | None = None
-    """Of the last batch, in training mode: see :meth:`PromptPool.distance`."""
+    """Key distance of the last batch in training mode, see :meth:`PromptPool.distance`."""
 
     def __init__(self, vit: VisionTransformer, pool: PromptPool):
         super().__init__(vit)
@@ -149,7 +161,11 @@ class PromptTunedViT(PromptedViT):
 
 
 class PrefixTunedViT(PromptedViT):
-    """A transformer some of whose blocks attend to prefixes.
+    """Vision transformer some of whose blocks attend to prefixes::
+
+        model = PrefixTunedViT(vit)
+        prefix = torch.zeros(1, *model.prefix_shape(1, 5)[1:])
+        logits = model.forward_with_prefixes(images, {0: prefix})
 
     :param vit: the pretrained transformer.
     :raises ValueError: if its blocks are not timm's plain ones.
@@ -160,27 +176,28 @@ class PrefixTunedViT(PromptedViT):
             plain = type(block) is Block and type(block.attn) is Attention
             if not plain or getattr(block.attn, "gate", None) is not None:
                 raise ValueError(
-                    f"`model` has blocks of {type(block).__name__} with "
-                    f"{type(getattr(block, 'attn', None)).__name__}, and prefixes take those of "
-                    "timm's plain vision transformers, such as 'vit_base_patch16_224'."
+                    "`model` should have the blocks of timm's plain vision transformers for "
+                    f"prefixes, but has {type(block).__name__} with "
+                    f"{type(getattr(block, 'attn', None)).__name__}. Pass one such as "
+                    "'vit_base_patch16_224'."
                 )
         super().__init__(vit)
 
     def prefix_shape(self, n_layers: int, length: int) -> tuple[int, ...]:
-        """Shape of the prefixes of several blocks.
+        """Returns the shape of the prefixes of several blocks.
 
         :param n_layers: number of blocks.
-        :param length: positions that a prefix adds.
+        :param length: number of positions that a prefix adds.
         :return: ``(n_layers, 2, length, n_heads, head_dim)``: keys and values.
         """
         attention: Any = self.vit.blocks[0].attn
         return n_layers, 2, length, attention.num_heads, attention.head_dim
 
-    def answer(self, images: Tensor, prefixes: Mapping[int, Tensor]) -> Tensor:
-        """Logits under prefixes.
+    def forward_with_prefixes(self, images: Tensor, prefixes: Mapping[int, Tensor]) -> Tensor:
+        """Returns the logits under prefixes.
 
         :param images: a batch of preprocessed images.
-        :param prefixes: by block number, see :func:`attend_with_prefix`.
+        :param prefixes: prefixes by block number, see :func:`attend_with_prefix`.
         """
         hidden = self._embed(images)
         for number, block in enumerate(self.vit.blocks):
@@ -192,22 +209,21 @@ class PrefixTunedViT(PromptedViT):
         return self.vit.head(features)
 
 
-class DualPromptedViT(PrefixTunedViT):
-    """DualPrompt's: general prompts that all tasks share, and expert prompts, one of each task.
+class DualPromptedViT(PrefixTunedViT, DualPrompted):
+    """Vision transformer with DualPrompt's general and expert prefixes, see :class:`DualPrompted`::
 
-    In training mode the live expert prompt is in use; in evaluation mode every sample takes that of
-    the task whose key is nearest to its query.
+        model = DualPromptedViT(
+            vit, general_layers=(0, 1), general_length=5, expert_layers=(2, 3, 4), expert_length=20
+        )
+        logits = model(images)
 
     :param vit: the pretrained transformer.
     :param general_layers: block numbers of the general prompts.
     :param general_length: their length.
     :param expert_layers: block numbers of the expert prompts.
     :param expert_length: their length.
-    :raises ValueError: if an argument is out of range; the transformer is then as it was.
+    :raises ValueError: if an argument is out of range; the transformer is then unchanged.
     """
-
-    key_distance: Tensor | None = None
-    """Of the last batch, in training mode: see :meth:`TaskPrompts.distance`."""
 
     def __init__(
         self,
@@ -234,25 +250,21 @@ class DualPromptedViT(PrefixTunedViT):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        queries = self.query(images)
-        if self.training:
-            self.key_distance = self.experts.distance(queries)
-            experts = self.experts.current()[None]  # (1, n_layers, 2, length, n_heads, head_dim)
-        else:
-            experts = self.experts.stacked()[self.experts.match(queries)]  # (batch, ...)
-        prefixes = dict(zip(self.general_layers, self.general[:, None], strict=True))
-        prefixes.update(zip(self.expert_layers, experts.unbind(1), strict=True))
-        return self.answer(images, prefixes)
+        return self.forward_with_prefixes(images, self.prefixes(self.query(images)))
 
 
 class TaskPromptedViT(PrefixTunedViT):
-    """HiDe-Prompt's: one prompt of each task; the live one answers, unless others are given.
+    """Vision transformer with HiDe-Prompt's prefixes, one per task; by default the active one::
+
+        model = TaskPromptedViT(vit, layers=(0, 1, 2, 3, 4), length=20, momentum=0.1)
+        logits = model(images)
+        logits = model(images, model.prompts.stacked()[tasks])  # those of other tasks
 
     :param vit: the pretrained transformer.
     :param layers: block numbers of the prompts.
     :param length: their length.
     :param momentum: see :class:`TaskPrompts`.
-    :raises ValueError: if an argument is out of range; the transformer is then as it was.
+    :raises ValueError: if an argument is out of range; the transformer is then unchanged.
     """
 
     def __init__(
@@ -268,13 +280,19 @@ class TaskPromptedViT(PrefixTunedViT):
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
         if prompts is None:
             prompts = self.prompts.current()[None]
-        return self.answer(images, dict(zip(self.layers, prompts.unbind(1), strict=True)))
+        return self.forward_with_prefixes(
+            images, dict(zip(self.layers, prompts.unbind(1), strict=True))
+        )
 
 
 class RoutedPrompts(RoutedView):
-    """Answers each sample with the prompt of the task that the frozen backbone takes it for.
+    """Routes each sample to the prompt of a task, by the frozen backbone's features.
 
-    Two passes: the frozen one that tells the task, and one in which every sample has its prompt.
+    Costs two passes, the frozen one for the router, and one with each sample's prompt::
+
+        view = RoutedPrompts(TaskPromptedViT(vit, layers=(0, 1), length=20, momentum=0))
+        view.router = router
+        logits = view.eval()(images)
 
     :param module: the transformer with its prompts.
     """

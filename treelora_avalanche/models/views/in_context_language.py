@@ -1,4 +1,4 @@
-"""A language model that is shown demonstrations before it answers, and is never trained."""
+"""Language model that is given demonstrations of a task in its prompt, and is never trained."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import LanguageModel
+from treelora_avalanche.models.views.generating import GeneratingView
 
 
 class Demonstrations(NamedTuple):
-    """What is kept of a task.
+    """Demonstrations of a task, and the embedding by which the task is recognised.
 
-    :param prompts: of the demonstrations.
-    :param answers: to them.
+    >>> Demonstrations(["1 + 1 ="], ["2"], torch.zeros(4)).before("2 + 2 =")
+    '1 + 1 = 2\\n\\n2 + 2 ='
+
+    :param prompts: prompts of the demonstrations.
+    :param answers: their reference answers.
     :param embedding: mean embedding of the task's training prompts, ``(dim,)``.
     """
 
@@ -26,9 +30,9 @@ class Demonstrations(NamedTuple):
     embedding: Tensor
 
     def before(self, prompt: str) -> str:
-        """A prompt with the demonstrations before it, divided by empty lines.
+        """Returns the demonstrations and then a prompt, separated by empty lines.
 
-        :param prompt: what is to be answered.
+        :param prompt: the prompt to complete.
         """
         shown = [
             p + ("" if p[-1:].isspace() else " ") + a
@@ -37,12 +41,17 @@ class Demonstrations(NamedTuple):
         return "\n\n".join([*shown, prompt])
 
 
-class InContextLanguageModel(nn.Module):
-    """Generates after demonstrations of the task that a prompt seems to belong to.
+class InContextLanguageModel(GeneratingView):
+    """Generates after demonstrations of the most similar task.
 
     No task is named at test time. The task of a prompt is the one whose training prompts' mean
     embedding has the greatest cosine with the mean embedding of the prompt's tokens, both from the
-    frozen input layer. Logits are those of the model, without demonstrations.
+    frozen input layer. Logits are those of the model, without demonstrations::
+
+        view = InContextLanguageModel(model)
+        embedding = view.embeddings(prompts).mean(0)
+        view.tasks.append(Demonstrations(prompts[:2], answers[:2], embedding))
+        view.generate(["2 + 2 ="], max_new_tokens=4)
 
     :param module: a language model.
     """
@@ -52,13 +61,8 @@ class InContextLanguageModel(nn.Module):
         self.module = module
         self.tasks: list[Demonstrations] = []
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model."""
-        return self.module.tokenizer
-
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
-        """Logits, see :meth:`LanguageModel.forward`.
+        """Returns logits, see :meth:`LanguageModel.forward`.
 
         :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
         :param last: how many columns of logits, counted from the end, are needed; by default all.
@@ -67,21 +71,21 @@ class InContextLanguageModel(nn.Module):
         return logits
 
     def embeddings(self, prompts: Sequence[str]) -> Tensor:
-        """Mean embedding of each prompt's tokens, ``(n_prompts, dim)``, on the host.
+        """Returns the mean embedding of each prompt's tokens, ``(n_prompts, dim)``, on the host.
 
-        :param prompts: the texts, as they stand: a chat template would say the same of all.
+        :param prompts: the texts, without a chat template, which would be the same for all.
         """
         network: Any = self.module.network
         table = network.get_input_embeddings()
         rows = self.tokenizer(list(prompts), verbose=False)["input_ids"]
         with torch.no_grad():
-            # A layer, not its weight: some models scale what they look up.
+            # The layer, not its weight: some models scale the embeddings.
             tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
             means = [table(t.to(table.weight.device)).float().mean(0) for t in tokens]
-        return torch.stack(means).nan_to_num().cpu()  # of no tokens there is no mean
+        return torch.stack(means).nan_to_num().cpu()  # the mean of no tokens is NaN
 
     def nearest_tasks(self, prompts: Sequence[str]) -> list[int]:
-        """The task that each prompt seems to belong to, as a place in :attr:`tasks`.
+        """Returns the most similar task of each prompt, as an index in :attr:`tasks`.
 
         :param prompts: the texts, at least one; there must be a task.
         """
@@ -97,15 +101,13 @@ class InContextLanguageModel(nn.Module):
         batch_size: int = 8,
         progress: Callable[[int], object] | None = None,
     ) -> list[str]:
-        """Continue prompts greedily, each after its task's demonstrations.
+        """Continues prompts greedily, each after its task's demonstrations.
 
-        What is longer than the model takes (``max_length`` of the
-        :class:`~treelora_avalanche.models.LanguageModel`) loses its beginning: the first
-        demonstrations.
+        What exceeds the model's ``max_length`` loses its beginning: the first demonstrations.
 
         :param prompts: texts.
         :param max_new_tokens: where to stop a text that does not end by itself.
-        :param batch_size: how many are generated together.
+        :param batch_size: prompts per batch.
         :param progress: called with the number of prompts that have just been finished.
         :return: the continuations alone, in the order of the prompts.
         """

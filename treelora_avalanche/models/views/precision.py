@@ -1,4 +1,4 @@
-"""In which precision a forward pass computes."""
+"""Precision of a view's forward pass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from treelora_avalanche.choices import PRECISIONS, check_known
 
 
 def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | None:
-    """What a view's ``autocast`` is to be.
+    """Returns the value for a view's ``autocast``.
+
+    >>> autocast_dtype("bf16", "cpu")
+    torch.bfloat16
 
     :param precision: ``"fp32"``, the weights' own precision; ``"bf16"``, bfloat16 wherever
         ``torch.autocast`` allows it, the weights and the optimizer staying as they are; ``"auto"``,
         bf16 where the device has instructions for it (GPUs from Ampere on, CPUs with AVX512-BF16 or
         AMX), else fp32.
     :param device: where the model is trained.
-    :return: None for the weights' own.
+    :return: None for the weights' own precision.
     :raises ValueError: if the precision is not known.
     """
     check_known("`precision`", precision, PRECISIONS)
@@ -35,10 +38,10 @@ def _computes_bf16(device: torch.device) -> bool:
 
 
 def set_precision(view: TrainableView, precision: str, device: torch.device | str) -> None:
-    """Sets in which precision a view computes.
+    """Sets the precision of a view's forward pass.
 
-    On a CPU in bf16 attention is taken apart into matrix products, by timm's own switch, as the
-    backward pass of PyTorch's fused one is slow there.
+    In bf16 on a CPU, attention is computed as separate matrix products, by timm's own switch, as
+    the backward pass of PyTorch's fused one is slow there.
 
     :param view: the view of a model.
     :param precision: see :func:`autocast_dtype`.

@@ -1,4 +1,4 @@
-"""A language model that chooses, for every text, one of the finished adapters."""
+"""Language model that selects one of the finished adapters for each text."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from torch import Tensor
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import LanguageModel
-from treelora_avalanche.models.tokens import PADDING, crop, mean_over
-from treelora_avalanche.models.views.router import RoutedView, Router, answer_by_adapter, restored
+from treelora_avalanche.models.tokens import PADDING, crop, mean_over, pad_tokens
+from treelora_avalanche.models.views.generating import GeneratingView
+from treelora_avalanche.models.views.router import RoutedView, Router, forward_by_adapter
 
 
-class RoutedLanguageModel(RoutedView):
-    """Routes each text to one of the LoRA adapters of a bank, by its beginning.
+class RoutedLanguageModel(RoutedView, GeneratingView):
+    """Routes each text to one of the LoRA adapters of a bank, by its first tokens.
 
-    The features of a text are the mean of what the frozen network hands to its output layer at the
-    first ``query_length`` tokens. A causal model sees nothing to the right of them, so that they
-    are the same when the text is trained and when it is to be continued.
+    The features of a text are the mean of the frozen network's last hidden states at the first
+    ``query_length`` tokens. A causal model does not look to the right of them, so they are the same
+    in training and in generation::
+
+        view = RoutedLanguageModel(add_lora(model), bank, query_length=16)
+        view.router = router
+        view.generate(["2 + 2 ="], max_new_tokens=4)
 
     :param module: a language model with LoRA.
     :param bank: the bank of finished adapters.
-    :param query_length: tokens at the beginning of a text that its features are taken from.
+    :param query_length: number of tokens at the beginning of a text that its features come from.
     """
 
     module: LanguageModel
@@ -34,44 +39,39 @@ class RoutedLanguageModel(RoutedView):
         self.bank = bank
         self.query_length = query_length
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model."""
-        return self.module.tokenizer
-
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:  # type: ignore[override]
-        """Logits, see :meth:`LanguageModel.forward`; in evaluation of the chosen adapters.
+        """Returns logits, see :meth:`LanguageModel.forward`; routed in evaluation mode.
 
         :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
         :param last: how many columns of logits, counted from the end, are needed; by default all.
         """
         if self.training or self.router is None or not len(tokens):
-            return self.live(tokens, last)
+            return self.forward_active(tokens, last)
         return self.routed(tokens, self.router, last)
 
     def routed(self, tokens: Tensor, router: Router, last: int | None = None) -> Tensor:  # type: ignore[override]
-        """Logits of texts, each answered by the adapter that the router takes it for.
+        """Returns logits; each text uses the adapter that the router selects.
 
-        :param tokens: see :meth:`forward`, at least one row.
+        :param tokens: see :meth:`forward`, at least one text.
         :param router: the router.
         :param last: see :meth:`forward`.
         """
         tokens = crop(tokens)
         factors = LoRAFactors(self.module)
-        with restored(factors), self.autocasting():
+        with factors.restored(), self.autocasting():
             chosen = self._choose(tokens, router, factors)
-            return answer_by_adapter(
+            return forward_by_adapter(
                 factors, self.bank, chosen, lambda rows: self.module.logits(tokens[rows], last)
             )
 
     def frozen_features(self, tokens: Tensor) -> Tensor:
-        """Features of texts without any adapter, ``(batch, dim)``.
+        """Returns the features of texts without any adapter, ``(batch, dim)``.
 
         :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
         """
         factors = LoRAFactors(self.module)
-        with restored(factors), self.autocasting():
-            factors.stack.zero_()  # LoRA's output is BA x: without factors the model is frozen
+        with factors.restored(), self.autocasting():
+            factors.zero_()
             return self._features(tokens)
 
     def _features(self, tokens: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class RoutedLanguageModel(RoutedView):
         return mean_over(hidden, tokens != PADDING)
 
     def _choose(self, tokens: Tensor, router: Router, factors: LoRAFactors) -> Tensor:
-        factors.stack.zero_()
+        factors.zero_()
         return router(self._features(tokens))
 
     def generate(
@@ -92,12 +92,11 @@ class RoutedLanguageModel(RoutedView):
         batch_size: int = 8,
         progress: Callable[[int], object] | None = None,
     ) -> list[str]:
-        """Continue prompts greedily, each by its adapter; see :meth:`LanguageModel.generate`.
+        """Continues prompts greedily, each with its adapter; see :meth:`LanguageModel.generate`.
 
         :param prompts: texts, or token ids.
         :param max_new_tokens: where to stop a text that does not end by itself.
-        :param batch_size: how many are generated together, those of one adapter and of similar
-            length.
+        :param batch_size: prompts per batch, all of one adapter and of similar length.
         :param progress: called with the number of prompts that have just been finished.
         :return: the continuations alone, in the order of the prompts.
         """
@@ -106,27 +105,25 @@ class RoutedLanguageModel(RoutedView):
             with self.autocasting():
                 return self.module.generate(rows, max_new_tokens, batch_size, progress)
         factors = LoRAFactors(self.module)
-        answers = [""] * len(rows)
-        with evaluating(self), restored(factors), self.autocasting():
-            chosen = torch.cat(
-                [
-                    self._choose(self._beginnings(rows[i : i + batch_size]), self.router, factors)
-                    for i in range(0, len(rows), batch_size)
-                ]
-            )
+        texts = [""] * len(rows)
+        with evaluating(self), factors.restored(), self.autocasting():
+            chosen = self._choose_for(rows, batch_size, self.router, factors)
             for adapter in chosen.unique().tolist():
                 members = (chosen == adapter).nonzero().squeeze(1).tolist()
                 factors.stack.copy_(self.bank[adapter])
-                texts = self.module.generate(
+                own = self.module.generate(
                     [rows[i] for i in members], max_new_tokens, batch_size, progress
                 )
-                for i, text in zip(members, texts, strict=True):
-                    answers[i] = text
-        return answers
+                for i, text in zip(members, own, strict=True):
+                    texts[i] = text
+        return texts
 
-    def _beginnings(self, rows: list[list[int]]) -> Tensor:
-        width = max(1, min(self.query_length, max(map(len, rows))))
-        tokens = torch.full((len(rows), width), PADDING)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row[:width])
-        return tokens.to(next(self.module.parameters()).device)
+    def _choose_for(
+        self, rows: list[list[int]], batch_size: int, router: Router, factors: LoRAFactors
+    ) -> Tensor:
+        device = next(self.module.parameters()).device
+        starts = [row[: self.query_length] for row in rows]
+        batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
+        return torch.cat(
+            [self._choose(pad_tokens(batch).to(device), router, factors) for batch in batches]
+        )

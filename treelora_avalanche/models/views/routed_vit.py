@@ -1,20 +1,24 @@
-"""A model that chooses, for every sample, one of the finished adapters."""
+"""Vision transformer that selects one of the finished adapters for each sample."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
-from treelora_avalanche.models.views.router import RoutedView, Router, answer_by_adapter, restored
-from treelora_avalanche.models.views.split_vit import PrefixView, find_transformer
+from treelora_avalanche.models.views.router import RoutedView, Router, forward_by_adapter
+from treelora_avalanche.models.views.split_vit import SplitViT, find_transformer
 
 
-class RoutedAdapters(PrefixView, RoutedView):
+class RoutedAdapters(SplitViT, RoutedView):
     """Routes each sample to one of the LoRA adapters of a bank.
 
-    One pass through the frozen blocks below the lowest adapted one serves both the choice and the
-    answer. Then the frozen rest tells the adapter, and the samples of each adapter go through the
-    rest once more, with that adapter on.
+    The blocks below the lowest adapted one run once, for the choice and for the output. The frozen
+    rest gives the features that the router reads, and the samples of each adapter pass the rest
+    once more, with that adapter on::
+
+        view = RoutedAdapters(add_lora(vit), bank)
+        view.router = router
+        logits = view.eval()(images)
 
     :param module: a peft model around a timm vision transformer.
     :param bank: the bank of finished adapters.
@@ -33,15 +37,15 @@ class RoutedAdapters(PrefixView, RoutedView):
     def routed(self, images: Tensor, router: Router) -> Tensor:
         factors = LoRAFactors(self.module)
         hidden = self.hidden(images)
-        with restored(factors):
-            factors.stack.zero_()  # LoRA's output is BA x: without factors the model is frozen
+        with factors.restored():
+            factors.zero_()
             chosen = router(self.features(hidden))
-            return answer_by_adapter(
-                factors, self.bank, chosen, lambda rows: self.live(hidden[rows])
+            return forward_by_adapter(
+                factors, self.bank, chosen, lambda rows: self.forward_active(hidden[rows])
             )
 
     def frozen_features(self, images: Tensor) -> Tensor:
         factors = LoRAFactors(self.module)
-        with restored(factors):
-            factors.stack.zero_()
+        with factors.restored():
+            factors.zero_()
             return self.features(images)

@@ -1,9 +1,8 @@
-"""Routes every sample to one of the finished adapters."""
+"""Routing of each sample to one of the finished adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,9 +12,13 @@ from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView
 
 
 class Router(NamedTuple):
-    """Tells from the frozen backbone's features which adapter a sample belongs to.
+    """Linear classifier of frozen features into clusters, each of which belongs to an adapter.
 
-    :param weight: ``(n_clusters, dim)``; a cluster is a class as one task has shown it.
+    >>> router = Router(torch.eye(3), torch.zeros(3), adapter=torch.tensor([0, 1, 0]))
+    >>> router(torch.tensor([[0.3, 0.4, 0.3]]).log())
+    tensor([0])
+
+    :param weight: ``(n_clusters, dim)``; a cluster is a class as seen in one task.
     :param bias: ``(n_clusters,)``.
     :param adapter: index in the bank of each cluster's adapter, ``(n_clusters,)``.
     """
@@ -25,7 +28,9 @@ class Router(NamedTuple):
     adapter: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """The most probable adapter of each sample.
+        """Returns the most probable adapter of each sample.
+
+        The probability of an adapter is the sum of its clusters' probabilities.
 
         :param features: frozen features, ``(batch, dim)``.
         :return: indices in the bank, ``(batch,)``.
@@ -37,10 +42,14 @@ class Router(NamedTuple):
 
 
 class RoutedView(TrainableView):
-    """The view of a model that, in evaluation mode, routes each sample to its adapter.
+    """View of a model that, in evaluation mode, routes each sample to its adapter.
 
-    A prediction does not depend on the rest of its batch. In training mode, or while there is no
-    router, the live adapter answers.
+    A prediction does not depend on the rest of its batch. In training mode, or without a router,
+    the output is that of the active adapter::
+
+        view.eval()
+        view(x)  # each sample uses the adapter that view.router selects
+        view.forward_active(x)  # all samples use the active adapter
     """
 
     router: Router | None = None
@@ -48,11 +57,11 @@ class RoutedView(TrainableView):
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         if self.training or self.router is None or not len(images):
-            return self.live(images)
+            return self.forward_active(images)
         return self.routed(images, self.router)
 
     def routed(self, images: Tensor, router: Router) -> Tensor:
-        """Logits of samples, each answered by the adapter that the router takes it for.
+        """Returns logits; each sample uses the adapter that the router selects.
 
         :param images: a batch of preprocessed images, at least one.
         :param router: the router.
@@ -60,40 +69,27 @@ class RoutedView(TrainableView):
         raise NotImplementedError
 
     def frozen_features(self, images: Tensor) -> Tensor:
-        """Features of the backbone without any adapter, ``(batch, dim)``.
+        """Returns the features of the backbone without any adapter, ``(batch, dim)``.
 
         :param images: a batch of preprocessed images.
         """
         raise NotImplementedError
 
 
-def answer_by_adapter(
-    factors: LoRAFactors, bank: AdapterBank, chosen: Tensor, answer: Callable[[Tensor], Tensor]
+def forward_by_adapter(
+    factors: LoRAFactors, bank: AdapterBank, chosen: Tensor, forward: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Answers of samples, those of each adapter together, with that adapter as the live one.
+    """Returns the outputs for samples, computed together for all samples of an adapter.
 
-    :param factors: the live factors, which are overwritten; see :func:`restored`.
+    :param factors: the active factors, which are overwritten; see :meth:`LoRAFactors.restored`.
     :param bank: the adapters.
     :param chosen: index in the bank of each sample's adapter, ``(batch,)``.
-    :param answer: from the numbers of some samples to what the live adapter answers to them.
-    :return: the answers in the order of the samples, ``(batch, ...)``.
+    :param forward: from the indices of some samples to their outputs under the active adapter.
+    :return: the outputs in the order of the samples, ``(batch, ...)``.
     """
-    rows, answers = [], []
+    rows, outputs = [], []
     for adapter in chosen.unique().tolist():
         rows.append((chosen == adapter).nonzero().squeeze(1))
         factors.stack.copy_(bank[adapter])
-        answers.append(answer(rows[-1]))
-    return torch.cat(answers)[torch.cat(rows).argsort()]
-
-
-@contextmanager
-def restored(factors: LoRAFactors) -> Iterator[None]:
-    """Puts the live factors back, whatever happens.
-
-    :param factors: the live factors.
-    """
-    live = factors.stack.clone()
-    try:
-        yield
-    finally:
-        factors.stack.copy_(live)
+        outputs.append(forward(rows[-1]))
+    return torch.cat(outputs)[torch.cat(rows).argsort()]

@@ -1,8 +1,7 @@
-"""A language model in two parts: the decoder layers that nothing trains, and the rest.
+"""Language model, split into its frozen decoder layers and the rest.
 
-The counterpart of :mod:`~treelora_avalanche.models.views.split_vit` for the models of transformers.
-How a model embeds tokens, makes its masks and calls its layers is its own affair: it runs as it is,
-and the layers of the other part hand on what they are given.
+The model's own forward pass runs unchanged, whatever its embeddings, masks and arguments of layers:
+skipped layers return their input.
 """
 
 from __future__ import annotations
@@ -14,14 +13,26 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from treelora_avalanche.adapters import TrainableView
-from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.tokens import PADDING, crop, real_tokens
+from treelora_avalanche.models.views.split import SplitView
+
+
+def supports_split(model: nn.Module) -> TypeGuard[LanguageModel]:
+    """Returns whether a model can be split: a language model with a list of decoder layers.
+
+    :param model: any model.
+    """
+    return (
+        isinstance(model, LanguageModel)
+        and type(model).forward is LanguageModel.forward
+        and type(model).logits is LanguageModel.logits
+        and decoder_layers(model) is not None
+    )
 
 
 def decoder_layers(model: LanguageModel) -> nn.ModuleList | None:
-    """The decoder layers of a language model, from the input side to the output side.
+    """Returns the decoder layers of a language model, from the input side to the output side.
 
     :param model: a language model, with or without LoRA.
     :return: its first list of as many modules as the configuration has layers; None if there is
@@ -35,11 +46,11 @@ def decoder_layers(model: LanguageModel) -> nn.ModuleList | None:
 
 
 def frozen_layers(model: LanguageModel) -> int | None:
-    """Number of decoder layers below the lowest one with a trained parameter.
+    """Returns the number of decoder layers below the lowest one with a trainable parameter.
 
     :param model: a language model.
-    :return: None where something else is trained beside layers and output layer, as what lies below
-        them may be.
+    :return: None where anything but decoder layers and output layer is trainable, as it may lie
+        below them.
     """
     layers = decoder_layers(model)
     if layers is None:
@@ -57,10 +68,10 @@ def frozen_layers(model: LanguageModel) -> int | None:
 
 @contextmanager
 def replaced(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Gives layers another forward pass, and then their own again.
+    """Replaces the forward pass of layers, and restores their own at the end.
 
     :param layers: the layers.
-    :param forward: called with what the layers are called with.
+    :param forward: takes what the layers take.
     """
     before = [(layer, layer.__dict__.get("forward"), layer._compiled_call_impl) for layer in layers]
     for layer, *_ in before:
@@ -72,17 +83,21 @@ def replaced(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterat
         for layer, own, compiled in before:
             layer._compiled_call_impl = compiled
             if own is None:
-                del layer.forward  # the method of the class comes to light again
+                del layer.forward  # uncovers the method of the class
             else:
                 layer.forward = own  # accelerate's, for one
 
 
-class LanguagePrefixView(TrainableView):
-    """The view of a language model that also takes what its frozen layers have computed.
+class SplitLanguageModel(SplitView):
+    """Splits a language model at the first trainable decoder layer.
 
-    That stands in place of token ids: hidden states ``(batch, length, dim)``, padded on the right
-    with NaN. As a causal model never looks to the right, what they are does not depend on the
-    padding, nor on the other rows of the batch, up to rounding.
+    Hidden states ``(batch, length, dim)``, padded on the right with NaN, stand in place of token
+    ids. As a causal model never looks to the right, they depend neither on the padding nor on the
+    other samples of the batch, up to rounding::
+
+        view = SplitLanguageModel(add_lora(model, layers="last:2"))
+        hidden = view.frozen_output(tokens)  # (batch, length, dim)
+        logits = view(hidden)  # (batch, vocabulary, length)
 
     :param module: a language model with LoRA.
     """
@@ -91,26 +106,7 @@ class LanguagePrefixView(TrainableView):
 
     def __init__(self, module: LanguageModel):
         super().__init__(module)
-        self.n_settled = 0
-        """Layers below the suffix though they have trained parameters: they are trained no more."""
-        self.n_frozen = frozen_layers(module)
-        """Layers of the prefix, see :func:`frozen_layers`; told anew when the mode is set."""
         self._in_tuple = False
-
-    def train(self, mode: bool = True) -> LanguagePrefixView:
-        """Sets the mode, see :meth:`torch.nn.Module.train`, and finds the prefix again."""
-        n_frozen = frozen_layers(self.module)
-        self.n_frozen = None if n_frozen is None else max(n_frozen, self.n_settled)
-        super().train(mode)
-        return self
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles every layer by itself: which of them run is settled from outside.
-
-        The arguments are those of :meth:`torch.nn.Module.compile`.
-        """
-        for layer in self.blocks:
-            layer.compile(*args, **kwargs)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -118,89 +114,65 @@ class LanguagePrefixView(TrainableView):
         return list(decoder_layers(self.module) or ())
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the forward pass."""
-        return self.autocast or self._stream_dtype
-
-    @property
-    def _stream_dtype(self) -> torch.dtype:
+    def weight_dtype(self) -> torch.dtype:
+        """Precision of the weights, and of the residual stream."""
         embeddings: nn.Embedding = self.module.base.get_input_embeddings()
         return embeddings.weight.dtype
 
-    def prefix(self, tokens: Tensor) -> Tensor:
-        """What the frozen layers compute, without gradients: ``(batch, length, dim)``.
+    def count_frozen(self) -> int | None:
+        """Returns the number of frozen layers, see :func:`frozen_layers`."""
+        return frozen_layers(self.module)
+
+    def frozen_output(self, x: Tensor) -> Tensor:
+        """Returns the output of the frozen layers, without gradients: ``(batch, length, dim)``.
 
         At padding it is NaN.
 
-        :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
+        :param x: token ids, padded on the right with -1, ``(batch, length)``.
         """
         layers = self.blocks
         reached: list[Tensor] = []
 
-        def hand_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
+        def record(hidden: Tensor, *_: Any, **__: Any) -> Any:
             reached.append(hidden)
-            return self._form(hidden)
+            return self._layer_output(hidden)
 
-        def note(_: nn.Module, __: Any, output: Any) -> None:
+        def note_form(_: nn.Module, __: Any, output: Any) -> None:
             self._in_tuple = isinstance(output, tuple)  # of some models, and of older versions
 
-        hook = layers[0].register_forward_hook(note)
+        hook = layers[0].register_forward_hook(note_form)
         try:
-            with torch.no_grad(), self.autocasting(), replaced(layers[self.n_frozen :], hand_on):
-                self.module.logits(tokens, last=1)
+            with torch.no_grad(), self.autocasting(), replaced(layers[self.n_frozen :], record):
+                self.module.logits(x, last=1)
         finally:
             hook.remove()
-        return reached[0].masked_fill(tokens[..., None] == PADDING, torch.nan)
+        return reached[0].masked_fill(x[..., None] == PADDING, torch.nan)
 
-    def live(self, x: Tensor, last: int | None = None) -> Tensor:  # type: ignore[override]
-        """Logits of the live adapter, see :meth:`LanguageModel.forward`.
+    def forward_active(self, x: Tensor, last: int | None = None) -> Tensor:  # type: ignore[override]
+        """Returns the logits under the active adapter, see :meth:`LanguageModel.forward`.
 
-        :param x: token ids ``(batch, length)``, or what :meth:`prefix` has made of them, ``(batch,
-            length, dim)``.
+        :param x: token ids ``(batch, length)``, or the output of the frozen layers for them,
+            ``(batch, length, dim)``.
         :param last: how many columns of logits, counted from the end, are needed; by default all.
         """
         if x.ndim == 2:
-            logits: Tensor = super().live(x, last)
+            logits: Tensor = super().forward_active(x, last)
             return logits
         if x.device.type == "cpu" or x.shape[1] >= self.module.max_length:
             x = crop(x)  # as the model does with tokens
         real = real_tokens(x)
-        # Kept in fewer bits, perhaps; the residual stream has those of the weights. What stands at
-        # padding has no part in any answer, but has to be a number.
-        hidden = x.to(self._stream_dtype).masked_fill(~real[..., None], 0)
+        # Perhaps cached in fewer bits than the residual stream has. The value at padding affects no
+        # output, but has to be a number.
+        hidden = x.to(self.weight_dtype).masked_fill(~real[..., None], 0)
 
         def given(*_: Any, **__: Any) -> Any:
-            return self._form(hidden)
+            return self._layer_output(hidden)
 
         layers = self.blocks
         tokens = real.long() - 1  # any token: 0, or padding
         with self.autocasting(), replaced(layers[: self.n_frozen], given):
             return self.module.logits(tokens, last)
 
-    def _form(self, hidden: Tensor) -> Any:
+    def _layer_output(self, hidden: Tensor) -> Any:
+        """Hidden states in the form in which the model's layers return them."""
         return (hidden,) if self._in_tuple else hidden
-
-    def agrees(self, tokens: Tensor) -> bool:
-        """Whether the two parts together answer as the whole model does.
-
-        Not so where layers read more than hidden states: the tokens themselves, or what layers
-        before them have left.
-
-        :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
-        """
-        with evaluating(self):
-            parts, whole = self.live(self.prefix(tokens)), self.live(tokens)
-        return torch.allclose(parts, whole, rtol=1e-3, atol=1e-3)
-
-
-def takes_parts(model: nn.Module) -> TypeGuard[LanguageModel]:
-    """Whether a model is a language model whose forward pass is known in two parts.
-
-    :param model: any model.
-    """
-    return (
-        isinstance(model, LanguageModel)
-        and type(model).forward is LanguageModel.forward
-        and type(model).logits is LanguageModel.logits
-        and decoder_layers(model) is not None
-    )

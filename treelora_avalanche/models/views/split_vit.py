@@ -1,8 +1,4 @@
-"""A vision transformer in two parts: the blocks that nothing trains, and the rest.
-
-What the frozen part computes of an image does not change while the model is trained. So it needs no
-gradient, and can be kept: see :class:`~treelora_avalanche.plugins.PrefixCachePlugin`.
-"""
+"""Vision transformer, split into its frozen blocks and the rest."""
 
 from __future__ import annotations
 
@@ -14,12 +10,13 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters import TrainableView
+from treelora_avalanche.models.views.split import SplitView
 
 _AFTER_EMBEDDING = ("blocks.", "norm.", "attn_pool.", "fc_norm.", "head.")
 
 
 def find_transformer(model: nn.Module) -> VisionTransformer | None:
-    """The timm vision transformer in a model, if it has timm's own forward pass.
+    """Returns the timm vision transformer in a model, if it has timm's own forward pass.
 
     :param model: a plain model, or one with LoRA; with or without a view.
     :return: None where there is none.
@@ -31,23 +28,23 @@ def find_transformer(model: nn.Module) -> VisionTransformer | None:
 
 
 def _has_own(vit: VisionTransformer, *methods: str) -> bool:
-    """Whether a transformer has timm's own methods, and not those of a heir."""
+    """Returns whether a transformer has timm's own methods, and not those of a subclass."""
     return all(getattr(type(vit), name) is getattr(VisionTransformer, name) for name in methods)
 
 
 def trainable_view(model: nn.Module) -> TrainableView:
-    """The view of a model: in two parts where its kind is known, else through its parameters alone.
+    """Returns a :class:`SplitViT` of a timm vision transformer, a :class:`TrainableView` else.
 
     :param model: a model with LoRA.
     """
-    return TrainableView(model) if find_transformer(model) is None else PrefixView(model)
+    return TrainableView(model) if find_transformer(model) is None else SplitViT(model)
 
 
 def frozen_blocks(vit: VisionTransformer) -> int | None:
-    """Number of blocks below the lowest one with a trained parameter.
+    """Returns the number of blocks below the lowest one with a trainable parameter.
 
     :param vit: the transformer.
-    :return: 0 where that is the first block; None where the embedding of the patches is trained.
+    :return: 0 where that is the first block; None where the patch embedding is trainable.
     """
     lowest = len(vit.blocks)
     for name, parameter in vit.named_parameters():
@@ -59,8 +56,8 @@ def frozen_blocks(vit: VisionTransformer) -> int | None:
     return lowest
 
 
-def answers_by_class_token(vit: VisionTransformer) -> bool:
-    """Whether the output of the last block is read at the class token alone.
+def head_reads_class_token(vit: VisionTransformer) -> bool:
+    """Returns whether the head reads the output of the last block at the class token alone.
 
     :param vit: the transformer.
     """
@@ -77,9 +74,9 @@ def answers_by_class_token(vit: VisionTransformer) -> bool:
 
 
 def class_token_of(block: nn.Module, hidden: Tensor) -> Tensor:
-    """Output of a block at the class token.
+    """Returns the output of a block at the class token.
 
-    Its keys and values come from all tokens, its query and all that follows from one.
+    Its keys and values come from all tokens; its query, and all that follows, from one.
 
     :param block: a block of timm.
     :param hidden: ``(batch, n_tokens, dim)``, the class token first.
@@ -92,7 +89,7 @@ def class_token_of(block: nn.Module, hidden: Tensor) -> Tensor:
         n, n_tokens, 3, attention.num_heads, attention.head_dim
     )
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, n_heads, n_tokens, head_dim) each
-    # Of a single query the fused attention is not the faster one, and in bf16 on a CPU far slower.
+    # For a single query the fused attention is not faster, and in bf16 on a CPU far slower.
     scores = (attention.scale * attention.q_norm(q[:, :, :1])) @ attention.k_norm(k).mT
     mixed = attention.attn_drop(scores.softmax(-1)) @ v  # (batch, n_heads, 1, head_dim)
     mixed = attention.norm(mixed.transpose(1, 2).flatten(2))  # (batch, 1, dim)
@@ -101,36 +98,27 @@ def class_token_of(block: nn.Module, hidden: Tensor) -> Tensor:
     return token + at.drop_path2(at.ls2(at.mlp(at.norm2(token))))
 
 
-class PrefixView(TrainableView):
-    """The view of a vision transformer that does no work twice and none that is not asked for.
+class SplitViT(SplitView):
+    """Splits a timm vision transformer at the first trainable block.
 
-    The blocks below the lowest trained one run without gradients, and ``forward`` also takes what
-    they have computed, in place of images. Of the last block, where the head reads nothing else,
-    only the class token's output is computed. The logits are those of the model up to rounding.
+    The frozen blocks run without gradients. Where the head reads nothing else, only the class
+    token's output of the last block is computed. The logits are those of the model up to rounding::
+
+        view = SplitViT(add_lora(vit, layers="last:3"))
+        hidden = view.frozen_output(images)  # (batch, n_tokens, dim)
+        logits = view(hidden)
 
     :param module: a peft model around a timm vision transformer.
     :raises ValueError: if there is no timm vision transformer in the model.
     """
 
     def __init__(self, module: nn.Module):
-        super().__init__(module)
-        vit = find_transformer(module)
-        if vit is None:
+        if find_transformer(module) is None:
             raise ValueError(
                 f"`module` ({type(module).__name__}) has no timm VisionTransformer with timm's own "
                 "forward pass; use TrainableView."
             )
-        self.n_settled = 0
-        """Blocks below the suffix though they have trained parameters: they are trained no more."""
-        self.n_frozen = frozen_blocks(vit)
-        """Blocks of the prefix, see :func:`frozen_blocks`; told anew when the mode is set."""
-
-    def train(self, mode: bool = True) -> PrefixView:
-        """Sets the mode, see :meth:`torch.nn.Module.train`, and finds the prefix again."""
-        n_frozen = frozen_blocks(self.transformer)
-        self.n_frozen = None if n_frozen is None else max(n_frozen, self.n_settled)
-        super().train(mode)
-        return self
+        super().__init__(module)
 
     @property
     def transformer(self) -> VisionTransformer:
@@ -144,33 +132,37 @@ class PrefixView(TrainableView):
         return list(self.transformer.blocks)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the forward pass."""
-        return self.autocast or next(self.transformer.parameters()).dtype
+    def weight_dtype(self) -> torch.dtype:
+        """Precision of the weights, and of the residual stream."""
+        return next(self.transformer.parameters()).dtype
 
-    def prefix(self, images: Tensor) -> Tensor:
-        """What the frozen part computes, without gradients: ``(batch, n_tokens, dim)``.
+    def count_frozen(self) -> int | None:
+        """Returns the number of frozen blocks, see :func:`frozen_blocks`."""
+        return frozen_blocks(self.transformer)
 
-        :param images: ``(batch, channels, height, width)``.
+    def frozen_output(self, x: Tensor) -> Tensor:
+        """Returns the output of the frozen blocks, without gradients: ``(batch, n_tokens, dim)``.
+
+        :param x: images, ``(batch, channels, height, width)``.
         """
         vit = self.transformer
         trained = torch.is_grad_enabled() and self.n_frozen is None
         with torch.set_grad_enabled(trained), self.autocasting():
-            hidden = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+            hidden = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
             for block in self.blocks[: self.n_frozen or 0]:
                 hidden = block(hidden)
         return hidden
 
-    def suffix(self, hidden: Tensor) -> Tensor:
-        """What the live adapter hands to the head: ``(batch, n_tokens or 1, dim)``.
+    def trained_output(self, hidden: Tensor) -> Tensor:
+        """Returns the input of the head under the active adapter: ``(batch, n_tokens or 1, dim)``.
 
-        :param hidden: what :meth:`prefix` returned, in any precision.
+        :param hidden: output of the frozen blocks, in any precision.
         """
         vit = self.transformer
         blocks = self.blocks[self.n_frozen or 0 :]
-        last = blocks.pop() if blocks and answers_by_class_token(vit) else None
-        # Kept in fewer bits, perhaps; the residual stream has those of the weights.
-        hidden = hidden.to(next(vit.parameters()).dtype)
+        last = blocks.pop() if blocks and head_reads_class_token(vit) else None
+        # Perhaps cached in fewer bits than the residual stream has.
+        hidden = hidden.to(self.weight_dtype)
         if vit.grad_checkpointing:
             hidden = checkpoint_seq(blocks, hidden)
         else:
@@ -181,26 +173,29 @@ class PrefixView(TrainableView):
         return vit.norm(hidden)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the live adapter hands to the classifier, ``(batch, dim)``.
+        """Returns the input of the classifier under the active adapter, ``(batch, dim)``.
 
-        :param x: as for :meth:`live`.
+        :param x: as for :meth:`forward_active`.
         """
-        with self.autocasting():
-            features = self.transformer.forward_head(self.suffix(self.hidden(x)), pre_logits=True)
-            return self.full_precision(features)
+        return self._head_output(x, pre_logits=True)
 
-    def live(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Logits of the live adapter, ``(batch, n_classes)``.
+    def forward_active(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Returns the logits under the active adapter, ``(batch, n_classes)``.
 
-        :param x: images ``(batch, channels, height, width)``, or what :meth:`prefix` has made of
-            them, ``(batch, n_tokens, dim)``.
+        :param x: images ``(batch, channels, height, width)``, or the output of the frozen blocks
+            for them, ``(batch, n_tokens, dim)``.
         """
+        return self._head_output(x, pre_logits=False)
+
+    def _head_output(self, x: Tensor, pre_logits: bool) -> Tensor:
         with self.autocasting():
-            return self.full_precision(self.transformer.forward_head(self.suffix(self.hidden(x))))
+            last = self.trained_output(self.hidden(x))
+            output = self.transformer.forward_head(last, pre_logits=pre_logits)
+            return cast(Tensor, self.full_precision(output))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What the prefix makes of images, or has made of them already.
+        """Returns the output of the frozen blocks for images, or ``x`` if it is that already.
 
-        :param x: as for :meth:`live`.
+        :param x: as for :meth:`forward_active`.
         """
-        return self.prefix(x) if x.ndim == 4 else x
+        return self.frozen_output(x) if x.ndim == 4 else x

@@ -1,4 +1,4 @@
-"""Picks the demonstrations of in-context learning from the texts of every experience."""
+"""Draws the demonstrations of in-context learning from the texts of every experience."""
 
 from __future__ import annotations
 
@@ -15,33 +15,39 @@ from treelora_avalanche.state import check_keys, check_same_settings
 
 
 class DemonstrationsPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Gives the model some training texts of every experience as its demonstrations.
+    """Gives the model some training texts of every experience as demonstrations.
 
-    Stores per task ``n_demonstrations`` pairs of prompt and answer, and one vector as wide as the
-    model's embeddings. Task labels are not used.
+    Stores per task ``n_demonstrations`` pairs of prompt and reference answer, and one vector of the
+    model's embedding size. Task labels are not used. Example::
 
-    :param model: the model that shows them.
-    :param n_demonstrations: how many of a task; all where it has fewer.
-    :param seed: of the drawing.
+        model = InContextLanguageModel(language_model)
+        strategy = Naive(model, plugins=[DemonstrationsPlugin(model)])
+
+    :param model: the model that prepends the demonstrations.
+    :param n_demonstrations: number per task; all where it has fewer.
+    :param seed: seed of the draw.
     :raises ValueError: if ``n_demonstrations`` is below 1.
     """
 
     def __init__(self, model: InContextLanguageModel, n_demonstrations: int = 6, seed: int = 0):
         super().__init__()
         if n_demonstrations < 1:
-            raise ValueError(f"`n_demonstrations` must be at least 1, and is {n_demonstrations}.")
+            raise ValueError(
+                f"`n_demonstrations` should be at least 1, but is {n_demonstrations}. Pass the "
+                "number of examples per task."
+            )
         self.model = model
         self.n_demonstrations = n_demonstrations
         self.seed = seed
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Makes sure that there are texts."""
+        """Checks that the experience has texts."""
         experience = strategy.experience
         if not getattr(experience, "prompts", None) or not getattr(experience, "answers", None):
             raise ValueError(
-                f"experience {experience.current_experience} has no texts in `prompts` and "
-                "`answers`, of which InContext takes its demonstrations; set these attributes on "
-                "it, as `treelora_avalanche.scenarios.TRACE` does."
+                f"experience {experience.current_experience} should have texts in `prompts` and "
+                "`answers`, from which InContext draws demonstrations, but has none. Set these "
+                "attributes, as `treelora_avalanche.scenarios.TRACE` does."
             )
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +64,7 @@ class DemonstrationsPlugin(SupervisedPlugin, supports_distributed=True):  # type
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The demonstrations of every task, and how they are drawn."""
+        """Returns the demonstrations of every task, and the arguments."""
         return {
             "n_demonstrations": self.n_demonstrations,
             "seed": self.seed,
@@ -66,7 +72,7 @@ class DemonstrationsPlugin(SupervisedPlugin, supports_distributed=True):  # type
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Gives the model the demonstrations of a state; they must be drawn in the same way.
+        """Loads demonstrations into the model; the arguments must be the same.
 
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if it does not fit; nothing has changed then.

@@ -1,7 +1,7 @@
-"""What HiDe adds to the training of a task: a push from the past classes, and adapters kept apart.
+"""Contrastive regularisation and one adapter per task: the training part of HiDe.
 
 HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234) and HiDe-PET (Wang et al. 2024,
-arXiv 2407.05229). Its other steps are plugins of their own: task-identity inference is the
+arXiv 2407.05229). The other steps have plugins of their own: task-identity inference is the
 :class:`~treelora_avalanche.plugins.RouterPlugin`, task-adaptive prediction the
 :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`, both with centroids.
 """
@@ -21,18 +21,19 @@ from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
-from treelora_avalanche.state import check_keys, check_same_settings, forget
+from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
 def contrastive_regularisation(features: Tensor, centroids: Tensor, temperature: float) -> Tensor:
-    """How near features are to the centroids of past classes, against how near to each other.
+    """Returns the mean of ``log softmax(h · μ / τ)`` over features h and centroids μ of past
+    classes.
 
-    Mean over features h and centroids mu of log softmax(h . mu / tau), the softmax running over all
-    centroids and all features of the batch. To minimise it pushes the features off the past.
+    The softmax runs over all centroids and all features of the batch. Minimising it moves the
+    features away from past classes.
 
-    :param features: unit vectors, ``(batch, dim)``.
-    :param centroids: unit vectors, ``(n_centroids, dim)``.
-    :param temperature: tau.
+    :param features: unit vectors h, ``(batch, dim)``.
+    :param centroids: unit vectors μ, ``(n_centroids, dim)``.
+    :param temperature: τ.
     :return: a scalar, below 0.
     """
     scores = features @ torch.cat((centroids, features)).T / temperature
@@ -40,17 +41,21 @@ def contrastive_regularisation(features: Tensor, centroids: Tensor, temperature:
 
 
 class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Pushes the features of a new task off the centroids of past classes, from the second on.
+    """Moves the features of a new task away from the centroids of past classes, from the second
+    task on.
 
     Adds ``contrast`` times :func:`contrastive_regularisation` to the loss. Features and centroids
-    are scaled to unit length first, which the paper does not say: those of a vision transformer are
-    some tens long, the softmax then sees only each feature's product with itself, and no gradient
-    is left. Stores nothing but what the head has stored; its work grows with the number of past
-    classes. Task labels are not used.
+    are normalised to unit length first, which the paper does not state: features of a vision
+    transformer have norms of several tens, so the softmax would see only each feature's product
+    with itself, and no gradient would be left. Stores nothing of its own; its cost grows with the
+    number of past classes. Task labels are not used. Example::
 
-    :param head: the plugin that keeps the centroids.
-    :param contrast: strength lambda; the paper's is 0.1.
-    :param temperature: tau; the paper's is 0.8.
+        head = TaskAdaptiveHeadPlugin(kind=Centroids(10))
+        plugins = [head, ContrastivePlugin(head)]
+
+    :param head: the plugin that stores the centroids.
+    :param contrast: strength λ; 0.1 in the paper.
+    :param temperature: τ; 0.8 in the paper.
     :raises ValueError: if ``contrast`` is negative, or ``temperature`` not positive.
     """
 
@@ -59,9 +64,13 @@ class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     ):
         super().__init__()
         if not contrast >= 0:
-            raise ValueError(f"`contrast` must be at least 0, and is {contrast}.")
+            raise ValueError(
+                f"`contrast` should be at least 0, but is {contrast}. Use 0 for no penalty."
+            )
         if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, and is {temperature}.")
+            raise ValueError(
+                f"`temperature` should be above 0, but is {temperature}. The paper's is 0.8."
+            )
         self.head = head
         self.contrast = contrast
         self.temperature = temperature
@@ -69,23 +78,23 @@ class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         self._hook: Any = None
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Collects the centroids of past classes, and listens at the classifier."""
-        self._let_go()
+        """Collects the centroids of past classes, and hooks the inputs of the classifier."""
+        self._remove_hook()
         if self.head.statistics:
             means = torch.cat([s.means for s in self.head.statistics])
             self._centroids = F.normalize(means.to(strategy.device), dim=1)
-            self._hook = classifier_of(strategy.model).register_forward_pre_hook(self._listen)
+            self._hook = classifier_of(strategy.model).register_forward_pre_hook(self._record)
 
-    def _listen(self, classifier: Any, inputs: tuple[Tensor, ...]) -> None:
+    def _record(self, classifier: Any, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]
 
     def penalty(self) -> Tensor:
-        """The penalty of the last batch, a scalar that leads a gradient to its features.
+        """Returns the penalty of the last batch, a scalar with a gradient to its features.
 
-        :raises RuntimeError: outside of the training of an experience, and in the first.
+        :raises RuntimeError: outside the training of an experience, and in the first.
         """
         if self._centroids is None:
-            raise RuntimeError("there are no past classes whose centroids could push.")
+            raise RuntimeError("the penalty needs past classes. Train a second experience.")
         features = F.normalize(self._features, dim=1)
         return self.contrast * contrastive_regularisation(
             features, self._centroids, self.temperature
@@ -97,21 +106,21 @@ class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             strategy.loss = strategy.loss + self.penalty()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Stops listening."""
-        self._let_go()
+        """Removes the hook."""
+        self._remove_hook()
 
-    def _let_go(self) -> None:
+    def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             del self._features
         self._hook = self._centroids = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, so that a stream is not continued with others by mistake."""
+        """Returns the arguments, so that a stream is not continued with others."""
         return {"contrast": float(self.contrast), "temperature": float(self.temperature)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Checks that the arguments are the same; there is nothing to load.
+        """Checks that the arguments are the same; nothing is loaded.
 
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if one differs.
@@ -121,22 +130,28 @@ class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
 
 class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Keeps a copy of the LoRA adapter of every task, which touches keys and values alone.
+    """Stores a copy of the LoRA adapter of every task; only keys and values are adapted.
 
-    A task starts from the adapter of the one before; what the optimizer has gathered belongs to
-    that one, and goes. In a fused ``qkv`` the rows of B that would change the queries are held at
-    zero: one operation for all layers after every step. Stores one adapter per task, on the host.
-    Works with any strategy whose model carries LoRA. Task labels are not used.
+    A task starts from the adapter of the previous one, with a new optimizer state. In a fused
+    ``qkv`` the rows of B that would change the queries are held at zero: one operation for all
+    layers per step. Stores one adapter per task, on the host. Works with any strategy whose model
+    carries LoRA. Task labels are not used. Example::
+
+        bank = AdapterBank()
+        strategy = Naive(RoutedAdapters(model, bank), plugins=[TaskAdaptersPlugin(bank)])
 
     :param bank: the bank of finished adapters.
     """
+
+    requires_whole_adapter: str | None = "stores a whole adapter per experience"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
 
     def __init__(self, bank: AdapterBank):
         super().__init__()
         self.bank = bank
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Finds the live adapter and its part on the queries."""
+        """Finds the active adapter and the part of it that changes queries."""
         self._factors = LoRAFactors(strategy.model)
         self._queries = torch.zeros_like(self._factors.stack, dtype=torch.bool)
         for row, name, shape in zip(
@@ -146,10 +161,10 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
                 _, b = shape.split(row)
                 b[: shape.n_out // 3] = True
         if len(self.bank):
-            forget(strategy.optimizer, chain.from_iterable(self._factors.parameters))
+            reset_optimizer_state(strategy.optimizer, chain.from_iterable(self._factors.parameters))
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Takes back what the step has done to the queries."""
+        """Sets the part that changes queries back to zero."""
         self._factors.stack.masked_fill_(self._queries, 0)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -157,14 +172,14 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         self.bank.append(self._factors)
 
     def state_dict(self) -> dict[str, Any]:
-        """The bank."""
+        """Returns the bank."""
         return {"bank": self.bank.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the bank into the object that the view shares.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it does not fit; the bank is then as it was.
+        :raises ValueError: if it does not fit; the bank is then unchanged.
         """
         check_keys(state, {"bank"}, "the state of TaskAdaptersPlugin")
         self.bank.load_state_dict(state["bank"])
@@ -173,11 +188,11 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 def hide_plugins(
     contrast: float, n_centroids: int, seed: int
 ) -> tuple[TaskAdaptiveHeadPlugin, ContrastivePlugin, RouterPlugin]:
-    """The parts of HiDe that are the same for prompts and for LoRA.
+    """Returns the parts of HiDe that prompts and LoRA share.
 
     :param contrast: see :class:`ContrastivePlugin`.
     :param n_centroids: centroids per class, of adapted and of frozen features.
-    :param seed: of the pseudo-features.
+    :param seed: seed of the pseudo-features.
     :return: task-adaptive prediction, contrastive regularisation, task-identity inference.
     :raises ValueError: if an argument is out of range.
     """

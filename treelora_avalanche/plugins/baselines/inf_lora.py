@@ -1,4 +1,4 @@
-"""InfLoRA (Liang & Li, CVPR 2024, arXiv 2404.00228): train where no past input can reach."""
+"""InfLoRA (Liang & Li, CVPR 2024, arXiv 2404.00228): trains in the null space of past inputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from treelora_avalanche.state import check_keys, check_same_settings
 
 
 def input_covariances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Sums of ``x x^T`` over the inputs of every adapted layer, in one pass in evaluation mode.
+    """Returns ``Σ x xᵀ / n_samples`` over the inputs of every adapted layer, from one evaluation
+    pass.
 
-    Every token is an input. Divided by the number of samples, so that they do not grow with them.
+    Every token is an input. Division by the number of samples keeps the sums from growing with it.
 
     :param model: a model that carries LoRA.
     :param batches: inputs and targets, on the model's device.
@@ -28,7 +29,7 @@ def input_covariances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
 
     def observe(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().float().flatten(0, -2)  # (n_tokens, n_in)
-        with torch.autocast(x.device.type, enabled=False):  # the model may compute in fewer bits
+        with torch.autocast(x.device.type, enabled=False):  # covariances need float32
             covariances[layer] = covariances[layer] + x.T @ x if layer in covariances else x.T @ x
 
     layers: list[Any] = list(lora_layers(model).values())
@@ -46,37 +47,42 @@ def input_covariances(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
 
 
 class InfLoRAPlugin(PastAdaptersPlugin):
-    """Fixes A to what the task's inputs have beside those of the past, and trains B alone.
+    """Fixes A to directions of the task's inputs that past inputs do not span, and trains B alone.
 
-    Before an experience, A's rows become the leading principal directions of the layer's inputs on
-    the new data, after the subspace of past inputs was removed from them: then the new product
-    ``B A`` answers 0 to past inputs. Afterwards the inputs are added to that subspace, as many
+    Before an experience, the rows of A become the leading principal directions of the layer's
+    inputs on the new data, after projection onto the orthogonal complement of past inputs; then
+    ``B A x = 0`` for past inputs x. Afterwards the inputs are added to that subspace, with as many
     directions as hold the share ``threshold`` of their energy; the share rises linearly over the
     stream, ``threshold + (1 - threshold) t / T`` after the t-th of T tasks (from 0). Rows of A have
-    the length ``1 / sqrt(3)`` that LoRA's random ones have on average, and are zero, so that their
-    part of B learns nothing, where the past has left no direction. What the paper calls B is A
-    here, and the other way round, as everywhere in LoRA.
+    the norm ``1 / sqrt(3)`` that LoRA's random ones have on average. Rows without a free direction
+    are zero, so their part of B is not trained. The paper's B is A here, and vice versa, as usual
+    in LoRA.
 
-    The paper measures energy by the squared singular values of the inputs, and so does this. (The
-    released code takes those of the covariance, which keeps far fewer directions.)
+    Energy is measured by the squared singular values of the inputs, as in the paper. (The released
+    code takes those of the covariance, which keeps far fewer directions.)
 
     Costs two passes over the data of an experience. Stores the adapter of every task, and at most
-    ``n_in^2 / 2`` values per layer in all. Works with any strategy whose model carries LoRA. Task
-    labels are not used.
+    ``n_in^2 / 2`` values per layer in total. Works with any strategy whose model carries LoRA. Task
+    labels are not used. Example::
+
+        past = PastAdapters(model)
+        strategy = Naive(model, plugins=[InfLoRAPlugin(past, threshold=0.95)])
 
     :param past: the past adapters of the strategy's model.
-    :param threshold: epsilon, above 0 and below 1.
+    :param threshold: ε, above 0 and below 1.
     :raises ValueError: if ``threshold`` is out of range.
     """
 
     def __init__(self, past: PastAdapters, threshold: float = 0.95):
         super().__init__(past)
         if not 0 < threshold < 1:
-            raise ValueError(f"`threshold` must be between 0 and 1, and is {threshold}.")
+            raise ValueError(
+                f"`threshold` should be above 0 and below 1, but is {threshold}. Typical: 0.95."
+            )
         self.threshold = threshold
         self.n_tasks = 0
         self.memories: list[SubspaceMemory] = []
-        """The subspace of past inputs, of every layer."""
+        """Subspace of past inputs, one per layer."""
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Folds the last adapter, and fixes A for the new one."""
@@ -90,9 +96,9 @@ class InfLoRAPlugin(PastAdaptersPlugin):
             a.data.copy_(memory.free_directions(covariance, len(a)) / 3**0.5)
 
     def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Drops A's gradient. A parameter without one is left alone by every optimizer.
+        """Drops the gradient of A: every optimizer skips a parameter without one.
 
-        It still asks for a gradient, for it is saved, as what is trained is.
+        A still requires a gradient, because only trainable parameters are saved.
         """
         for a, _ in self._factors.parameters:
             a.grad = None
@@ -108,12 +114,12 @@ class InfLoRAPlugin(PastAdaptersPlugin):
 
     def _covariances(self, strategy: Any) -> list[Tensor]:
         tokens = not strategy.experience.dataset[0][0].is_floating_point()
-        # Texts one by one: models crop a batch to its longest, and padding is no input.
+        # One text per batch: padding must not count as an input.
         batch_size = 1 if tokens else strategy.eval_mb_size
         return input_covariances(strategy.model, experience_batches(strategy, batch_size))
 
     def state_dict(self) -> dict[str, Any]:
-        """The past adapters, and the subspaces of their inputs."""
+        """Returns the past adapters, and the subspaces of their inputs."""
         return {
             **super().state_dict(),
             "threshold": float(self.threshold),
@@ -122,7 +128,8 @@ class InfLoRAPlugin(PastAdaptersPlugin):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the past adapters into the model, and the subspaces; the threshold must be equal.
+        """Loads the past adapters into the model, and the subspaces; the threshold must be the
+        same.
 
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if it does not fit; nothing has changed then.

@@ -1,4 +1,4 @@
-"""A pull towards the adapter of the task before, in squared L2: the plain control."""
+"""L2 regularisation towards the previous experience's adapter: the plain control."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from treelora_avalanche.state import check_keys, check_same_settings
 
 
 class L2AnchorPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Adds ``strength * ||theta - theta_before||^2`` to the loss from the second experience on.
+    """Adds ``strength * ‖θ − θ_before‖²`` to the loss, from the second experience on.
 
-    Theta are the LoRA factors of all layers, and theta_before their values at the end of the
-    experience before. What TreeLoRA's pull must be better than: it picks no task and makes nothing
-    sparse. Keeps one copy of the adapter while an experience is trained, and nothing from one to
-    the next. Works with any strategy whose model carries LoRA. Task labels are not used.
+    θ are the LoRA factors of all layers, θ_before their values at the end of the previous
+    experience. The control for TreeLoRA's regularisation: it selects no task and is not sparse.
+    Keeps one copy of the adapter during an experience, and nothing between experiences. Works with
+    any strategy whose model carries LoRA. Task labels are not used. Example::
 
-    :param strength: strength of the pull.
+        strategy = SeqLoRA(model, plugins=[L2AnchorPlugin(strength=1.0)])
+
+    :param strength: strength of the penalty.
     :raises ValueError: if ``strength`` is negative.
     """
 
     def __init__(self, strength: float = 1.0):
         super().__init__()
         if not strength >= 0:
-            raise ValueError(f"`strength` must be at least 0, and is {strength}.")
+            raise ValueError(
+                f"`strength` should be at least 0, but is {strength}. Use 0 for no penalty."
+            )
         self.strength = strength
         self._anchor: Tensor | None = None
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Copies the adapter as the experience before has left it."""
+        """Copies the adapter of the previous experience."""
         pairs = LoRAFactors(strategy.model).parameters
         self._parameters = [parameter for pair in pairs for parameter in pair]
         self._anchor = None
@@ -40,13 +44,12 @@ class L2AnchorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
             self._anchor = parameters_to_vector(self._parameters).detach()  # (n_values,)
 
     def penalty(self) -> Tensor:
-        """The penalty of the live adapter, a scalar that leads a gradient to every factor.
+        """Returns the penalty of the active adapter, a scalar with a gradient to every factor.
 
-        :raises RuntimeError: if there is nothing to be pulled to: outside of the training of an
-            experience, and in the first.
+        :raises RuntimeError: outside the training of an experience, and in the first.
         """
         if self._anchor is None:
-            raise RuntimeError("there is no adapter of an experience before to be pulled to.")
+            raise RuntimeError("the penalty needs a past adapter. Train a second experience.")
         difference = parameters_to_vector(self._parameters) - self._anchor
         return self.strength * difference.square().sum()
 
@@ -56,15 +59,15 @@ class L2AnchorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
             strategy.loss = strategy.loss + self.penalty()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Lets the copy go."""
+        """Deletes the copy."""
         self._anchor = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The strength, so that a stream is not continued with another by mistake."""
+        """Returns the strength, so that a stream is not continued with another."""
         return {"strength": float(self.strength)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Checks that the strength is the same; there is nothing to load.
+        """Checks that the strength is the same; nothing is loaded.
 
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if the strength differs.

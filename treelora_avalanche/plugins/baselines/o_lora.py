@@ -1,4 +1,4 @@
-"""The orthogonality penalty of O-LoRA (Wang et al., EMNLP Findings 2023, arXiv 2310.14152)."""
+"""Orthogonality penalty of O-LoRA (Wang et al., EMNLP Findings 2023, arXiv 2310.14152)."""
 
 from __future__ import annotations
 
@@ -13,39 +13,46 @@ from treelora_avalanche.plugins.baselines.past_adapters import PastAdaptersPlugi
 from treelora_avalanche.state import check_keys, check_same_settings
 
 
-def overlap(past: Tensor, live: Tensor) -> Tensor:
-    """Sum of the squared inner products between the rows of past and live A, over all layers.
+def overlap(past: Tensor, active: Tensor) -> Tensor:
+    """Returns ``Σ_l ‖A_past^l (A^l)ᵀ‖_F²``, the squared inner products of past and active rows of
+    A.
 
     :param past: ``(n_layers, n_past_rows, n_in)``.
-    :param live: ``(n_layers, rank, n_in)``.
+    :param active: ``(n_layers, rank, n_in)``.
     :return: a scalar.
     """
-    return torch.bmm(past, live.transpose(1, 2)).square().sum()
+    return torch.bmm(past, active.transpose(1, 2)).square().sum()
 
 
 class OLoRAPlugin(PastAdaptersPlugin):
-    """Trains a new adapter in every experience, its A kept orthogonal to those of the past.
+    """Trains a new adapter in every experience, its A orthogonal to those of the past.
 
-    Adds ``orthogonality * sum_i ||A_i A^T||_F^2``, over all layers and past tasks i, to the loss
-    from the second experience on. So the paper defines it; its released code sums absolute values
-    instead, whose gradient does not vanish near the goal and rattles there. The penalty's work
-    grows with the number of past tasks: one batched product for all of them and all layers of a
-    shape. Works with any strategy whose model carries LoRA. Task labels are not used.
+    Adds ``orthogonality * Σ_i ‖A_i Aᵀ‖_F²``, over all layers and past tasks i, to the loss from the
+    second experience on, as in the paper. Its released code sums absolute values, whose gradient
+    does not vanish near zero and oscillates there. The cost grows with the number of past tasks:
+    one batched product for all of them and all layers of a shape. Works with any strategy whose
+    model carries LoRA. Task labels are not used. Example::
+
+        past = PastAdapters(model)
+        strategy = Naive(model, plugins=[OLoRAPlugin(past, orthogonality=0.5)])
 
     :param past: the past adapters of the strategy's model.
-    :param orthogonality: strength lambda_1 of the penalty.
+    :param orthogonality: strength λ_1 of the penalty.
     :raises ValueError: if ``orthogonality`` is negative.
     """
 
     def __init__(self, past: PastAdapters, orthogonality: float = 0.5):
         super().__init__(past)
         if not orthogonality >= 0:
-            raise ValueError(f"`orthogonality` must be at least 0, and is {orthogonality}.")
+            raise ValueError(
+                f"`orthogonality` should be at least 0, but is {orthogonality}. Use 0 for no "
+                "penalty."
+            )
         self.orthogonality = orthogonality
         self._layers: list[tuple[Tensor, list[Tensor]]] = []
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Folds the last adapter, and lays the past A of equal layers side by side."""
+        """Folds the last adapter, and stacks the past A of layers of equal shape."""
         super().before_training_exp(strategy, *args, **kwargs)
         of_shape = defaultdict(list)
         for (a, _), (past, _) in zip(self._factors.parameters, self.past.factors, strict=True):
@@ -57,8 +64,8 @@ class OLoRAPlugin(PastAdaptersPlugin):
         ]
 
     def penalty(self) -> Tensor:
-        """The penalty of the live adapter, a scalar that leads a gradient to every A."""
-        overlaps = [overlap(past, torch.stack(live)) for past, live in self._layers]
+        """Returns the penalty of the active adapter, a scalar with a gradient to every A."""
+        overlaps = [overlap(past, torch.stack(active)) for past, active in self._layers]
         return self.orthogonality * torch.stack(overlaps).sum()
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,11 +74,11 @@ class OLoRAPlugin(PastAdaptersPlugin):
             strategy.loss = strategy.loss + self.penalty()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Lets the copies of the past go."""
+        """Deletes the stacked copies."""
         self._layers = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The past adapters, and the strength."""
+        """Returns the past adapters, and the strength."""
         return {**super().state_dict(), "orthogonality": float(self.orthogonality)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -16,54 +16,61 @@ from treelora_avalanche.state import check_keys, check_same_settings
 
 
 def ground_truth_outputs(logits: Tensor, targets: Tensor) -> Tensor:
-    """What a model says about the truth, one number per sample.
+    """Returns the output for the true target, one number per sample.
 
-    For images the logit of the true class. For text, where logits of different positions cannot be
-    compared, the log-likelihood of the answer, by token.
+    For images, the logit of the true class. For text, where logits of different positions cannot be
+    compared, the log-likelihood of the target tokens, per token.
 
     :param logits: ``(batch, n_classes)``, or ``(batch, vocabulary, length)``.
-    :param targets: ``(batch,)``, or ``(batch, length)`` with -100 where there is no answer.
+    :param targets: ``(batch,)``, or ``(batch, length)`` with -100 where there is no target.
     :return: ``(batch,)``.
     """
     if logits.ndim == 2:
         return logits.gather(1, targets[:, None]).squeeze(1)
-    targets = targets[:, : logits.shape[2]]  # a language model crops its rows to the longest
+    targets = targets[:, : logits.shape[2]]  # a language model crops its batch
     likelihoods: Tensor = -TokenCrossEntropy(reduction="none")(logits, targets)
     return likelihoods
 
 
 class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Projects every gradient, and every step, off the span of past samples' gradients.
+    """Projects every gradient, and every step, onto the orthogonal complement of past gradients.
 
-    After an experience, gradients of its samples are stored, of the output that tells the truth
-    (the paper's OGD-GTL), over everything that is trained and persists: the LoRA factors, and the
-    classifier where there is one. They are kept as an orthonormal basis. In each later step the
-    gradient of the loss loses its part in their span, so that a small step against it leaves those
-    outputs as they are. A projection is two products with the whole basis, a matrix.
+    After an experience, gradients of single samples are stored, of the output for the true target
+    (the paper's OGD-GTL), over all trained parameters: the LoRA factors, and the classifier if
+    there is one. They are kept as an orthonormal basis V. In later steps ``g <- g − Vᵀ V g``, so
+    that a small step along g leaves those outputs unchanged; the projection is two products with
+    one matrix.
 
-    The paper trains with SGD. Adam scales every coordinate by itself and remembers the gradients of
-    the task before, so that its step leaves the direction of the projected gradient: in small
-    trials past outputs then moved more than without OGD. Therefore what the optimizer has done is
-    projected too, which after plain SGD changes nothing.
+    The paper trains with SGD. Adam scales every coordinate by itself and remembers gradients of the
+    previous task, so its step leaves the direction of the projected gradient: in small trials past
+    outputs then moved more than without OGD. Therefore the optimizer's step is projected too, which
+    changes nothing after plain SGD.
 
-    Stores ``samples_per_task`` vectors per task, each of as many values as are trained, until there
-    are ``memory_size``. From then on all tasks have equal shares, and each keeps its strongest
-    directions. Works with any strategy. Task labels are not used.
+    Stores ``samples_per_task`` vectors per task, each as long as the trained parameters, up to
+    ``memory_size``. Beyond it all tasks have equal shares, and each keeps its strongest directions.
+    Works with any strategy. Task labels are not used. Example::
 
-    :param samples_per_task: samples of an experience whose gradients are stored; the paper's is
-        200.
+        strategy = Naive(model, plugins=[OGDPlugin(samples_per_task=200)])
+
+    :param samples_per_task: samples of an experience whose gradients are stored; 200 in the paper.
     :param memory_size: budget of vectors over all tasks.
     :raises ValueError: if an argument is out of range, or the budget is below one task.
     """
 
+    requires_whole_adapter: str | None = "projects gradients and steps of the whole adapter"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+
     def __init__(self, samples_per_task: int = 200, memory_size: int = 1000):
         super().__init__()
         if samples_per_task < 1:
-            raise ValueError(f"`samples_per_task` must be at least 1, and is {samples_per_task}.")
+            raise ValueError(
+                f"`samples_per_task` should be at least 1, but is {samples_per_task}. The paper's "
+                "is 200."
+            )
         if memory_size < samples_per_task:
             raise ValueError(
-                f"`memory_size` is {memory_size} vectors, and one task stores {samples_per_task}; "
-                "raise it, or lower `samples_per_task`."
+                f"`memory_size` should be at least `samples_per_task` ({samples_per_task}), but is "
+                f"{memory_size}. Raise it, or lower `samples_per_task`."
             )
         self.samples_per_task = samples_per_task
         self.memory_size = memory_size
@@ -73,15 +80,15 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         """Number of vectors of each task, in the order of the rows."""
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Finds what is trained."""
+        """Collects the trained parameters."""
         self._parameters = [p for p in strategy.model.parameters() if p.requires_grad]
         n_values = sum(p.numel() for p in self._parameters)
         if not self.counts:
             self.basis = torch.empty(0, n_values)
         if self.basis.shape[1] != n_values:
             raise ValueError(
-                f"the stored gradients have {self.basis.shape[1]} values, and {n_values} are "
-                "trained now; train the same parameters in every experience."
+                f"the trained parameters should have {self.basis.shape[1]} values, as the stored "
+                f"gradients, but have {n_values}. Train the same parameters in every experience."
             )
         self.basis = self.basis.to(self._parameters[0].device)
 
@@ -93,7 +100,7 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
                 parameter.grad = part.to(parameter.dtype)
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Notes where the step starts."""
+        """Records where the step starts."""
         if self.counts:
             self._start = self._flat([p.detach() for p in self._parameters])
 
@@ -106,7 +113,7 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
                 parameter.copy_(part)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Stores what the experience's gradients add to the basis."""
+        """Adds the new directions of the experience's gradients to the basis."""
         gradients = self._gradients(strategy)  # (n_samples, n_values)
         share = min(self.samples_per_task, self.memory_size // (len(self.counts) + 1))
         kept = [part[:share] for part in self.basis.split(self.counts)]
@@ -116,7 +123,7 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         self.counts = [len(part) for part in kept]
 
     def _gradients(self, strategy: Any) -> Tensor:
-        """Gradients of single samples, of the model as it answers."""
+        """Returns gradients of single samples in evaluation mode, ``(n_samples, n_values)``."""
         was_training = strategy.model.training
         strategy.model.eval()
         rows = []
@@ -129,7 +136,7 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         return torch.stack(rows)
 
     def _flat(self, values: Any) -> Tensor:
-        """One vector of what there is of every parameter; zeros where there is nothing."""
+        """Returns all values as one vector; zeros for a parameter without any."""
         return torch.cat(
             [
                 (torch.zeros_like(p) if v is None else v).flatten().float()
@@ -143,7 +150,7 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
             yield parameter, part.view_as(parameter)
 
     def state_dict(self) -> dict[str, Any]:
-        """The basis, not copied, and how it is divided."""
+        """Returns the basis, not copied, and the number of vectors of each task."""
         return {
             "samples_per_task": self.samples_per_task,
             "memory_size": self.memory_size,
@@ -152,10 +159,10 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where another plugin of this class has ended; its budget must be the same.
+        """Continues from the state of another plugin of this class; its budget must be the same.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it does not fit; the basis is then as it was.
+        :raises ValueError: if it does not fit; the basis is then unchanged.
         """
         check_keys(state, self.state_dict(), "the state of OGDPlugin")
         check_same_settings(
@@ -163,8 +170,8 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         )
         if len(state["basis"]) != sum(state["counts"]):
             raise ValueError(
-                f"the state has {len(state['basis'])} stored gradients and counts "
-                f"{sum(state['counts'])}."
+                f"the state should have {sum(state['counts'])} stored gradients, but has "
+                f"{len(state['basis'])}. Use another copy of the state."
             )
         self.basis = state["basis"].detach().clone()
         self.counts = list(state["counts"])

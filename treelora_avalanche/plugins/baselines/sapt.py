@@ -1,4 +1,4 @@
-"""What SAPT (Zhao et al., ACL 2024, arXiv 2401.08295) does beside its attention."""
+"""Training of SAPT (Zhao et al., ACL 2024, arXiv 2401.08295): an adapter and key per experience."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors
 from treelora_avalanche.models.views.attentive_language import SharedAttention, attention_scores
-from treelora_avalanche.state import check_keys, check_same_settings, forget
+from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
 def attention_divergence(old: Tensor, new: Tensor) -> Tensor:
-    """KL divergence of the attention over the past tasks from what it was, mean over the batch.
+    """Returns ``KL(old ‖ new)`` of the attention over the past tasks, mean over the batch.
 
-    The softmax is taken over the past tasks and one task more, whose score is always zero. Without
-    it the attention over a single past task would be 1 whatever its score.
+    The softmax is over the past tasks and one more task whose score is always zero. Without it the
+    attention over a single past task would be 1 for any score.
 
     :param old: scores by the attention before the task, ``(batch, n_past)``.
     :param new: scores now, ``(batch, n_past)``.
@@ -29,46 +29,57 @@ def attention_divergence(old: Tensor, new: Tensor) -> Tensor:
 
 
 class SAPTPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """A new adapter and key for every experience; the attention over the past is held in place.
+    """Trains a new adapter and key per experience, and regularises the attention over the past.
 
-    In the paper, pseudo-samples of past tasks are generated, and their attention is held where it
-    was (ARM, Section 4.2). Without generative replay, as the TreeLoRA paper compares it, there are
-    no past inputs. What remains: adapters and keys of past tasks are frozen; and the attention that
-    the *current* prompts give to past tasks is held where the projection before this task puts it,
-    which keeps the projection from drifting (:func:`attention_divergence`, added to the loss from
-    the second experience on). It costs one more projection of the prompts' means per step. Task
-    labels are not used.
+    The paper generates pseudo-samples of past tasks and keeps their attention unchanged (ARM,
+    Section 4.2). Without generative replay, as in the TreeLoRA paper, there are no past inputs.
+    What remains: adapters and keys of past tasks are frozen, and the attention that *current*
+    prompts give to past tasks is kept near that of the projection before this task
+    (:func:`attention_divergence`, added to the loss from the second experience on), so that the
+    projection does not drift. Costs one more projection of the prompts' means per step. Task labels
+    are not used. Example::
+
+        plugin = SAPTPlugin(distillation=0.5)
+        strategy = Naive(attentive_model, plugins=[plugin])
+        plugin.attention = attentive_model.attention
 
     :param distillation: weight of the divergence.
     :raises ValueError: if ``distillation`` is negative.
     """
 
+    requires_whole_adapter: str | None = "freezes a whole adapter per experience"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+
     attention: SharedAttention
-    """Set by the strategy, once its model has one."""
+    """Set by the strategy, once its model has it."""
 
     def __init__(self, distillation: float = 0.5):
         super().__init__()
         if not distillation >= 0:
-            raise ValueError(f"`distillation` must be at least 0, and is {distillation}.")
+            raise ValueError(
+                f"`distillation` should be at least 0, but is {distillation}. Use 0 for no penalty."
+            )
         self.distillation = distillation
         self._teacher: nn.Module | None = None
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Folds a trained adapter, with what the optimizer has gathered of it and of its key."""
+        """Folds a trained adapter, and resets the optimizer state of it and of its key."""
         factors = LoRAFactors(strategy.model).parameters
         if any(b.detach().any() for _, b in factors):
             self.attention.fold()
-            forget(strategy.optimizer, [self.attention.key, *chain.from_iterable(factors)])
+            reset_optimizer_state(
+                strategy.optimizer, [self.attention.key, *chain.from_iterable(factors)]
+            )
         self._teacher = self.attention.teacher() if len(self.attention) else None
 
     def penalty(self) -> Tensor:
-        """The weighted divergence of the current batch, a scalar.
+        """Returns the weighted divergence of the current batch, a scalar.
 
-        :raises RuntimeError: if there is no past, or no batch yet.
+        :raises RuntimeError: if there is no past task, or no batch yet.
         """
         attention = self.attention
         if self._teacher is None or attention.inputs is None or attention.scores is None:
-            raise RuntimeError("there is no attention to compare with: train a second experience.")
+            raise RuntimeError("the penalty needs past attention. Train a second experience.")
         old = attention_scores(self._teacher, attention.inputs, attention.past_keys)
         return self.distillation * attention_divergence(old, attention.scores[:, :-1])
 
@@ -78,12 +89,12 @@ class SAPTPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
             strategy.loss = strategy.loss + self.penalty()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Lets the projection before the task go, and the last batch."""
+        """Deletes the old projection and the last batch."""
         self._teacher = None
-        self.attention.forget_batch()
+        self.attention.clear_batch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Factors and keys of the past tasks, and the weight."""
+        """Returns factors and keys of the past tasks, and the weight."""
         return {"past": self.attention.past_state(), "distillation": float(self.distillation)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

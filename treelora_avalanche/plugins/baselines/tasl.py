@@ -12,11 +12,11 @@ from treelora_avalanche.adapters import LoRAFactors
 from treelora_avalanche.state import check_keys, check_same_settings
 
 SMOOTHING = 0.85
-"""Share of the past in the running means of sensitivity and of uncertainty: alpha_1 and alpha_2."""
+"""Share of the past in the running means of sensitivity and uncertainty, α_1 and α_2."""
 
 
 def normalized(importance: Tensor) -> Tensor:
-    """Importances brought to the range from 0 to 1; zeros where all are equal.
+    """Returns importances scaled to the range from 0 to 1; zeros where all are equal.
 
     :param importance: ``(n_units,)``.
     """
@@ -26,16 +26,17 @@ def normalized(importance: Tensor) -> Tensor:
 
 
 def new_shares(past: Tensor, current: Tensor, important: float, past_weight: float) -> Tensor:
-    """Share of the new adapter in each unit of the consolidated one (the paper's Eq. 9).
+    """Returns the share of the new adapter in each unit of the consolidated one (the paper's Eq.
+    9).
 
-    A unit that matters to past and present is mixed by ``past_weight``; one that matters to the
-    past alone stays as it was; one that matters to the new task alone is taken from it; of one that
-    matters to neither the two are averaged.
+    A unit important to past and new is mixed, ``γ old + (1 − γ) new``; one important only to the
+    past keeps its old value; one important only to the new task takes the new value; one important
+    to neither is the average.
 
     :param past: accumulated importance before the task, ``(n_units,)``.
     :param current: importance for the task, ``(n_units,)``.
-    :param important: share of the units that matters to a task, the most important ones.
-    :param past_weight: share of the past in units that matter to both, gamma.
+    :param important: share of the units that count as important to a task.
+    :param past_weight: share of the past in units important to both, γ.
     :return: ``(n_units,)``, 0: past, 1: new.
     """
     for_past = past >= past.quantile(1 - important)
@@ -48,23 +49,28 @@ def new_shares(past: Tensor, current: Tensor, important: float, past_weight: flo
 
 
 class TaSLPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Finds the skill units of every task, and consolidates the adapter with the one before.
+    """Localises the skill units of every task, and consolidates its adapter with the previous one.
 
-    A skill unit is one matrix of LoRA, A or B of a layer. Its importance is the mean over its
-    values of ``mean(I) * mean(|I - mean(I)|)``, ``I = |w dL/dw|`` being the sensitivity of a value,
-    and mean a running one over the steps of the task. After a task each unit becomes the old one,
-    the new one, or a mixture (:func:`new_shares`); training goes on from there. The importances of
-    past tasks, normalised, are accumulated with the share ``past_importance`` of the past.
+    A skill unit is one LoRA matrix, A or B of a layer. Its importance is the mean over its values
+    of ``mean(I) * mean(|I − mean(I)|)``, with sensitivity ``I = |w dL/dw|`` and running means over
+    the steps of the task. After a task each unit becomes the old one, the new one, or a mixture
+    (:func:`new_shares`), and training continues from there. The normalised importances of past
+    tasks are accumulated with the share ``past_importance`` of the past.
 
     Costs some elementwise operations per step, on lists of all factors at once; holds two running
-    means and a copy of the adapter while a task is trained. Stores one number per unit, however
-    many tasks: the adapter before a task is the one that it starts from. Task labels are not used.
+    means and a copy of the adapter during a task. Stores one number per unit, for any number of
+    tasks: the adapter before a task is the one it starts from. Task labels are not used. Example::
 
-    :param important: share of the units that matters to a task; the paper's is 0.2.
-    :param past_weight: share of the past in a unit that matters to both, gamma; the paper's is 0.7.
-    :param past_importance: share of the past in the accumulated importance, beta; 0.7.
+        strategy = SeqLoRA(language_model, plugins=[TaSLPlugin()])
+
+    :param important: share of the units that count as important to a task; 0.2 in the paper.
+    :param past_weight: share of the past in a unit important to both, γ; 0.7 in the paper.
+    :param past_importance: share of the past in the accumulated importance, β; 0.7 in the paper.
     :raises ValueError: if a share is not between 0 and 1.
     """
+
+    requires_whole_adapter: str | None = "consolidates the whole adapter after every experience"
+    """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
 
     def __init__(
         self, important: float = 0.2, past_weight: float = 0.7, past_importance: float = 0.7
@@ -75,7 +81,9 @@ class TaSLPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
         self.past_importance = past_importance
         for name, share in self._shares().items():
             if not 0 <= share <= 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, and is {share}.")
+                raise ValueError(
+                    f"`{name}` should be between 0 and 1, but is {share}. Pass a share."
+                )
         self.importance: Tensor | None = None
         """Accumulated importance, ``(n_units,)``: A and B of the first layer, of the second, ..."""
 
@@ -84,14 +92,15 @@ class TaSLPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
         return {name: float(getattr(self, name)) for name in names}
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Keeps the adapter, and begins to measure."""
+        """Copies the adapter, and resets the running means."""
         pairs = LoRAFactors(strategy.model).parameters
         self._units: list[Tensor] = [unit for pair in pairs for unit in pair]
         if self.importance is not None:
             if len(self.importance) != len(self._units):
                 raise ValueError(
-                    f"the stored importances are of {len(self.importance)} matrices, and "
-                    f"{len(self._units)} are trained now; train the same in every experience."
+                    f"the trained adapter should have {len(self.importance)} matrices, as the "
+                    f"stored importances, but has {len(self._units)}. Train the same ones in every "
+                    "experience."
                 )
             self.importance = self.importance.to(self._units[0].device)
         self._start = [unit.detach().clone() for unit in self._units]
@@ -110,13 +119,13 @@ class TaSLPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
         torch._foreach_lerp_(self._uncertainty, deviation, 1 - SMOOTHING)
 
     def unit_importance(self) -> Tensor:
-        """Importance of each unit for the task so far, ``(n_units,)``."""
+        """Returns the importance of each unit for the task so far, ``(n_units,)``."""
         scores = torch._foreach_mul(self._sensitivity, self._uncertainty)
         return torch.stack([score.mean() for score in scores])
 
     @torch.no_grad()
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Consolidates, from the second experience on."""
+        """Consolidates the adapter, from the second experience on."""
         current = normalized(self.unit_importance())
         if self.importance is None:
             self.importance = current
@@ -128,14 +137,14 @@ class TaSLPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[c
         del self._units, self._start, self._sensitivity, self._uncertainty
 
     def state_dict(self) -> dict[str, Any]:
-        """The accumulated importance, not copied, and the shares."""
+        """Returns the accumulated importance, not copied, and the shares."""
         return {"importance": self.importance, **self._shares()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where another plugin of this class has ended; its shares must be the same.
+        """Continues from the state of another plugin of this class; its shares must be the same.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it does not fit; the plugin is then as it was.
+        :raises ValueError: if it does not fit; the plugin is then unchanged.
         """
         check_keys(state, self.state_dict(), "the state of TaSLPlugin")
         check_same_settings(state, self._shares())

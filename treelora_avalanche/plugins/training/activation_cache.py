@@ -1,4 +1,4 @@
-"""Computes what the frozen blocks make of a sample once, and keeps it."""
+"""Caches the output of the frozen blocks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from treelora_avalanche.models.tokens import crop, real_tokens
-from treelora_avalanche.models.views.split_language import LanguagePrefixView
-from treelora_avalanche.models.views.split_vit import PrefixView
+from treelora_avalanche.models.views.split import SplitView
+from treelora_avalanche.models.views.split_language import SplitLanguageModel
 from treelora_avalanche.plugins.training.cached_tokens import HiddenRows, like, rows_of
 from treelora_avalanche.processes import Processes, shared_work
 from treelora_avalanche.state import random_state, set_random_state
@@ -31,7 +31,10 @@ TRIED_SAMPLES = 32
 
 
 class HiddenStates(Dataset[tuple[Tensor, Any]]):
-    """What the prefix has made of every sample of a dataset, with the samples' targets.
+    """Dataset of frozen-block outputs, with the targets of the samples.
+
+    >>> HiddenStates(torch.zeros(2, 5, 16), [0, 1])[1][0].shape
+    torch.Size([5, 16])
 
     :param hidden: ``(n_samples, n_tokens, dim)``.
     :param targets: the targets, in the same order.
@@ -49,13 +52,13 @@ class HiddenStates(Dataset[tuple[Tensor, Any]]):
 
 
 class _Kept(NamedTuple):
-    """What is kept of a dataset."""
+    """Cache entry of a dataset."""
 
     dataset: Any
     hidden: Tensor
     n_blocks: int
     for_training: bool
-    """Whether training sees the same images as evaluation."""
+    """Whether training uses the same images as evaluation."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,68 +69,70 @@ class _Kept(NamedTuple):
         return 0 if self.hidden.untyped_storage().filename else self.hidden.nbytes
 
 
-class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Lets every pass over an experience start where the first trained block does.
+class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Caches frozen-block activations, so that every epoch starts at the first trainable block.
 
-    The blocks below it are frozen: what they make of a sample is the same in every epoch, and in
-    every evaluation of the stream. Before an experience is trained or evaluated it is computed for
-    all samples, and ``strategy.experience`` becomes a copy of the experience whose dataset holds it
-    in place of the images or of the tokens. Loaders, shuffling, other plugins and the model take it
-    as they take these, so the order of the samples is the same, and so are the weights that are
-    learned: up to the precision of storage, which is that of the forward pass. In float32 on one
-    CPU thread that is bit for bit for images, and for texts of one length in batches of one size.
-    Else the frozen layers have seen a text in batches of other shapes, where kernels round
-    differently, as they do from epoch to epoch without the cache. Of texts the padding is not kept.
+    The output of the frozen blocks for a sample is the same in every epoch, and in every evaluation
+    of the stream. It is computed for all samples before an experience is trained or evaluated;
+    ``strategy.experience`` becomes a copy whose dataset holds activations in place of images or
+    tokens. Loaders, shuffling, other plugins and the model handle them as they handle inputs, so
+    the order of the samples and the learned weights are the same, up to the precision of storage,
+    which is that of the forward pass. In float32 on one CPU thread they are equal bit for bit for
+    images, and for texts of one length in batches of one size. Otherwise the frozen layers compute
+    a text in batches of other shapes, where kernels round differently, as they do from epoch to
+    epoch without the cache. Padding is not stored.
 
-    The samples of a training experience are kept while it is trained, those of an evaluation for as
-    long as their dataset lives: evaluated after each of N tasks, N test sets cost N passes through
-    the prefix and not N (N + 1) / 2. They are no part of the state of a strategy.
+    Activations of a training experience are kept during its training, those of an evaluation as
+    long as their dataset lives: with an evaluation after each of N tasks, N test sets cost N passes
+    through the frozen blocks instead of N (N + 1) / 2. They are not part of the state of a
+    strategy.
 
-    It does nothing, and one line of the log says why, where no block is frozen below the adapter,
-    where the two parts of a language model do not answer as the whole, where a sample read again
-    differs (augmentation, or a transform of training that is not that of evaluation), and where the
-    prefix itself is random (dropout). Samples are tried, and not all: a transform that rarely does
-    anything goes unnoticed, and is a reason to switch the cache off.
-    Of several processes (:class:`~treelora_avalanche.plugins.DataParallelPlugin`) each computes a
-    part, and those of one machine keep it in common, in a memory-mapped file. Task labels are not
-    used.
+    The cache is skipped, with one line in the log, where no block below the adapter is frozen,
+    where the two parts of a language model do not reproduce the whole, where a sample differs when
+    it is read again (augmentation, or a training transform other than that of evaluation), and
+    where the frozen blocks themselves are random (dropout). This is tested on some samples only: a
+    transform that rarely acts goes unnoticed; switch the cache off for it. With several processes
+    (:class:`~treelora_avalanche.plugins.DataParallelPlugin`) each computes a part, and those of one
+    machine share it in a memory-mapped file. Task labels are not used. Example::
 
-    :param memory: bytes of main memory that may be taken; what does not fit lies in memory-mapped
-        files in the folder for temporary files (``$TMPDIR``), which are gone when it is let go.
-        ``"auto"``: a quarter of what is available when the first experience comes. None: switched
-        off.
-    :raises ValueError: if ``memory`` is neither.
+        strategy = Naive(SplitViT(add_lora(vit)), plugins=[ActivationCachePlugin(memory="auto")])
+
+    :param memory: main memory budget in bytes; the rest is stored in memory-mapped files in the
+        folder for temporary files (``$TMPDIR``), which vanish with the cache. ``"auto"``: a quarter
+        of the memory available at the first experience. None: no cache.
+    :raises ValueError: if ``memory`` is none of these.
     """
 
     def __init__(self, memory: int | str | None = "auto"):
         super().__init__()
         if not (memory in ("auto", None) or (isinstance(memory, int) and memory >= 0)):
             raise ValueError(
-                f"`memory` is {memory!r}; use a number of bytes, 'auto', or None for no cache."
+                f"`memory` should be a number of bytes, 'auto' or None, but is {memory!r}. Use "
+                "None for no cache."
             )
         self.memory = memory
         self._kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()  # by dataset
         self._in_training: weakref.ref[Any] | None = None
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Puts what the prefix makes of the experience in place of its images."""
-        self._let_go()
+        """Replaces the images of the experience by cached activations."""
+        self._drop_training_entry()
         dataset = strategy.experience.dataset
         if dataset not in self._kept:
             self._in_training = weakref.ref(dataset)
         self._replace(strategy, training=True, num_workers=kwargs.get("num_workers", 0))
 
     def before_eval_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """The same for an experience that is evaluated."""
+        """Replaces the images of an evaluated experience."""
         self._replace(strategy, training=False, num_workers=kwargs.get("num_workers", 0))
 
     def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Lets go of what was kept for training."""
-        self._let_go()
+        """Deletes the activations of the training experience."""
+        self._drop_training_entry()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: what is kept can be computed again."""
+        """Returns an empty state: the cache can be recomputed."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,7 +141,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         :param state: what :meth:`state_dict` returned.
         """
 
-    def _let_go(self) -> None:
+    def _drop_training_entry(self) -> None:
         dataset = self._in_training and self._in_training()
         if dataset is not None:
             self._kept.pop(dataset, None)
@@ -146,13 +151,13 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         view, dataset = strategy.model, strategy.experience.dataset
         if self.memory is None or len(dataset) == 0:
             return
-        if not isinstance(view, (PrefixView, LanguagePrefixView)):
-            self._say("the model is not known in two parts")
+        if not isinstance(view, SplitView):
+            self._log_once("the model cannot be split at a block")
             return
         if not view.n_frozen:
-            self._say("no block is frozen below the adapter (choose layers='last:k')")
+            self._log_once("no block is frozen below the adapter (choose layers='last:k')")
             return
-        before = random_state()  # looking at samples is to change nothing
+        before = random_state()  # reading samples must not change the stream of random numbers
         try:
             kept = self._find(strategy, training, num_workers)
         finally:
@@ -160,12 +165,12 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         if kept is None:
             return
         self._kept[dataset] = kept
-        # A copy: the benchmark's own experience keeps its images.
+        # A copy, so that the benchmark's own experience keeps its images.
         strategy.experience = copy.copy(strategy.experience)
         strategy.experience._dataset = kept.dataset
 
     def _find(self, strategy: Any, training: bool, num_workers: int) -> _Kept | None:
-        """What is kept of the current experience, computed if need be; None if it may not be."""
+        """Returns the cache entry of the experience, computed if needed; None without a cache."""
         view, dataset = strategy.model, strategy.experience.dataset
         kept = self._kept.get(dataset)
         if kept is not None and (kept.n_blocks, kept.dtype) != (view.n_frozen, view.dtype):
@@ -177,9 +182,9 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
                 return None
         if kept is not None:
             return kept._replace(for_training=kept.for_training or training)
-        compute = self._of_texts if isinstance(view, LanguagePrefixView) else self._of_images
+        compute = self._of_texts if isinstance(view, SplitLanguageModel) else self._of_images
         computed = compute(strategy, num_workers, processes)
-        # Nothing is read before every process has done its part.
+        # Wait until every process has computed its part.
         if not _all_agree(computed is not None, processes) or computed is None:
             return None
         return _Kept(*computed, view.n_frozen, training)
@@ -187,9 +192,9 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     def _of_images(
         self, strategy: Any, num_workers: int, processes: Processes | None
     ) -> tuple[Any, Tensor] | None:
-        """A dataset of what the prefix makes of images, and where it lies."""
+        """Returns a dataset of the frozen-block outputs of images, and their tensor."""
         view, dataset = strategy.model, strategy.experience.dataset
-        one = view.prefix(dataset.eval()[0][0].to(strategy.device)[None])
+        one = view.frozen_output(dataset.eval()[0][0].to(strategy.device)[None])
         hidden = self._room((len(dataset), *one.shape[1:]), view.dtype, processes)
         if hidden is None:
             return None
@@ -203,7 +208,7 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             collate_fn=dataset.collate_fn,
         )
         for numbers, (x, *_) in zip(batches, loader, strict=True):
-            part = view.prefix(x.to(strategy.device, non_blocking=True))
+            part = view.frozen_output(x.to(strategy.device, non_blocking=True))
             hidden[numbers] = part.to(hidden)
         targets, task_labels = list(dataset.targets), list(dataset.targets_task_labels)
         as_dataset = _make_taskaware_classification_dataset(
@@ -214,10 +219,10 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     def _of_texts(
         self, strategy: Any, num_workers: int, processes: Processes | None
     ) -> tuple[Any, Tensor] | None:
-        """The same of texts, of whose rows the tokens alone are kept."""
+        """Returns the same for token sequences, without padding."""
         view, dataset = strategy.model, strategy.experience.dataset.eval()
         lengths = list(dataset.lengths)
-        one = view.prefix(dataset[0][0][None, :1].to(strategy.device))
+        one = view.frozen_output(dataset[0][0][None, :1].to(strategy.device))
         hidden = self._room((sum(lengths), one.shape[2]), view.dtype, processes)
         every_target = self._room((sum(lengths),), torch.long, processes)
         if hidden is None or every_target is None:
@@ -230,9 +235,9 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             num_workers=num_workers,
             pin_memory=strategy.device.type == "cuda",
         ):
-            part = view.prefix(tokens.to(strategy.device, non_blocking=True)).cpu()
+            part = view.frozen_output(tokens.to(strategy.device, non_blocking=True)).cpu()
             if real_tokens(part).sum(1).tolist() != [lengths[number] for number in numbers]:
-                self._say("a row is not as long as `lengths` tells, or becomes NaN")
+                self._log_once("a token sequence differs from its `lengths`, or its output is NaN")
                 return None
             for number, *row in zip(numbers, part, targets, strict=True):
                 rows.put(number, *row)
@@ -240,44 +245,48 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
 
     def _repeats(
         self,
-        view: PrefixView | LanguagePrefixView,
+        view: SplitView,
         dataset: Any,
         device: torch.device,
         training: bool,
     ) -> bool:
-        """Whether the prefix seems to make the same of a sample every time."""
+        """Returns whether the frozen blocks repeat their output for the same samples."""
         rows = torch.linspace(0, len(dataset) - 1, TRIED_SAMPLES).long().unique().tolist()
         readings = [dataset.eval(), *([dataset.train()] * 2 if training else [dataset.eval()])]
         images, *again = ([part[row][0] for row in rows] for part in readings)
-        on_text = isinstance(view, LanguagePrefixView)
+        on_text = isinstance(view, SplitLanguageModel)
         if not all(isinstance(x, Tensor) and x.ndim == (1 if on_text else 3) for x in images):
-            self._say(f"the samples are not {'rows of tokens' if on_text else 'images'} as tensors")
+            self._log_once(
+                f"the samples are not {'token sequences' if on_text else 'images'} as tensors"
+            )
             return False
         if on_text and not hasattr(dataset, "lengths"):
-            self._say("the dataset does not tell the `lengths` of its rows")
+            self._log_once("the dataset has no `lengths` of its token sequences")
             return False
         if not all(
             torch.equal(x, y) for other in again for x, y in zip(images, other, strict=True)
         ):
-            self._say("a sample read again differs (random augmentation, or two transforms)")
+            self._log_once("a sample read again differs (random augmentation, or two transforms)")
             return False
         some = torch.stack(images[:2]).to(device)
-        if isinstance(view, LanguagePrefixView):
+        if isinstance(view, SplitLanguageModel):
             some = crop(some)
             if not view.agrees(crop(some[:1])):
-                self._say("the layers of the model read more than what the layer below hands on")
+                self._log_once(
+                    "the layers of the model read more than the output of the layer below"
+                )
                 return False
         if view.training:
-            first, second = view.prefix(some), view.prefix(some)
+            first, second = view.frozen_output(some), view.frozen_output(some)
             if not torch.allclose(first, second, rtol=1e-2, atol=1e-2, equal_nan=True):
-                self._say("the frozen blocks are random (dropout)")
+                self._log_once("the frozen blocks are random (dropout)")
                 return False
         return True
 
     def _room(
         self, shape: tuple[int, ...], dtype: torch.dtype, processes: Processes | None
     ) -> Tensor | None:
-        """Room in memory or in a file; of several processes in a file that they all see."""
+        """Allocates in memory or in a file; for several processes, in a file that they share."""
         n_values = math.prod(shape)
         n_bytes = n_values * dtype.itemsize
         if self.memory == "auto":
@@ -287,23 +296,23 @@ class PrefixCachePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
             return torch.empty(shape, dtype=dtype)
         fits = n_bytes <= shutil.disk_usage(tempfile.gettempdir()).free
         if not fits:
-            self._say(f"there is no room for {n_bytes:,} bytes, neither in memory nor on disk")
+            self._log_once(f"{n_bytes:,} bytes fit neither in memory nor on disk")
         if processes is not None:
             return processes.tensor_here(shape, dtype, fits)
         if not fits:
             return None
-        # The file has no name any more when this returns; it lives as long as the mapping.
-        with tempfile.NamedTemporaryFile(prefix="treelora-prefix-") as file:
+        # The file is unlinked when this returns; it lives as long as the mapping.
+        with tempfile.NamedTemporaryFile(prefix="treelora-activations-") as file:
             return torch.from_file(file.name, shared=True, size=n_values, dtype=dtype).view(shape)
 
-    def _say(self, reason: str) -> None:
-        if reason not in self._said:
-            logger.info("what the frozen blocks compute is not kept: %s", reason)
-            self._said.add(reason)
+    def _log_once(self, reason: str) -> None:
+        if reason not in self._logged:
+            logger.info("the output of the frozen blocks is not cached: %s", reason)
+            self._logged.add(reason)
 
 
 def _part(n: int, processes: Processes | None) -> list[int]:
-    """Numbers of the samples that this process computes."""
+    """Returns the indices of the samples that this process computes."""
     return list(range(n)) if processes is None else processes.part_here(n)
 
 

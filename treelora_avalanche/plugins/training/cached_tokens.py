@@ -1,4 +1,4 @@
-"""What the frozen layers of a language model make of texts, without the padding."""
+"""Cached frozen-layer outputs of a language model, without padding."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from avalanche.benchmarks.utils import TaskAwareSupervisedClassificationDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from treelora_avalanche.models.token_batches import LengthBatchSampler, collate_hidden_rows
+from treelora_avalanche.models.token_batches import LengthBatchSampler, collate_hidden_states
 from treelora_avalanche.models.tokens import crop
 
 
 class HiddenRows(Dataset[tuple[Tensor, Tensor]]):
-    """Rows of hidden states of their own lengths, one after the other.
+    """Hidden states of token sequences of different lengths, concatenated.
 
-    :param lengths: tokens of every row.
-    :param hidden: ``(n_tokens, dim)``, of all rows together.
+    >>> rows = HiddenRows([2, 3], torch.zeros(5, 16), torch.zeros(5))
+    >>> rows[1][0].shape
+    torch.Size([3, 16])
+
+    :param lengths: tokens of every sequence.
+    :param hidden: ``(n_tokens, dim)``, of all sequences together.
     :param targets: ``(n_tokens,)``, likewise.
     """
 
@@ -36,9 +40,9 @@ class HiddenRows(Dataset[tuple[Tensor, Tensor]]):
         return self.hidden[tokens], self.targets[tokens]
 
     def put(self, index: int, hidden: Tensor, targets: Tensor) -> None:
-        """Fills a row.
+        """Writes a sequence.
 
-        :param index: which one.
+        :param index: its number.
         :param hidden: ``(width, dim)``, padded on the right.
         :param targets: ``(width,)``.
         """
@@ -50,13 +54,13 @@ class HiddenRows(Dataset[tuple[Tensor, Tensor]]):
 def rows_of(
     dataset: Any, rows: list[int], batch_size: int, **options: Any
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Some rows of a dataset, those of similar length together, the longest first.
+    """Yields some token sequences of a dataset, batched by similar length, the longest first.
 
-    :param dataset: a dataset of rows of tokens with an attribute ``lengths``.
-    :param rows: their numbers.
-    :param batch_size: rows per batch.
+    :param dataset: a dataset of token sequences with an attribute ``lengths``.
+    :param rows: indices of the sequences.
+    :param batch_size: sequences per batch.
     :param options: further arguments of the loader.
-    :return: numbers of rows, tokens ``(batch, longest)``, and targets ``(batch, width)``.
+    :return: indices, tokens ``(batch, longest)``, and targets ``(batch, width)``.
     """
     if not rows:
         return
@@ -69,14 +73,15 @@ def rows_of(
 
 
 def like(dataset: Any, rows: HiddenRows) -> TaskAwareSupervisedClassificationDataset[Any]:
-    """A dataset of hidden rows with all that Avalanche wants to know of the dataset of tokens.
+    """Returns a dataset of hidden states with the attributes that Avalanche reads from that of
+    tokens.
 
-    :param dataset: the rows of tokens.
-    :param rows: what the prefix has made of them.
+    :param dataset: the token sequences.
+    :param rows: the output of the frozen layers for them.
     """
     return TaskAwareSupervisedClassificationDataset(
         [rows],
         data_attributes=[dataset.targets, dataset.lengths, dataset.targets_task_labels],
-        # Loaders that do not sort by length pad to the full width, as that of the tokens.
-        collate_fn=partial(collate_hidden_rows, width=len(dataset[0][0])),
+        # Loaders that do not sort by length pad to the full width, as for tokens.
+        collate_fn=partial(collate_hidden_states, width=len(dataset[0][0])),
     )

@@ -1,4 +1,4 @@
-"""The learning rate of an experience, from its full value down to zero along half a cosine."""
+"""Cosine schedule of the learning rate within every experience."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from treelora_avalanche.state import check_keys
 
 
 class CosineSchedulePlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Lowers the learning rate within every experience: ``lr (1 + cos(pi t / T)) / 2`` at step t.
+    """Lowers the learning rate within every experience: ``lr (1 + cos(π t / T)) / 2`` at step t.
 
-    T is the number of steps of the experience, so that the last one is next to zero; the next
-    experience starts at the full value again. There is no warm-up. Works with any strategy that
-    steps a torch optimizer. Task labels are not used.
+    T is the number of steps of the experience; the next one starts at the full value again. No
+    warm-up. Works with any strategy that uses a torch optimizer. Task labels are not used.
+    Example::
+
+        strategy = SeqLoRA(model, plugins=[CosineSchedulePlugin()])
     """
 
     def __init__(self) -> None:
@@ -24,8 +26,8 @@ class CosineSchedulePlugin(SupervisedPlugin, supports_distributed=True):  # type
         self._step = self._n_steps = 0
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Notes the full learning rates and the number of steps."""
-        if self._full is not None:  # the experience before was interrupted
+        """Records the full learning rates and the number of steps."""
+        if self._full is not None:  # the previous experience was interrupted
             self._restore(strategy)
         self._full = [float(group["lr"]) for group in strategy.optimizer.param_groups]
         per_step = getattr(strategy, "accumulation_steps", 1)
@@ -42,19 +44,19 @@ class CosineSchedulePlugin(SupervisedPlugin, supports_distributed=True):  # type
         self._step += 1
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Sets the full learning rates again."""
+        """Restores the full learning rates."""
         self._restore(strategy)
         self._full = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: all it remembers ends with the experience."""
+        """Returns an empty state: nothing outlives an experience."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Checks that there is nothing to load; an interrupted experience is given up.
+        """Checks that the state is empty; an interrupted experience is abandoned.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if there is something.
+        :raises ValueError: if it is not empty.
         """
         check_keys(state, (), "the state of CosineSchedulePlugin")
         self._full = None

@@ -1,4 +1,4 @@
-"""Train one model with several processes, each on its part of every batch."""
+"""Trains one model with several processes, each on its part of every batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ IGNORED_TARGET = -100  # PyTorch's `ignore_index`
 
 
 class PartOfBatches:
-    """Batches of indices, of each the part of one process.
+    """Batch sampler: of each batch, the part of one process.
+
+    >>> list(PartOfBatches([[0, 1, 2]], rank=1, n_processes=2))
+    [[1]]
 
     :param batches: the indices of each batch, the same in every process.
     :param rank: number of this process.
@@ -37,7 +40,7 @@ class PartOfBatches:
         self.rank = rank
         self.n_processes = n_processes
         self.is_empty: list[bool] = []
-        """Of each batch of the epoch, whether it has nothing for this process."""
+        """For each batch of the epoch, whether the part of this process is empty."""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -45,14 +48,16 @@ class PartOfBatches:
     def __iter__(self) -> Iterator[list[int]]:
         parts = [batch[self.rank :: self.n_processes] for batch in self.batches]
         self.is_empty = [not part for part in parts]
-        # An empty part is a sample that does not count: all processes take as many steps.
+        # An empty part becomes a sample of weight 0, so that all processes take equally many steps.
         yield from (part or [0] for part in parts)
 
 
 class PartLoader:
-    """What a loader loads, of each batch the part of one process.
+    """Data loader: of each batch, the part of one process. Example::
 
-    :param loader: one of Avalanche's, or of torch's.
+        strategy.dataloader = PartLoader(strategy.dataloader, rank=0, n_processes=2)
+
+    :param loader: a loader of Avalanche or of torch.
     :param rank: number of this process.
     :param n_processes: number of processes.
     """
@@ -63,7 +68,7 @@ class PartLoader:
         self.parts = PartOfBatches(self._loader().batch_sampler, rank, n_processes)
 
     def _loader(self) -> DataLoader[Any]:
-        # Avalanche's loaders make a new one of torch's for every epoch.
+        # Avalanche's loaders make a new torch loader for every epoch.
         is_avalanches = isinstance(self.loader, MultiDatasetDataLoader)
         return self.loader._get_loader() if is_avalanches else self.loader
 
@@ -84,34 +89,35 @@ class PartLoader:
 
 
 class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Divides every batch among the processes, and adds up the gradients of its parts.
+    """Divides every batch among processes, and sums the gradients of the parts.
 
-    What the processes compute together is what one process computes with the whole batch, so the
-    strategy's batch size is that of all of them. Before an experience they take over the trained
-    weights and the random state of the first one; gradients are averaged as soon as they are there,
-    before any other plugin sees them, by one exchange of an adapter's size. From then on all have
-    the same weights, and so the same signatures, bandit statistics, tree and bank.
+    The result is that of one process with the whole batch, so the strategy's batch size is the
+    total. Before an experience all processes take the weights and the random state of the first.
+    Gradients are averaged right after the backward pass, before any other plugin reads them, in one
+    message of an adapter's size. All processes then have the same weights, and so the same
+    signatures, bandit statistics, tree and bank.
 
-    Classes are told in the same way: every process passes a part of each batch that is evaluated
-    through the model, and all see the logits of the whole. So are answers generated, features taken
-    for class statistics, and the cache of frozen blocks filled, which the processes of one machine
-    have in common. The losses of texts in evaluation, whose logits are large, and the passes of
-    GEM, OGD, InfLoRA and routers every process computes on all the data.
+    Evaluation of classifiers is divided too: every process passes a part of each batch through the
+    model, and all get the logits of the whole. So are text generation, features for class
+    statistics, and the activation cache, which the processes of one machine share. Not divided are
+    the evaluation losses of texts, whose logits are large, and the passes of GEM, OGD, InfLoRA and
+    routers.
 
     Why not :class:`torch.nn.parallel.DistributedDataParallel`: it overlaps the exchange of a large
-    model's gradients with the backward pass, for which it must own every forward pass; but an
-    adapter is exchanged in one message, and GEM, OGD or class statistics pass through the model in
-    ways of their own.
+    model's gradients with the backward pass, and therefore owns every forward pass; an adapter fits
+    into one message, and GEM, OGD and class statistics run forward passes of their own.
 
     Works with any strategy whose model learns by gradients. It must come before all other plugins,
-    which the strategies with LoRA see to; start the processes with ``torchrun`` or ``accelerate
-    launch``. Task labels are not used.
+    which the strategies with LoRA ensure; start the processes with ``torchrun`` or ``accelerate
+    launch``. Task labels are not used. Example::
 
-    :param accelerator: the processes, as accelerate has started them.
+        strategy = SeqLoRA(model, plugins=[DataParallelPlugin(Accelerator())])
+
+    :param accelerator: the processes, started by accelerate.
     :param shard_backbone: whether each process holds a part of the frozen weights of every block,
-        by PyTorch's FSDP2 (:func:`torch.distributed.fsdp.fully_shard`): for models that do not fit.
-        A block's weights come together while it computes. What is trained, embeddings and output
-        layer every process has whole. Passes without gradients are not divided then.
+        by PyTorch's FSDP2 (:func:`torch.distributed.fsdp.fully_shard`), for models that do not fit.
+        The weights of a block are gathered while it computes. Trainable parameters, embeddings and
+        output layer stay whole in every process. Passes without gradients are then not divided.
     """
 
     def __init__(self, accelerator: Accelerator, *, shard_backbone: bool = False):
@@ -122,11 +128,12 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         self.processes = Processes(accelerator)
 
     def shard(self, model: nn.Module, device: torch.device | str) -> None:
-        """Divides the frozen weights, if that is wanted. A strategy calls it before all else.
+        """Shards the frozen weights if ``shard_backbone`` is set. A strategy calls it before
+        anything else.
 
-        :param model: a model with LoRA, on whatever device.
-        :param device: where it is to be trained.
-        :raises ValueError: if its blocks are not known.
+        :param model: a model with LoRA, on any device.
+        :param device: the device of the training.
+        :raises ValueError: if its blocks are unknown.
         """
         if not self.shard_backbone:
             return
@@ -136,29 +143,30 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
             layers = decoder_layers(host)
         if layers is None:
             raise ValueError(
-                f"`shard_backbone` is True, and the blocks of {type(model).__name__} are not "
-                "known; use a vision transformer of timm or a causal language model of "
-                "transformers, or shard_backbone=False."
+                f"`shard_backbone` should be False for {type(model).__name__}, whose blocks are "
+                "not known, but is True. Use a vision transformer of timm or a causal language "
+                "model of transformers, or shard_backbone=False."
             )
         self._is_sharded = True
         n = self.accelerator.num_processes
         mesh = init_device_mesh(torch.device(device).type, (n,))
-        for block in layers:  # each by itself: views call blocks, and not always the model
+        for block in layers:  # each alone: views call blocks, not always the model
             trained = {p for p in block.parameters() if p.requires_grad}
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
     @property
     def shared_processes(self) -> Processes | None:
-        """The processes that divide passes without gradients; None if each makes all of them."""
-        # Sharded weights come together in every pass, so that all have to make the same passes.
+        """Returns the processes that divide passes without gradients; None if they do not."""
+        # Sharded weights are gathered in every pass, so all processes must run the same passes.
         return None if self.shard_backbone else self.processes
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Makes the processes alike, and gives each its part of the batches."""
+        """Synchronises the processes, and gives each its part of the batches."""
         if self.shard_backbone and not self._is_sharded:
             raise ValueError(
-                f"`shard_backbone` is True, and {type(strategy).__name__} does not call "
-                "`DataParallelPlugin.shard`; the strategies with LoRA do."
+                f"`shard_backbone` should be False for {type(strategy).__name__}, which does not "
+                "call `DataParallelPlugin.shard`, but is True. Use one of this library's "
+                "strategies with LoRA."
             )
         for parameter in strategy.model.parameters():
             distributed.broadcast(parameter.detach(), src=0)
@@ -167,13 +175,13 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         )
 
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Makes the processes shuffle alike."""
+        """Synchronises the shuffling of the processes."""
         synchronize_rng_states(["torch"])
 
     def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Replaces the gradients of the parts by that of the whole batch."""
         parameters = [p for p in strategy.model.parameters() if p.grad is not None]
-        # The loss is a mean over targets, so a part with more of them weighs more.
+        # The loss is a mean over targets: a part is weighted by its number of targets.
         weight = (strategy.mb_y != IGNORED_TARGET).sum()
         if strategy.dataloader.parts.is_empty[strategy.clock.train_epoch_iterations]:
             weight = torch.zeros_like(weight)
@@ -187,11 +195,11 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
             p.grad = gradient.view_as(p)
 
     def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Lets every process load everything, so the metrics of each are those of all."""
+        """Lets every process load all data, so that its metrics cover all data."""
         whole_batches(strategy.dataloader)
 
     def before_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Narrows the batch to the part of this process."""
+        """Restricts the batch to the part of this process."""
         self._batch = None
         processes = shared_work(strategy)
         if processes is not None and strategy.mb_y.ndim == 1:
@@ -200,13 +208,13 @@ class DataParallelPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
             strategy.mbatch = [values[rows] for values in strategy.mbatch]
 
     def after_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Brings the logits of the whole batch together."""
+        """Gathers the logits of the whole batch."""
         if self._batch is not None:
             strategy.mbatch, self._batch = self._batch, None
             strategy.mb_output = self.processes.whole(strategy.mb_output, len(strategy.mb_y))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Returns an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The data of the current experience, for plugins that pass over it beside the training."""
+"""Batches of the current experience, for plugins that read its data outside the training loop."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 def experience_batches(
     strategy: Any, batch_size: int, n_samples: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of the current experience, with its evaluation transforms.
+    """Yields inputs and targets of the current experience, with its evaluation transforms.
 
     :param strategy: an Avalanche strategy in an experience.
     :param batch_size: samples per batch.
-    :param n_samples: as many samples drawn at random, by torch's global generator; by default all,
-        in order.
+    :param n_samples: number of samples drawn at random, by torch's global generator; by default
+        all, in order.
     :return: batches on the strategy's device.
     """
     dataset = strategy.experience.dataset.eval()

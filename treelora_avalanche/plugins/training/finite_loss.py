@@ -1,4 +1,4 @@
-"""Stop at the first loss that is not a number, with the weights from before the experience."""
+"""Stops at the first non-finite loss, with the weights from before the experience."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ class NonFiniteLossError(RuntimeError):
 class FiniteLossPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Stops the training of an experience when its loss becomes NaN or infinite.
 
-    The trainable weights go back to where they were before the experience, so nothing learned
-    before is lost. On the CPU the loss is looked at after every step, on an accelerator after every
-    epoch (reading it earlier would make the host wait in every step). Task labels are not used.
+    The trainable weights return to their values before the experience, so nothing learned before is
+    lost. On the CPU the loss is checked after every step, on an accelerator after every epoch
+    (reading it earlier would synchronise every step). Task labels are not used. Example::
 
-    :raises NonFiniteLossError: out of ``strategy.train``, naming the experience and the step.
+        strategy = SeqLoRA(model, plugins=[FiniteLossPlugin()])
+
+    :raises NonFiniteLossError: from ``strategy.train``, naming the experience and the step.
     """
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Remembers the trainable weights."""
+        """Copies the trainable weights."""
         self._before = {
             name: parameter.detach().clone()
             for name, parameter in strategy.model.named_parameters()
@@ -35,7 +37,7 @@ class FiniteLossPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
         self._first_bad = torch.full((), -1, device=strategy.device)
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Notes the first step whose loss is not finite."""
+        """Records the first step whose loss is not finite."""
         bad = ~torch.isfinite(strategy.loss.detach()).all()
         self._first_bad = torch.where(bad & (self._first_bad < 0), self._step, self._first_bad)
         self._step += 1
@@ -47,18 +49,18 @@ class FiniteLossPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
         self._stop_if_bad(strategy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Forgets the remembered weights."""
+        """Deletes the copy of the weights."""
         self._before.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: all it remembers ends with the experience."""
+        """Returns an empty state: nothing outlives an experience."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Checks that there is nothing to load.
+        """Checks that the state is empty.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if there is something.
+        :raises ValueError: if it is not empty.
         """
         check_keys(state, (), "the state of FiniteLossPlugin")
 
@@ -71,7 +73,7 @@ class FiniteLossPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
                 if name in self._before:
                     parameter.copy_(self._before[name])
         raise NonFiniteLossError(
-            f"the loss became NaN or infinite at step {step} of experience "
-            f"{strategy.experience.current_experience}; the weights are those from before the "
+            f"the loss should be finite, but became NaN or infinite at step {step} of experience "
+            f"{strategy.experience.current_experience}. The weights are those from before the "
             "experience. Try a smaller learning rate."
         )

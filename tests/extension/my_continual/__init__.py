@@ -1,0 +1,1 @@
+"""A method, a scenario and a backbone of our own."""
