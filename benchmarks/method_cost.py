@@ -34,9 +34,9 @@ from avalanche.training.plugins import EvaluationPlugin
 from rich.console import Console
 from rich.table import Table
 
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.registry import METHODS, RunSettings
 from treelora_avalanche.reports.table import short_bytes
-from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.runs.setup import Ingredients, build_strategy
 
 PAST = (1, 5, 10)

@@ -1,4 +1,4 @@
-"""What is counted at the end of a run: bytes, parameters, and on what it ran."""
+"""Counts the bytes that a method stores, and the parameters that it trains."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from treelora_avalanche.runs.monitors import ProgressPlugin
 
 _CODE = (type, FunctionType, MethodType, ModuleType)
 
@@ -37,17 +35,18 @@ def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Te
 
 
 def stored_bytes(strategy: Any) -> int:
-    """Bytes of the tensors that a strategy's plugins keep from task to task beyond the model.
+    """Returns the bytes of the tensors that a strategy's plugins keep between tasks.
 
-    Of a plugin with a `state_dict`, these are the ones in it; of others, all that it refers to.
-    Stored samples count as the tensors that the model sees, though Avalanche keeps references into
-    the benchmark's own data. Evaluation, counters and progress do not count.
+    Of a plugin with a ``state_dict``, these are the tensors in it; of others, all that it refers
+    to. Parameters and buffers of the model do not count. Stored samples count as the tensors that
+    the model receives, though Avalanche keeps references into the benchmark's own data. Evaluation
+    and counters do not count, nor does a plugin with ``is_stored = False``.
 
     :param strategy: an Avalanche strategy between two tasks.
     """
 
     def storage(tensor: Tensor) -> tuple[int, int]:
-        if isinstance(tensor, DTensor):  # processes divide it
+        if isinstance(tensor, DTensor):  # sharded over processes
             tensor = tensor.to_local()
         memory = tensor.untyped_storage()
         return memory.data_ptr(), memory.nbytes()
@@ -56,14 +55,15 @@ def stored_bytes(strategy: Any) -> int:
         # Its storage may be larger, where it grows from task to task.
         return tensor.data_ptr(), tensor.nbytes
 
-    own = (EvaluationPlugin, ProgressPlugin)
     plugins = [
         plugin
         for plugin in strategy.plugins
-        if not isinstance(plugin, own) and plugin is not strategy.clock
+        if getattr(plugin, "is_stored", True)
+        and not isinstance(plugin, EvaluationPlugin)
+        and plugin is not strategy.clock
     ]
     model = getattr(strategy.model, "module", strategy.model)
-    # What a checkpoint of the model holds: buffers beside it are a plugin's (past adapters).
+    # A checkpoint of the model holds these; buffers outside it are a plugin's (past adapters).
     of_model = {storage(t)[0] for t in (*model.parameters(), *model.state_dict().values())}
     passing = ("loss", "mb_output")
     own_tensors = [
@@ -97,12 +97,13 @@ def _samples_bytes(store: Any) -> int:
 
 
 def count_parameters(model: nn.Module, *, trained: bool = True) -> dict[str, int]:
-    """Numbers of parameters, also where the model shows the trainable ones alone.
+    """Returns the numbers of trainable and of all parameters.
 
-    :param model: a strategy's model.
-    :param trained: False if no gradient moves any of them, as where a head is set from statistics.
+    :param model: a strategy's model, which may be a view that shows the trainable ones alone.
+    :param trained: False if no gradient updates any of them, as where a head is set from
+        statistics.
     """
-    # Not `model.parameters()`, which a view answers with the trainable ones; it may have its own.
+    # Not `model.parameters()`, which a view restricts to the trainable ones.
     parameters = [parameter for _, parameter in nn.Module.named_parameters(model)]
     return {
         "trainable": sum(p.numel() for p in parameters if p.requires_grad and trained),
