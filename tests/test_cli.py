@@ -186,7 +186,7 @@ def test_a_loss_that_is_no_number(tmp_path, capsys):
         (["train", "--layers", "frist:2"], "frist"),
         (["train", "--target_modules", "[qkw]"], "qkw"),
         (["train", "--output", "."], "is not empty"),
-        (["compare", "--methods", "Naive", "TreeLoRA", "--depth", "50"], "`depth` is 50"),
+        (["compare", "--methods", "Naive", "TreeLoRA", "--depth", "50"], "matrices, 5, but is 50"),
         (["compare", "--methods", "Naive", "SeqLoRA", "--layers", "frist:2"], "frist"),
         (
             ["train", "--scenario", "domains", "--data", ".", "--n_experiences", "4"],
