@@ -1,5 +1,7 @@
 """The README and the pages of docs/: their examples run, their commands and links exist."""
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -75,15 +77,18 @@ def arguments_of_treelora(command):
 
 @lru_cache
 def help_of(script):
-    done = subprocess.run(
-        [sys.executable, script, "--help"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What a script prints for ``--help``; in this process, which has imported torch already."""
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.syspath_prepend(str((REPOSITORY / script).parent))
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    assert not stopped.value.code
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("treelora", "torchrun"))])

@@ -382,7 +382,7 @@ def test_compare(settings, tmp_path, capsys):
         (["--methods", "FrozenNCM"], "FrozenNCM is not defined for them. Possible: TreeLoRA,"),
         (["--methods", "TreeLoRA-routed"], "TreeLoRA-routed is not defined for them"),
         (["--methods", "SeqLoRA", "--depth", "99"], None),  # of no consequence without a tree
-        (["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"], "`depth` is 99"),
+        (["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"], "is 99."),
         (["--methods", "SeqLoRA", "--target_modules", "[q_prj]"], "q_prj"),
         (["--methods", "SeqLoRA", "--tasks", "[eco]"], "Did you mean 'echo'?"),
         (["--methods", "SeqLoRA", "--data", "nowhere"], "`--data` nowhere is not a folder"),
