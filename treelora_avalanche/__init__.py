@@ -1,7 +1,13 @@
 """Continual fine-tuning of pretrained transformers, as Avalanche strategies.
 
-The strategies, plugins and metrics are loaded when they are first asked for: importing torch and
-Avalanche takes seconds, and ``treelora --help`` needs neither.
+Names are imported on first access: torch and Avalanche take seconds to import, and
+``treelora --help`` needs neither. Example::
+
+    from treelora_avalanche import TreeLoRAStrategy
+
+    strategy = TreeLoRAStrategy(model, train_epochs=4, device="cuda")
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
 """
 
 from __future__ import annotations

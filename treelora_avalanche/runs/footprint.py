@@ -1,4 +1,4 @@
-"""What is counted at the end of a run: bytes, parameters, and on what it ran."""
+"""Memory footprint of a strategy: bytes stored between tasks, and numbers of parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CODE = (type, FunctionType, MethodType, ModuleType)
 
 
 def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Tensor]:
-    """All tensors reachable from a plugin's state."""
+    """Yields all tensors reachable from a value."""
     if id(value) in visited or depth > 12:
         return
     visited.add(id(value))
@@ -37,23 +37,26 @@ def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Te
 
 
 def stored_bytes(strategy: Any) -> int:
-    """Bytes of the tensors that a strategy's plugins keep from task to task beyond the model.
+    """Returns the bytes that a strategy stores between tasks in addition to its model.
 
-    Of a plugin with a `state_dict`, these are the ones in it; of others, all that it refers to.
-    Stored samples count as the tensors that the model sees, though Avalanche keeps references into
-    the benchmark's own data. Evaluation, counters and progress do not count.
+    Counts the tensors in the ``state_dict`` of each plugin, or, for plugins without one, all tensors
+    that it refers to. Stored samples count as the tensors that the model receives, although
+    Avalanche keeps references into the benchmark's data. Evaluation and counters are excluded.
 
-    :param strategy: an Avalanche strategy between two tasks.
+    >>> stored_bytes(Naive(model=model, optimizer=optimizer, evaluator=None))
+    0
+
+    :param strategy: an Avalanche strategy, between two tasks.
     """
 
     def storage(tensor: Tensor) -> tuple[int, int]:
-        if isinstance(tensor, DTensor):  # processes divide it
+        if isinstance(tensor, DTensor):  # sharded over processes
             tensor = tensor.to_local()
         memory = tensor.untyped_storage()
         return memory.data_ptr(), memory.nbytes()
 
     def view(tensor: Tensor) -> tuple[int, int]:
-        # Its storage may be larger, where it grows from task to task.
+        # Not its storage, which may be over-allocated for the tasks to come.
         return tensor.data_ptr(), tensor.nbytes
 
     own = (EvaluationPlugin, ProgressPlugin)
@@ -63,7 +66,7 @@ def stored_bytes(strategy: Any) -> int:
         if not isinstance(plugin, own) and plugin is not strategy.clock
     ]
     model = getattr(strategy.model, "module", strategy.model)
-    # What a checkpoint of the model holds: buffers beside it are a plugin's (past adapters).
+    # The content of a checkpoint: buffers that are not in it belong to a plugin (past adapters).
     of_model = {storage(t)[0] for t in (*model.parameters(), *model.state_dict().values())}
     passing = ("loss", "mb_output")
     own_tensors = [
@@ -71,7 +74,7 @@ def stored_bytes(strategy: Any) -> int:
         for name, value in vars(strategy).items()
         if isinstance(value, Tensor) and name not in passing
     ]
-    # All states at once: none may be freed, and its address used again, while others are counted.
+    # All states at once: if one were freed, the next could have the same address.
     states = [plugin.state_dict() for plugin in plugins if hasattr(plugin, "state_dict")]
     others = [plugin for plugin in plugins if not hasattr(plugin, "state_dict")]
     kept = {storage(t) for t in _tensors_below([others, own_tensors], {id(strategy)})}
@@ -81,7 +84,7 @@ def stored_bytes(strategy: Any) -> int:
 
 
 def _stored_samples_bytes(strategy: Any) -> int:
-    """Bytes of the samples in a replay memory, or in a cumulative training set."""
+    """Returns the bytes of the samples in replay memories and cumulative training sets."""
     memories = [getattr(plugin, "storage_policy", None) for plugin in strategy.plugins]
     stores = [memory.buffer for memory in memories if memory is not None]
     if getattr(strategy, "dataset", None) is not None:
@@ -91,18 +94,18 @@ def _stored_samples_bytes(strategy: Any) -> int:
 
 def _samples_bytes(store: Any) -> int:
     first = store[0][0]
-    if first.ndim > 1:  # images have one shape, and reading each would take its time
+    if first.ndim > 1:  # images: one shape, and slow to read one by one
         return len(store) * int(first.nbytes)
     return sum(int(sample[0].nbytes + sample[1].nbytes) for sample in store)
 
 
 def count_parameters(model: nn.Module, *, trained: bool = True) -> dict[str, int]:
-    """Numbers of parameters, also where the model shows the trainable ones alone.
+    """Returns the numbers of trainable and of all parameters.
 
     :param model: a strategy's model.
-    :param trained: False if no gradient moves any of them, as where a head is set from statistics.
+    :param trained: whether parameters are trained by gradients at all.
     """
-    # Not `model.parameters()`, which a view answers with the trainable ones; it may have its own.
+    # Not `model.parameters()`: a `TrainableView` overrides it to yield the trainable ones only.
     parameters = [parameter for _, parameter in nn.Module.named_parameters(model)]
     return {
         "trainable": sum(p.numel() for p in parameters if p.requires_grad and trained),
