@@ -70,13 +70,13 @@ def test_what_fails_in_another_process_is_told_here(executor, options, tmp_path)
 def test_processes_are_spread_over_the_gpus_that_are_visible(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert executors._visible_gpus("auto") == ["0", "1"]
-    assert executors._visible_gpus("cpu") == executors._visible_gpus("cuda:1") == []
+    assert executors.visible_gpus("auto") == ["0", "1"]
+    assert executors.visible_gpus("cpu") == executors.visible_gpus("cuda:1") == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert executors._visible_gpus("cuda") == ["5", "3"]
+    assert executors.visible_gpus("cuda") == ["5", "3"]
     free = queue.Queue()
     free.put("3")
-    executors._take_gpu(free)
+    executors.take_gpu(free)
     assert executors.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 

@@ -39,7 +39,7 @@ def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Te
 def stored_bytes(strategy: Any) -> int:
     """Returns the bytes that a strategy stores between tasks in addition to its model.
 
-    Counts the tensors in the ``state_dict`` of each plugin, or, for plugins without one, all tensors
+    Counts the tensors in the ``state_dict`` of each plugin; of a plugin without one, all tensors
     that it refers to. Stored samples count as the tensors that the model receives, although
     Avalanche keeps references into the benchmark's data. Evaluation and counters are excluded.
 

@@ -37,9 +37,9 @@ from treelora_avalanche.runs.schedule import Stage
 class Record:
     """Metrics of a run, and the files that grow with it.
 
-    Streams of classes have two kinds of accuracy matrices: ``class_incremental``, among all classes,
-    and ``within_task``, among those of the task. Language models have one, ``generated``, of scores
-    of generated texts. Methods are ranked by the first. Example::
+    Streams of classes have two kinds of accuracy matrices: ``class_incremental``, among all
+    classes, and ``within_task``, among those of the task. Language models have one, ``generated``,
+    of scores of generated texts. Methods are ranked by the first. Example::
 
         record = Record(folder, language=False, joint=False, verbose=False, kept={})
         strategy = SeqLoRA(model, evaluator=record.evaluator)
