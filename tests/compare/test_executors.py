@@ -98,11 +98,14 @@ def test_without_submitit_the_extra_is_named(monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         ({"executor": "slrum"}, r"`--executor`.*slurm"),
-        ({"executor_options": {"workers": 2}}, r"no `--executor`"),
+        (
+            {"executor_options": {"workers": 2}},
+            r"`--executor_options` should come with `--executor`",
+        ),
         ({"executor": "processes", "executor_options": {"time": 2}}, r"executor_options.*workers"),
         ({"executor": "processes", "executor_options": {"workers": 0}}, r"`workers` should be"),
         ({"executor": "slurm", "executor_options": {"time": 9}}, r"cannot be used here"),
-        ({"executor": "slurm"}, r"`--executor_options` has no `time`"),
+        ({"executor": "slurm"}, r"`--executor_options` should have `time`.* but has none"),
         ({"executor": "slurm", "executor_options": {**HERE, "tiem": 3}}, r"here:.*tiem"),
     ],
 )

@@ -133,7 +133,7 @@ def test_epochs_of_a_method_replace_those_of_each_task():
     ("options", "message"),
     [
         ({"EWCLora": {}}, "Did you mean 'EWCLoRA'"),
-        ({"EWCLoRA": {"tree_lambda": 0.5}}, "sets `tree_lambda` of EWCLoRA, which does not read"),
+        ({"EWCLoRA": {"tree_lambda": 0.5}}, "of EWCLoRA should .* reads, but hold `tree_lambda`"),
         ({"EWCLoRA": {"lr": -1.0}}, "`--lr` should be a positive number"),
     ],
 )

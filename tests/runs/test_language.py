@@ -302,8 +302,11 @@ def test_runs_on_images_are_the_runs_they_were():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": None}, "`--scenario text_tasks` needs `--model`"),
-        ({"data": None}, "`--scenario text_tasks` needs `--data FOLDER`"),
+        ({"model": None}, "`--model` should be a language model for `--scenario text_tasks`"),
+        (
+            {"data": None},
+            "`--data` should be a folder for `--scenario text_tasks`, but is not given",
+        ),
         (
             {"head": "task_adaptive"},
             "`--head` is 'task_adaptive', but `--scenario text_tasks` does not use it",
@@ -385,7 +388,10 @@ def test_compare(settings, tmp_path, capsys):
         (["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"], "`depth` is 99"),
         (["--methods", "SeqLoRA", "--target_modules", "[q_prj]"], "q_prj"),
         (["--methods", "SeqLoRA", "--tasks", "[eco]"], "Did you mean 'echo'?"),
-        (["--methods", "SeqLoRA", "--data", "nowhere"], "`--data` nowhere is not a folder"),
+        (
+            ["--methods", "SeqLoRA", "--data", "nowhere"],
+            "`--data` should be a folder, but nowhere is not a folder",
+        ),
         (
             ["--methods", "SeqLoRA", "--model", "./nowhere"],
             "a folder, but './nowhere' is none",

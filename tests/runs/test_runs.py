@@ -221,7 +221,7 @@ def test_progress_counts_to_the_end(ingredients, tmp_path):
 
 
 def test_ingredients_of_another_seed_are_refused(ingredients, tmp_path):
-    with pytest.raises(ValueError, match="prepared for seed 0, not 1"):
+    with pytest.raises(ValueError, match="prepared for seed 1, but are for seed 0"):
         run("SeqLoRA", 1, SETTINGS, tmp_path, ingredients=ingredients)
 
 
@@ -317,11 +317,11 @@ def test_git_hash_is_that_of_a_checkout():
             {"selection": "nearst"},
             "`--selection` should be one of .* but is 'nearst'.*Did you mean 'nearest'",
         ),
-        ({"scenario": "image_folder"}, "needs `--data FOLDER`"),
+        ({"scenario": "image_folder"}, "Pass `--data FOLDER`"),
         ({"data": "x"}, "`--data` is 'x', but digits brings its own data"),
         ({"model": "deit_tiny_patch16_224"}, "`--model` is 'deit_tiny_patch16_224', but digits"),
         ({"head": "gaussian"}, "`--head` should be one of .* but is 'gaussian'"),
-        ({"scenario": "cub200"}, "`--scenario cub200` needs `--data FOLDER`"),
+        ({"scenario": "cub200"}, "`--data` should be a folder for `--scenario cub200`"),
         (
             {"scenario": "domains", "data": "x", "n_experiences": 4},
             "`--n_experiences` is 4, but `--scenario domains` does not use it",
