@@ -198,11 +198,11 @@ METHODS: Registry[Method] = Registry(
         ),
         "OLoRA": Method(
             _OURS + "OLoRA",
-            "sum of one LoRA per task, each orthogonal to the earlier ones",
+            "one LoRA per task, summed, each orthogonal to the earlier ones",
         ),
         "InfLoRA": Method(
             _OURS + "InfLoRA",
-            "sum of one LoRA per task, each in the null space of past inputs",
+            "one LoRA per task, summed, each in the null space of past inputs",
         ),
         "L2P": Method(
             _OURS + "L2P",
@@ -229,7 +229,7 @@ METHODS: Registry[Method] = Registry(
         ),
         "SAPT": Method(
             _OURS + "SAPT",
-            "sum of one LoRA per task, weighted by attention of the prompt over the tasks",
+            "one LoRA per task, summed with weights from attention of the prompt over tasks",
             models=LANGUAGE,
         ),
         "TaSL": Method(

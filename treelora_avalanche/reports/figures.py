@@ -107,8 +107,9 @@ def _draw_matrix(axes: Axes, matrix: np.ndarray) -> AxesImage:
         text = f"{matrix[j, i]:.0f}"
         axes.text(i, j, text, ha="center", va="center", fontsize=7, color=colour)
     every = max(1, n_tasks // 10)
-    axes.set_xticks(range(0, n_tasks, every), range(1, n_tasks + 1, every), fontsize=7)
-    axes.set_yticks(range(0, n_tasks, every), range(1, n_tasks + 1, every), fontsize=7)
+    labels = [str(task) for task in range(1, n_tasks + 1, every)]
+    axes.set_xticks(range(0, n_tasks, every), labels, fontsize=7)
+    axes.set_yticks(range(0, n_tasks, every), labels, fontsize=7)
     return image
 
 
