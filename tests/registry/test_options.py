@@ -65,8 +65,8 @@ def test_values_are_of_the_options_types(given, expected):
     ("given", "message"),
     [
         ({"siez": 4}, r"option of Child should be one of .* but is 'siez'. Did you mean 'size'"),
-        ({"size": "large"}, r"`size` of Child is 'large'"),
-        ({"rate": None}, r"`rate` of Child is None"),
+        ({"size": "large"}, r"`size` of Child should be of type int, but is 'large'"),
+        ({"rate": None}, r"`rate` of Child should be of type float, but is None"),
     ],
 )
 def test_wrong_options_are_named(given, message):

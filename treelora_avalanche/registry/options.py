@@ -123,7 +123,7 @@ def check_options(
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"`{name}` of {what} should be of type {_type_name(annotation)}, but is "
-                f"{value!r}. {reason}"
+                f"{value!r} ({reason.rstrip('.')})."
             ) from error
     return dict(given)
 
