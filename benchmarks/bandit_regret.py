@@ -1,26 +1,29 @@
-"""How much the tree saves the search: regret against the number of past tasks.
+"""Regret of the LCB search on the tree, by the number of past tasks.
 
 Simulates the search for the nearest of N past tasks. The tasks are the leaves of a random binary
-hierarchy: at each level every branch adds a Gaussian vector of 64 numbers, in scale 0.75 times
-the level above, and the sum is divided by its L1 norm. In each of 32 runs the current task is a
-random leaf, moved by one more such vector. A pull of an arm shows its true L1 distance, scaled so
-that the largest of the run is 1, plus Gaussian noise. Regret is the sum over 2,000 rounds of the
-true distances of the arms pulled, less that of the nearest arm. Compared are
+hierarchy: at each level every branch adds a Gaussian vector of 64 numbers, scaled by 0.75 per
+level, and the sum is divided by its L1 norm. In each of 32 runs the current task is a random leaf
+plus one more such vector. Pulling an arm observes its true L1 distance, scaled so that the largest
+of the run is 1, plus Gaussian noise. Over T = 2,000 rounds,
 
-* ``tree``: :class:`LCBSearch` on the tree that :class:`AdapterTree` builds of the tasks, of depth
-  16 with the same vector in each layer;
-* ``flat``: the same search with all arms directly beneath the root;
-* ``uniform``: arms chosen blindly.
+    regret = sum_t (d(arm_t) - min_a d(a)).
 
-``nearest found`` is the share of runs at the end of which ``LCBSearch.best`` names the true
-nearest. ``exponent`` is p in ``log regret = p log log2 N + const``, fitted by least squares over
-all sizes to the mean regret over runs: with p = 1 regret grows as the depth of the tree.
+Compared are
+
+* ``tree``: :class:`LCBSearch` on the :class:`AdapterTree` of the tasks, of depth 16 with the same
+  vector in each layer;
+* ``flat``: the same search with all arms directly below the root;
+* ``uniform``: arms drawn uniformly.
+
+``found`` is the share of runs in which ``LCBSearch.best`` is the true nearest task at the end. The
+exponent is p of ``regret ~ (log2 N) ** p``, by least squares over all sizes on the mean regret:
+with p = 1 regret grows as the depth of the tree.
 
 Targets (``--check``), all at noise 0.1: with 512 tasks a regret of at most 40 and the nearest found
 in at least 95% of the runs; an exponent of at most 1. The last is met at noise 0.02 and missed at
-larger noise, where the gap between the nearest task and the next counts: it shrinks by 0.75 with
-each level, and telling two arms apart costs a regret of order σ² log T / gap in any search. A
-smaller δ does not mend it (δ = 0: 1.39 instead of 1.62 at noise 0.1).
+larger noise, where the gap between the nearest task and the next matters: it shrinks by 0.75 per
+level, and to distinguish two arms costs a regret of order σ² log T / gap in any search. A smaller δ
+does not help (δ = 0: 1.39 instead of 1.62 at noise 0.1).
 
     python benchmarks/bandit_regret.py --check
 """
@@ -31,9 +34,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from _command import exponent, run
+from _command import exponent, new_table, run
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from treelora_avalanche.bandit import LCBSearch
@@ -49,14 +51,16 @@ MAX_EXPONENT = 1.0
 
 
 class World(NamedTuple):
-    """Past tasks, and the current task of each run."""
+    """Past tasks, and their distances to the current task of each run."""
 
     signatures: Tensor  # (n_tasks, DIM)
     distances: Tensor  # (n_runs, n_tasks), the largest of a run is 1
-    scale: Tensor  # (n_runs,), by which the L1 distances were multiplied
+    scale: Tensor  # (n_runs,), distances over L1 distances
 
 
 class Result(NamedTuple):
+    """Regret, and whether the nearest task was found, of each run."""
+
     regret: Tensor  # (n_runs,)
     found: Tensor  # (n_runs,), bool
 
@@ -82,7 +86,7 @@ def simulate(n_tasks: int, n_runs: int, seed: int) -> World:
 
 
 def search(world: World, tree: FlatTree, noise: float, rounds: int, seed: int) -> Result:
-    """Runs the search, each run as one of its layers."""
+    """Runs the search on all runs at once, one per layer of the bandit."""
     distances = world.distances
     nearest = distances.amin(1)
     bandit = LCBSearch(tree, len(distances), horizon=rounds, seed=seed)
@@ -96,8 +100,8 @@ def search(world: World, tree: FlatTree, noise: float, rounds: int, seed: int) -
     return Result(regret, bandit.best() == distances.argmin(1))
 
 
-def choose_blindly(world: World, rounds: int, seed: int) -> Tensor:
-    """Regret ``(n_runs,)`` of uniform choice."""
+def uniform_regret(world: World, rounds: int, seed: int) -> Tensor:
+    """Returns the regret ``(n_runs,)`` of uniformly drawn arms."""
     n_runs, n_tasks = world.distances.shape
     generator = torch.Generator().manual_seed(seed)
     arms = torch.randint(n_tasks, (n_runs, rounds), generator=generator)
@@ -106,11 +110,12 @@ def choose_blindly(world: World, rounds: int, seed: int) -> Tensor:
 
 
 def without_levels(tree: FlatTree, n_arms: int) -> FlatTree:
-    """As if all arms were directly beneath the root: nothing is known of what is near what."""
+    """Returns the tree with all arms directly below the root."""
     return tree._replace(delta=torch.where(torch.arange(len(tree.delta)) < n_arms, 0.0, math.inf))
 
 
 def mean_and_std(values: Tensor) -> str:
+    """Returns mean ± standard deviation."""
     digits = 1 if values.mean() < 100 else 0
     return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
 
@@ -127,23 +132,25 @@ def bandit_regret(
     :param sizes: numbers of past tasks; powers of two make the hierarchy complete.
     :param noises: standard deviations of the observed distance, of which the largest is 1.
     :param rounds: steps of the search.
-    :param runs: runs, each with a current task of its own.
+    :param runs: number of runs, each with its own current task.
     :param seed: seed of the tasks and of the noise.
-    :return: the missed targets; those of sizes and noises left out are not looked at.
+    :return: the missed targets, of the chosen sizes and noises.
     """
     torch.set_num_threads(1)
-    table = Table(
-        title=f"Regret after {rounds} rounds, mean ± standard deviation over {runs} runs",
-        caption="found, flat ↑: share of runs in which tree, flat search name the nearest at last",
+    table = new_table(
+        f"Regret after {rounds} rounds, mean ± standard deviation over {runs} runs",
+        ("tasks", "noise", "tree ↓", "flat ↓", "uniform ↓", "found ↑", "flat ↑"),
+        n_left=0,
+        caption="found, flat ↑: share of runs in which tree, flat search find the nearest task",
     )
-    for column in ("tasks", "noise", "tree ↓", "flat ↓", "uniform ↓", "found ↑", "flat ↑"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in table.columns:
+        column.no_wrap = True
     of_tree: dict[tuple[int, float], Result] = {}
     for n_tasks in sizes:
         world = simulate(n_tasks, runs, seed)
         signatures = world.signatures[:, None].expand(-1, DEPTH, -1)
         tree = AdapterTree.build(signatures).flatten()
-        blind = choose_blindly(world, rounds, seed)
+        uniform = uniform_regret(world, rounds, seed)
         for noise in noises:
             with_tree = search(world, tree, noise, rounds, seed)
             flat = search(world, without_levels(tree, n_tasks), noise, rounds, seed)
@@ -151,7 +158,7 @@ def bandit_regret(
             table.add_row(
                 str(n_tasks),
                 str(noise),
-                *(mean_and_std(x) for x in (with_tree.regret, flat.regret, blind)),
+                *(mean_and_std(x) for x in (with_tree.regret, flat.regret, uniform)),
                 *(f"{100 * x.found.float().mean():.0f}%" for x in (with_tree, flat)),
             )
         table.add_section()

@@ -1,7 +1,7 @@
-"""What routed inference costs: its pass over one pass of the live adapter.
+"""Cost of routed inference: its forward pass over that of the active adapter alone.
 
-Random images through a ViT with random weights and ten finished adapters; the passes alternate, and
-what is compared are medians.
+Random images through a ViT with random weights and ten stored adapters; the passes alternate, and
+medians are compared.
 
     python benchmarks/routed_inference.py --check
 """
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 
 import timm
 import torch
-from _command import run
+from _command import new_table, run, synchronize
 from rich.console import Console
-from rich.table import Table
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, add_lora
 from treelora_avalanche.models.views.routed_vit import RoutedAdapters
@@ -40,12 +38,11 @@ def routed_inference(
     :param img_size: pixels on a side.
     :param batch_size: images per pass.
     :param layers: adapted blocks.
-    :param n_adapters: finished adapters, one per class.
-    :param rounds: passes of each mode; the first is not counted.
+    :param n_adapters: stored adapters, one per class.
+    :param rounds: passes of each mode; the first is a warm-up.
     :param device: where to compute.
     :return: the missed targets.
     """
-    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     vit = timm.create_model(model, img_size=img_size, num_classes=100)
     bank = AdapterBank()
@@ -54,7 +51,7 @@ def routed_inference(
     for _ in range(n_adapters):
         factors.stack.normal_(std=0.01)
         bank.append(factors)
-    # Rows of the weight are directions without preference, so the samples spread over all adapters.
+    # Random directions, so that the samples spread over all adapters.
     weight = torch.randn(n_adapters, vit.num_features, device=device)
     router = Router(
         weight, torch.zeros(n_adapters, device=device), torch.arange(n_adapters, device=device)
@@ -68,8 +65,7 @@ def routed_inference(
         view.router = mode
         start = time.perf_counter()
         view(images)
-        if images.device.type != "cpu":
-            torch.accelerator.synchronize(images.device)
+        synchronize(images.device)
         return 1e3 * (time.perf_counter() - start)
 
     times: dict[str, list[float]] = {"last": [], "routed": []}
@@ -79,9 +75,10 @@ def routed_inference(
             times["routed"].append(milliseconds(router))
         used = len(router(view.frozen_features(images)).unique())
     last, routed = (statistics.median(values[1:]) for values in times.values())
-    table = Table(title=f"{model} at {img_size} px, batch {batch_size}, {layers} adapted, {device}")
-    for column in ("inference", "ms/batch (median)", "over last"):
-        table.add_column(column, justify="left" if column == "inference" else "right")
+    table = new_table(
+        f"{model} at {img_size} px, batch {batch_size}, {layers} adapted, {device}",
+        ("inference", "ms/batch (median)", "over last"),
+    )
     table.add_row("last", f"{last:.1f}", "1.000")
     table.add_row(f"routed, {used} adapters in the batch", f"{routed:.1f}", f"{routed / last:.3f}")
     Console().print(table)

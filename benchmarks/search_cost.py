@@ -1,18 +1,18 @@
-"""What it costs to find the most similar of N past tasks, and to send images to one of N adapters.
+"""Cost of finding the nearest of N past tasks, and of routing images to one of N adapters.
 
-By descending the tree, against looking at all. Past tasks are drawn in groups of eight: around the
-centre of each group, Gaussian in every number, with half the standard deviation of the centres.
+Descent of the tree, compared with exhaustive search. Past tasks are drawn in groups of eight:
+Gaussian around the centre of each group, with half the standard deviation of the centres.
 
 * Search, once per task: signatures of 5 layers x 192 numbers. ``descent`` keeps the three best
-  nodes of every level and compares the members of the leaves where it ends; ``exact`` compares all.
-  ``own group`` is the share of 20 searches that end in the group of the task searched for.
-* Routing, for every batch of images: 256 features of 192 numbers, one class of each task.
-  ``product`` is the library's router: one matrix product with all of them
+  nodes of every level and compares the members of its last leaves; ``exact`` compares all.
+  ``own group`` is the share of 20 searches that end in the group of the query.
+* Routing, for every batch of images: 256 features of 192 numbers, one class per task. ``product``
+  is the library's router, one matrix product with all classes
   (:class:`~treelora_avalanche.models.views.router.Router`); ``descent`` sends every image to the
   nearer child, level by level, all images of the batch together. ``own task`` is the share of
-  images that are sent to the task which they are of.
+  images that are routed to their task.
 
-The exponents are of ``time = tasks ** exponent``, fitted by least squares.
+The exponents are p of ``time = tasks ** p``, by least squares.
 
     python benchmarks/search_cost.py
 """
@@ -38,12 +38,12 @@ REPEATS = 20
 
 
 def descend(tree: AdapterTree, signature: Tensor, width: int = 3) -> tuple[int, int]:
-    """The nearest task among those in the leaves where the search ends.
+    """Returns the nearest task in the leaves where a beam search ends.
 
     :param tree: the tree.
     :param signature: ``(n_layers, dim)``.
-    :param width: nodes that are kept at every level, those with the smallest L1 distance in the sum
-        over the layers so far.
+    :param width: nodes kept at every level: those with the smallest L1 distance, summed over the
+        layers so far.
     :return: the adapter of the task, and the number of comparisons.
     """
     comparisons, leaves = 0, []
@@ -67,21 +67,21 @@ def descend(tree: AdapterTree, signature: Tensor, width: int = 3) -> tuple[int, 
 def tasks_in_groups(
     n: int, shape: tuple[int, ...], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Tasks ``(n, *shape)``, and the centres of the groups, which the tasks belong to in turn."""
+    """Draws tasks ``(n, *shape)`` around the centres of their groups, which take turns."""
     centres = torch.randn(max(2, n // GROUP), *shape, generator=generator)
     noise = 0.5 * torch.randn(n, *shape, generator=generator)
     return centres[torch.arange(n) % len(centres)] + noise, centres
 
 
 def milliseconds(what: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and the time it took."""
-    began = time.perf_counter()
+    """Returns the result of a call, and its milliseconds."""
+    start = time.perf_counter()
     result = what()
-    return result, 1e3 * (time.perf_counter() - began)
+    return result, 1e3 * (time.perf_counter() - start)
 
 
 def search(n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    """Comparisons and milliseconds of a descent, milliseconds of the exact search, own group."""
+    """Returns comparisons and ms of a descent, ms of the exact search, share of own group."""
     signatures, centres = tasks_in_groups(n, (LAYERS, DIM), generator)
     tree = AdapterTree.build(signatures)
     tree.root  # noqa: B018 (brings the thresholds up to date)
@@ -99,15 +99,15 @@ def search(n: int, generator: torch.Generator) -> tuple[float, float, float, flo
 
 
 def route(n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    """Milliseconds of the product and of the descent, and the share of each in the own task."""
+    """Returns ms of the product and of the descent, and the share of own task of each."""
     means, _ = tasks_in_groups(n, (DIM,), generator)
     own = torch.randint(n, (256,), generator=generator)
     features = means[own] + 0.2 * torch.randn(256, DIM, generator=generator)
     bias = -means.square().sum(1) / 2
-    # One vector stands for every level: features have no layers.
+    # Features have no layers, so that every level compares the same vector.
     tree = AdapterTree.build(means[:, None].expand(n, n.bit_length(), DIM))
     flat = tree.flatten()
-    # Inner nodes are numbered after the arms, parents first; no leaf holds more than two.
+    # Inner nodes are numbered after the arms, parents first; a leaf holds at most two tasks.
     groups = [node.members for node in tree.root.walk() if len(node.members) > 1]
     nodes = torch.stack([*means, *(means[members].mean(0) for members in groups)])
     rows = torch.arange(len(features))

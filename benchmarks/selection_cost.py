@@ -1,10 +1,9 @@
-"""What selection, pull and bookkeeping add to a training step, alone, and how it grows.
+"""Cost of TreeLoRA's selection, pull and bookkeeping in a step, and its growth.
 
-The plugins of TreeLoRA at work on the adapter of a stack of linear layers, without the model's own
-passes: the search for a past task in every layer, the fetching of its factors, the running
-signature, and the proximal step. Of each setting the first decile of the steps is given, since a
-step of this length is either interrupted by other processes or not; the exponent is the slope of a
-line fitted to the logarithms of time and size.
+TreeLoRA's plugins on the adapter of a stack of linear layers, without forward and backward pass:
+the search for a past task in every layer, the fetching of its factors, the running signature, and
+the proximal step. The first decile of the steps is reported, since a step of this length is either
+interrupted by other processes or not; the exponent is p of ``ms = size ** p``.
 
     python benchmarks/selection_cost.py --check
     python benchmarks/selection_cost.py --past '[8,64,512]'      # 4.3 GB of stored adapters
@@ -16,7 +15,7 @@ import statistics
 from types import SimpleNamespace
 
 import torch
-from _command import Clock, chosen_clock, exponent, run
+from _command import Clock, chosen_clock, clock_note, exponent, new_table, run, synchronize
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -31,7 +30,10 @@ TARGET_EXPONENT = 0.12  # of the number of tasks: flat
 
 
 class Stack(nn.Module):
-    """Linear layers in numbered blocks."""
+    """Linear layers in numbered blocks.
+
+    :param n_layers: number of blocks, one layer each.
+    """
 
     def __init__(self, n_layers: int):
         super().__init__()
@@ -43,13 +45,13 @@ class Stack(nn.Module):
 def milliseconds_per_step(
     n_layers: int, rank: int, n_tasks: int, device: str, now: Clock, steps: int = 200
 ) -> float:
-    """What an undisturbed step costs beside the model's own work.
+    """Returns the milliseconds of an undisturbed step, without the model's passes.
 
     :param n_layers: adapted layers of 1,024 inputs and outputs.
     :param rank: rank of the adapter, which has ``2048 * rank`` values per layer.
     :param n_tasks: past tasks.
     :param device: where the adapter is.
-    :param now: seconds of some kind.
+    :param now: returns seconds.
     :param steps: steps to measure.
     """
     torch.manual_seed(0)
@@ -73,33 +75,32 @@ def milliseconds_per_step(
     times = []
     for _ in range(steps):
         factors.stack.add_(1e-4)  # the optimizer's step
-        if device != "cpu":
-            torch.accelerator.synchronize(device)
-        begun = now()
+        synchronize(device)
+        start = now()
         for plugin in (selector, pull):
             plugin.before_forward(strategy)
         for plugin in (selector, pull):
             plugin.after_update(strategy)
-        if device != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(1e3 * (now() - begun))
+        synchronize(device)
+        times.append(1e3 * (now() - start))
     return statistics.quantiles(times[steps // 10 :], n=10)[0]
 
 
 def selection_cost_table(
     past: tuple[int, ...], many: tuple[int, ...], device: str, cpu_time: bool
 ) -> tuple[Table, list[str]]:
-    """The table, and the targets that are missed.
+    """Returns the table, and the missed targets.
 
     :param past: numbers of past tasks at 16 layers of 131,072 values.
-    :param many: the same with a small adapter, of 16 layers of 2,048 values.
+    :param many: numbers of past tasks at 16 layers of 2,048 values.
     :param device: where the adapter is.
     :param cpu_time: see :func:`selection_cost`.
     """
-    how = ", processor time" if cpu_time else ""
-    table = Table(title=f"Selection, pull and bookkeeping alone, {device}{how}")
-    for column in ("what grows", "from ... to", "ms per step", "exponent"):
-        table.add_column(column)
+    table = new_table(
+        f"Selection, pull and bookkeeping alone, {device}{clock_note(cpu_time)}",
+        ("what grows", "from ... to", "ms per step", "exponent"),
+        n_left=4,
+    )
     series = {
         "past tasks (16 layers x 131,072 values)": (past, lambda n: (16, 64, n)),
         "past tasks (16 layers x 2,048 values)": (many, lambda n: (16, 1, n)),
@@ -119,9 +120,7 @@ def selection_cost_table(
         if sizes is past and max(times) > TARGET_MS:
             missed.append(f"a step's bookkeeping takes {max(times):.2f} ms, above {TARGET_MS}")
         if name.startswith("past tasks") and slope > TARGET_EXPONENT:
-            missed.append(
-                f"{name}: grows with the power {slope:.2f} of them, above {TARGET_EXPONENT}"
-            )
+            missed.append(f"{name}: the exponent is {slope:.2f}, above {TARGET_EXPONENT}")
     return table, missed
 
 
@@ -131,12 +130,12 @@ def selection_cost(
     device: str = "cpu",
     cpu_time: bool = False,
 ) -> list[str]:
-    """Measures what a step costs beside the model's own work.
+    """Measures the cost of a step without the model's passes.
 
     :param past: numbers of past tasks at 16 layers of 131,072 values, 8.4 MB each.
-    :param many: numbers of past tasks with an adapter of 16 layers of 2,048 values.
+    :param many: numbers of past tasks at 16 layers of 2,048 values.
     :param device: where the adapter is.
-    :param cpu_time: take the time that this process has had on the processor, see ``_command.py``.
+    :param cpu_time: whether to count the processor time of this process, see ``_command.py``.
     :return: the missed targets.
     """
     table, missed = selection_cost_table(past, many, device, cpu_time)

@@ -1,8 +1,8 @@
-"""How well short sketches of task signatures keep their L1 distances, and what they cost.
+"""Accuracy and cost of three sketches of task signatures.
 
 LoRA is trained on tasks of scikit-learn's digits (two classes each, every task from the same
 start). The exact L1 distances between the tasks' displacement directions are compared with those of
-three sketches: a fixed random sample of the coordinates (what the library uses), sums of the
+three sketches: a fixed random sample of the coordinates (used by the library), sums of the
 coordinates in buckets with random signs, and the median of absolute differences of Cauchy
 projections.
 
@@ -12,13 +12,11 @@ projections.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
-from _command import run
+from _command import new_table, run
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -31,7 +29,7 @@ Distances = Callable[[Tensor], Tensor]  # (n_tasks, n_layers, dim) -> (n_layers,
 
 
 def displacements(class_orders: int, epochs: int) -> tuple[Tensor, list[LayerShape]]:
-    """Where each task has moved the adapter from a common start, ``(n_tasks, n_layers, dim)``."""
+    """Returns the displacement of the adapter by each task, ``(n_tasks, n_layers, dim)``."""
     moved = []
     torch.manual_seed(0)
     strategy = SeqLoRA(
@@ -51,19 +49,19 @@ def displacements(class_orders: int, epochs: int) -> tuple[Tensor, list[LayerSha
 
 
 def l1(rows: Tensor) -> Tensor:
-    """L1 distances between the directions of ``(n_tasks, n_layers, size)``, layer by layer."""
+    """Returns L1 distances between the directions of ``(n_tasks, n_layers, size)``, per layer."""
     rows = normalize(rows, p=1.0, dim=-1).transpose(0, 1)
     return torch.cdist(rows, rows, p=1.0)
 
 
 def coordinate_sample(shapes: list[LayerShape], size: int) -> Distances:
-    """The library's sketch."""
+    """Returns the distances of the library's sketch."""
     sketch = SignatureSketch(shapes, size)
     return lambda moved: l1(torch.stack([sketch(task) for task in moved]))
 
 
 def bucket_sums(shapes: list[LayerShape], size: int) -> Distances:
-    """Random signs, then the sums of every ``size``-th coordinate."""
+    """Returns the distances of sums of every ``size``-th coordinate, with random signs."""
     dim = max(shape.size for shape in shapes)
     padded = -(-dim // size) * size
     signs = torch.randint(2, (padded,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
@@ -76,7 +74,7 @@ def bucket_sums(shapes: list[LayerShape], size: int) -> Distances:
 
 
 def cauchy_median(shapes: list[LayerShape], size: int) -> Distances:
-    """Projections by Cauchy numbers, whose absolute median estimates the L1 norm."""
+    """Returns the distances of Cauchy projections, whose absolute median estimates the norm."""
     dim = max(shape.size for shape in shapes)
     generator = torch.Generator().manual_seed(0)
     projection = torch.empty(dim, size).cauchy_(generator=generator)
@@ -95,11 +93,10 @@ def signature_sketch(
     """Compares the sketches.
 
     :param sizes: numbers per layer.
-    :param class_orders: how many random orders of the ten classes are cut into five tasks each.
+    :param class_orders: number of random class orders, five tasks each.
     :param epochs: epochs per task.
-    :return: nothing missed: there is no target.
+    :return: an empty list: there is no target.
     """
-    warnings.simplefilter("ignore")
     moved, shapes = displacements(class_orders, epochs)
     n_tasks, n_layers, dim = moved.shape
     exact = l1(moved)
@@ -107,11 +104,11 @@ def signature_sketch(
     infinite = torch.where(off, 0.0, torch.inf)
     nearest = (exact + infinite).argmin(-1)
 
-    table = Table(title=f"{n_tasks} tasks, {n_layers} layers of {dim} values")
-    for column in ("sketch", "numbers", "correlation", "nearest agrees", "ms for all tasks"):
-        table.add_column(
-            column, justify="left" if column == "sketch" else "right", no_wrap=column == "sketch"
-        )
+    table = new_table(
+        f"{n_tasks} tasks, {n_layers} layers of {dim} values",
+        ("sketch", "numbers", "correlation", "nearest agrees", "ms for all tasks"),
+    )
+    table.columns[0].no_wrap = True
     for make in (coordinate_sample, bucket_sums, cauchy_median):
         for size in sizes:
             distances = make(shapes, size)

@@ -1,10 +1,10 @@
-"""How a step of TreeLoRA grows with what is adapted and with the sequence, beside plain LoRA's.
+"""Growth of TreeLoRA's step with the adapter and the sequence, compared with SeqLoRA's.
 
-A ViT with random weights on random images, with eight past tasks. One thing grows at a time: the
-blocks with an adapter, counted from the output, its rank, the tokens of an image. The steps of both
-methods alternate in short bursts, and what is compared are medians; the exponent is the slope of a
-line fitted to the logarithms of TreeLoRA's time and of what grows. That it does not grow with the
-past tasks is shown by ``selection_cost.py`` and ``long_stream.py``.
+A ViT with random weights on random images, with eight past tasks. One factor grows at a time: the
+adapted blocks, counted from the output; the rank; the tokens of an image. The steps of both methods
+alternate in short bursts, and medians are compared; the exponent is p of ``ms = size ** p`` for
+TreeLoRA. The growth with the past tasks is measured by ``selection_cost.py`` and
+``long_stream.py``.
 
     python benchmarks/step_scaling.py
     python benchmarks/step_scaling.py --model vit_base_patch16_224 --batch_size 64 --device cuda
@@ -12,13 +12,12 @@ past tasks is shown by ``selection_cost.py`` and ``long_stream.py``.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-from _command import Clock, chosen_clock, exponent, run
+from _command import Clock, chosen_clock, clock_note, exponent, new_table, run
+from _steps import StepTimes, random_stream, take_turns, watched, with_past_tasks
 from rich.console import Console
 from rich.table import Table
-from step_overhead import StepTimes, random_stream, take_turns, watched, with_past_tasks
 
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
 
@@ -43,36 +42,37 @@ def milliseconds(
     bursts: int = 4,
     steps: int = 3,
 ) -> tuple[float, float]:
-    """Medians of a step of TreeLoRA and of SeqLoRA.
+    """Returns the median step of TreeLoRA and of SeqLoRA.
 
     :param model: name of a timm ViT with patches of 16 pixels.
     :param batch_size: images per step.
     :param device: where to train.
-    :param now: seconds of some kind.
-    :param layers: blocks with an adapter, counted from the output.
-    :param rank: of the adapter.
+    :param now: returns seconds.
+    :param layers: adapted blocks, counted from the output.
+    :param rank: rank of the adapter.
     :param side: patches on a side of the image.
-    :param bursts: of steps, per method; the first is not counted.
-    :param steps: of a burst.
+    :param bursts: bursts of steps per method; the first is a warm-up.
+    :param steps: steps per burst.
     """
 
     def make(kind: type[SeqLoRA]) -> tuple[Any, StepTimes]:
         shape = {"layers": f"last:{layers}", "rank": rank}
         return watched(kind, model, side * PATCH, batch_size, device, now, cache=None, **shape)
 
-    ours, plain = make(TreeLoRAStrategy), make(SeqLoRA)
-    with_past_tasks(ours[0], PAST)
-    experience = random_stream(batch_size * steps, side * PATCH)[0]
-    of_ours, of_plain = take_turns((ours, plain), experience, bursts)
-    return of_ours, of_plain
+    tree, plain = make(TreeLoRAStrategy), make(SeqLoRA)
+    with_past_tasks(tree[0], PAST)
+    experience = random_stream(1, batch_size * steps, side * PATCH)[0]
+    of_tree, of_plain = take_turns((tree, plain), experience, bursts)
+    return of_tree, of_plain
 
 
 def step_scaling_table(model: str, batch_size: int, device: str, cpu_time: bool) -> Table:
-    """The table; see :func:`step_scaling`."""
-    how = ", processor time" if cpu_time else ""
-    table = Table(title=f"A step of TreeLoRA, {model}, batch {batch_size}, {device}{how}")
-    for column in ("what grows", "from ... to", "ms per step", "over SeqLoRA's", "exponent"):
-        table.add_column(column)
+    """Returns the table; for the arguments see :func:`step_scaling`."""
+    table = new_table(
+        f"A step of TreeLoRA, {model}, batch {batch_size}, {device}{clock_note(cpu_time)}",
+        ("what grows", "from ... to", "ms per step", "over SeqLoRA's", "exponent"),
+        n_left=5,
+    )
     now = chosen_clock(cpu_time)
     for name, (what, sizes) in SERIES.items():
         times = [milliseconds(model, batch_size, device, now, **{what: size}) for size in sizes]
@@ -80,9 +80,9 @@ def step_scaling_table(model: str, batch_size: int, device: str, cpu_time: bool)
         table.add_row(
             name,
             ", ".join(str(size) for size in shown),
-            ", ".join(f"{ours:.1f}" for ours, _ in times),
-            ", ".join(f"{ours / plain:.2f}" for ours, plain in times),
-            f"{exponent(shown, [ours for ours, _ in times]):.2f}",
+            ", ".join(f"{tree:.1f}" for tree, _ in times),
+            ", ".join(f"{tree / plain:.2f}" for tree, plain in times),
+            f"{exponent(shown, [tree for tree, _ in times]):.2f}",
         )
     return table
 
@@ -93,16 +93,14 @@ def step_scaling(
     device: str = "cpu",
     cpu_time: bool = False,
 ) -> list[str]:
-    """Measures how a step grows.
+    """Measures the growth of a step.
 
     :param model: name of a timm ViT with a class token and patches of 16 pixels.
     :param batch_size: images per step.
     :param device: where to train.
-    :param cpu_time: take the time that this process has had on the processor, see ``_command.py``.
-    :return: nothing; no target is set.
+    :param cpu_time: whether to count the processor time of this process, see ``_command.py``.
+    :return: an empty list: there is no target.
     """
-    warnings.simplefilter("ignore")
-    warnings.showwarning = lambda *_, **__: None  # Avalanche sets filters of its own
     Console(width=130).print(step_scaling_table(model, batch_size, device, cpu_time))
     return []
 

@@ -1,21 +1,21 @@
-"""Which signature of a task shows its relations before the first step is taken?
+"""Task signatures before the first step: which one finds related tasks.
 
-Every signature is read from one batch of a new task, on the model as it was before the first task,
-so that all tasks are comparable:
+Every signature is computed from one batch of a new task, on the initial model, so that all tasks
+are comparable:
 
-* ``activations``: the mean of what enters each adapted layer (the library's
+* ``activations``: mean input of each adapted layer (the library's
   :func:`~treelora_avalanche.models.features.signature.activation_signature`); one forward pass, no
   labels;
-* ``features``: the mean of what enters the classifier; one forward pass, no labels;
-* ``gradient``: of the loss with respect to B, under the classifier's initial weights, compared
-  among the task's classes; one forward and one backward pass. (A's is zero while B is.)
-* ``prototype gradient``: the same under a classifier made of the class means of the batch.
+* ``features``: mean input of the classifier; one forward pass, no labels;
+* ``gradient``: of the loss with respect to B, under the classifier's initial weights, among the
+  task's classes; one forward and one backward pass. (That of A is zero while B is.)
+* ``prototype gradient``: the same under a classifier of the class means of the batch.
 
-Counted are the tasks that have one of their group among the past (for streams and groups see
+The tasks that follow one of their group are counted (for streams and groups see
 ``benchmarks/transfer.py``). ``layers`` is the share of their layers, ``tasks`` the share of them,
-whose nearest past task is of the own group; ``chance`` that of a random pick. Means over orders,
-and the smallest of these. ``cost`` is the time of a signature in steps of training at the same
-batch size. For the displacement of the adapter, which is known only after training, see
+whose nearest past task is of the own group; ``chance`` that of a random pick. Means over orders;
+``least`` is the smallest over orders. ``cost`` is the time of a signature in training steps at the
+same batch size. For the displacement of the adapter, which is known only after training, see
 ``benchmarks/task_similarity.py``.
 
     python benchmarks/task_signatures.py --check
@@ -25,18 +25,16 @@ batch size. For the displacement of the adapter, which is known only after train
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _command import run
+from _command import DATA, new_table, run
+from _related_streams import STREAMS
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from transfer import DATA, STREAMS
 
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.adapters.classifier import classifier_of
@@ -46,12 +44,12 @@ from treelora_avalanche.models.features.signature import activation_signature, s
 
 
 def features(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    """Mean of the frozen features, ``(1, dim)``."""
+    """Returns the mean of the frozen features, ``(1, dim)``."""
     return normalize(features_of(model, images).mean(0, keepdim=True), p=1.0, dim=1)
 
 
 def gradient(model: nn.Module, images: Tensor, targets: Tensor, prototypes: bool = False) -> Tensor:
-    """Gradient with respect to the factors B, ``(n_layers, dim)``."""
+    """Returns the gradient with respect to the factors B, ``(n_layers, dim)``."""
     seen: list[Tensor] = []
     hook = classifier_of(model).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     logits = model(images)
@@ -77,10 +75,10 @@ SIGNATURES: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 
 
 def recovered(signatures: Tensor, groups: list[str]) -> tuple[float, float, float]:
-    """Shares of layers and of tasks whose nearest past task is of the group, and chance.
+    """Returns the shares of layers and of tasks whose nearest past task is of the group; chance.
 
     :param signatures: ``(n_tasks, n_layers, dim)``, in the order of arrival.
-    :param groups: of each task.
+    :param groups: the group of each task.
     """
     shares = []
     for task, group in enumerate(groups):
@@ -95,7 +93,7 @@ def recovered(signatures: Tensor, groups: list[str]) -> tuple[float, float, floa
 
 
 def signature_stream(name: str, seed: int, samples: int, data: Path) -> dict[str, Any]:
-    """Recovery by every signature on one order of a stream, and the time they take."""
+    """Returns recovery and cost of every signature on one order of a stream."""
     stream = STREAMS[name](data, seed)
     torch.manual_seed(seed)
     model = TrainableView(add_lora(stream.model())).eval()
@@ -108,14 +106,14 @@ def signature_stream(name: str, seed: int, samples: int, data: Path) -> dict[str
         rows = torch.randperm(len(dataset), generator=generator)[:samples].tolist()
         images, targets = stack_samples(dataset, rows)
         for kind, signature in SIGNATURES.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             found[kind].append(signature(model, images, targets))
-            spent[kind] += time.perf_counter() - began
-        began = time.perf_counter()
+            spent[kind] += time.perf_counter() - start
+        start = time.perf_counter()
         optimizer.zero_grad()
         cross_entropy(model(images), targets).backward()
         optimizer.step()
-        spent["step"] += time.perf_counter() - began
+        spent["step"] += time.perf_counter() - start
     return {
         kind: (*recovered(torch.stack(of_tasks), stream.groups), spent[kind] / spent["step"])
         for kind, of_tasks in found.items()
@@ -128,21 +126,22 @@ def task_signatures(
     samples: int = 64,
     data: str = DATA,
 ) -> list[str]:
-    """Takes the signatures of all tasks of the streams.
+    """Computes the signatures of all tasks of the streams.
 
     :param streams: domains, returning, pairs, pacs, caltech101.
     :param seeds: number of orders of each stream.
-    :param samples: images that a signature is taken of.
+    :param samples: images in the batch of a signature.
     :param data: folder with ``pacs``, ``caltech101`` and the weights of DeiT-Tiny.
-    :return: the targets that were missed: the library's signature at least at twice chance.
+    :return: the missed targets: the library's signature at twice chance or more.
     """
-    warnings.simplefilter("ignore")
     for name in streams:
         check_known("`streams`", name, [known for known in STREAMS if known != "unrelated"])
     missed = []
-    table = Table(title=f"{seeds} orders, one batch of {samples} images a task")
-    for column in ("stream", "signature", "layers", "tasks", "least", "chance", "cost in steps"):
-        table.add_column(column, justify="left" if len(table.columns) < 2 else "right")
+    table = new_table(
+        f"{seeds} orders, one batch of {samples} images a task",
+        ("stream", "signature", "layers", "tasks", "least", "chance", "cost in steps"),
+        n_left=2,
+    )
     for name in streams:
         try:
             runs = [signature_stream(name, seed, samples, Path(data)) for seed in range(seeds)]
@@ -156,7 +155,7 @@ def task_signatures(
             numbers = [f"{value:.2f}" for value in (layers, tasks, least, chance, cost)]
             table.add_row(name, kind, *numbers)
             if kind == "activations" and tasks < 2 * chance:
-                missed.append(f"{name}: {tasks:.2f} at a chance of {chance:.2f}")
+                missed.append(f"{name}: {tasks:.2f}, below twice the chance of {chance:.2f}")
     Console().print(table)
     return missed
 

@@ -1,26 +1,26 @@
-"""Whether related tasks are found: the picks on streams whose relations are known.
+"""Recovery of related tasks by the selectors, on streams with known relations.
 
-A task is related to the tasks of its own group:
+A task is related to the tasks of its group:
 
 * ``digits``: five pairs of classes, each pair twice, on disjoint halves of its images (10 tasks);
 * ``pacs``: the four domains of PACS, each twice, on disjoint halves of its images (8 tasks);
 * ``caltech101``: four classes per task, all mammals, all vehicles or all about music (7 tasks).
 
-Plain LoRA is trained on the tasks in random order, once ``carried``, so that a task starts from the
-factors of the one before, and once from a ``common`` start: the same initial factors, head and
-optimizer for every task. What LCB and the exact nearest would have picked is then replayed from the
-sketches recorded at every step, step for step as the plugins do. Signatures compared:
+Plain LoRA is trained on the tasks in random order, once ``carried``: a task starts from the factors
+of the previous one; and once from a ``common`` start: the same initial factors, head and optimizer
+for every task. The picks of LCB and of the exact nearest are then replayed from the sketches
+recorded at every step, as the plugins compute them. Signatures compared:
 
-* ``displacement``: the direction in which the task has moved the factors, which the library uses;
-* ``values``: the factors themselves, divided by their L1 norm;
+* ``displacement``: the direction in which the task has moved the factors, used by the library;
+* ``values``: the factors, divided by their L1 norm;
 * ``values of A``: the same of the factor A alone, as in the code released with the paper.
 
-Counted are the tasks that have one of their group among the past. ``nearest`` and ``LCB`` are the
-shares of their layers whose pick at the end of the task is of the own group. Beside them stand two
-controls that compare nothing: ``latest`` picks the task just before, and ``random`` any, so that it
-is right by the share of past tasks that are of the group. All are means over the orders (seeds),
-``±`` the standard deviation between these. Chance counts as beaten where the excess over
-``random``, averaged over all tasks, is more than two of its standard errors.
+The tasks that follow one of their group are counted. ``nearest`` and ``LCB`` are the shares of
+their layers whose pick at the end of the task is of the own group. Two controls compare nothing:
+``latest`` picks the previous task, and ``random`` any past task, which is of the group with the
+share of the group among the past. All are means over the orders (seeds), ``±`` the standard
+deviation over these. Chance is beaten if the mean excess over ``random`` of all tasks is above two
+of its standard errors.
 
 Streams whose data are missing are skipped.
 
@@ -30,20 +30,18 @@ Streams whose data are missing are skipped.
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _command import run
+from _command import DATA, new_table, required_path, run
+from _related_streams import deit_tiny
 from avalanche.benchmarks import tensors_benchmark
 from avalanche.training.plugins import SupervisedPlugin
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset
@@ -51,24 +49,18 @@ from torch.utils.data import Dataset
 from treelora_avalanche.adapters import LoRAFactors, SignatureSketch
 from treelora_avalanche.bandit import LCBSearch
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.models import create_vit, image_preprocessing, pretrained_digits_vit
+from treelora_avalanche.models import image_preprocessing, pretrained_digits_vit
 from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.scenarios import CALTECH101_GROUPS, DomainImageFolder, SplitImageFolder
 from treelora_avalanche.strategies import SeqLoRA
 from treelora_avalanche.tree import AdapterTree
 
-DATA = os.environ.get("TREELORA_DATA", "../shared/data")
-WEIGHTS = "deit_tiny_patch16_224_in1k/model.fp16.safetensors"
-
 CLASSES_PER_TASK = 4
-
 STARTS = ("carried", "common")
-
-# -------------------------------------------------------------------------------------- the streams
 
 
 class Task(NamedTuple):
-    """Training images of one task, and the group of tasks that it is of."""
+    """Training images of one task, and its group."""
 
     group: str
     images: Tensor  # (n, channels, height, width)
@@ -76,17 +68,17 @@ class Task(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Tasks in the order in which they arrive."""
+    """Tasks in order of arrival."""
 
     tasks: list[Task]
     model: Callable[[], nn.Module]
-    lr: float  # of Adam, unless another is asked for
+    lr: float  # default of Adam
 
 
 def draw(
     labels: Tensor, classes: Sequence[int], parts: int, size: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Rows of ``parts`` disjoint samples of these classes, at most ``size`` in each, balanced."""
+    """Draws rows of ``parts`` disjoint, balanced samples of classes, at most ``size`` in each."""
     drawn = []  # for each class: its rows for each part
     for label in classes:
         rows = (labels == label).nonzero().squeeze(1)
@@ -97,12 +89,12 @@ def draw(
 
 
 def shuffled(tasks: list[Task], generator: torch.Generator) -> list[Task]:
-    """The tasks in random order."""
+    """Returns the tasks in random order."""
     return [tasks[i] for i in torch.randperm(len(tasks), generator=generator).tolist()]
 
 
 def digits_stream(data: Path, seed: int, size: int) -> Stream:
-    """Pairs of digits, each pair twice."""
+    """Returns pairs of digits, each pair twice."""
     generator = torch.Generator().manual_seed(seed)
     digits = load_digits()
     tasks = []
@@ -114,22 +106,25 @@ def digits_stream(data: Path, seed: int, size: int) -> Stream:
 
 
 def pacs_stream(data: Path, seed: int, size: int) -> Stream:
-    """The domains of PACS, each twice."""
+    """Returns the domains of PACS, each twice."""
     generator = torch.Generator().manual_seed(seed)
     model = deit_tiny(data, num_classes=7)
     benchmark = DomainImageFolder(
-        needed(data, "pacs"), preprocessing=model.preprocessing, shuffle=False, cache_bytes=0
+        required_path(data, "pacs"),
+        preprocessing=image_preprocessing(model()),
+        shuffle=False,
+        cache_bytes=0,
     )
     tasks = []
     for domain, experience in zip(benchmark.domain_names, benchmark.train_stream, strict=True):
         targets = torch.tensor(list(experience.dataset.targets))
         for rows in draw(targets, range(benchmark.n_classes), 2, size, generator):
             tasks.append(Task(domain, pixels(experience.dataset, rows), targets[rows]))
-    return Stream(shuffled(tasks, generator), model.make, 0.003)
+    return Stream(shuffled(tasks, generator), model, 0.003)
 
 
 def caltech101_stream(data: Path, seed: int, size: int) -> Stream:
-    """Classes of Caltech-101 by what they show; who shares a task is drawn within the group."""
+    """Returns classes of Caltech-101 by group; which classes form a task is drawn."""
     generator = torch.Generator().manual_seed(seed)
     classes, groups = [], []
     for group, names in CALTECH101_GROUPS.items():
@@ -137,11 +132,11 @@ def caltech101_stream(data: Path, seed: int, size: int) -> Stream:
         groups += [group] * (len(names) // CLASSES_PER_TASK)
     model = deit_tiny(data, num_classes=len(classes))
     benchmark = SplitImageFolder(
-        needed(data, "caltech101"),
+        required_path(data, "caltech101"),
         len(groups),
         classes=classes,
         shuffle=False,
-        preprocessing=model.preprocessing,
+        preprocessing=image_preprocessing(model()),
         cache_bytes=0,
     )
     tasks = []
@@ -149,74 +144,46 @@ def caltech101_stream(data: Path, seed: int, size: int) -> Stream:
         targets = torch.tensor(list(experience.dataset.targets))
         (rows,) = draw(targets, targets.unique().tolist(), 1, size, generator)
         tasks.append(Task(group, pixels(experience.dataset, rows), targets[rows]))
-    return Stream(shuffled(tasks, generator), model.make, 0.003)
+    return Stream(shuffled(tasks, generator), model, 0.003)
 
 
 STREAMS = {"digits": digits_stream, "pacs": pacs_stream, "caltech101": caltech101_stream}
 
 
-class Backbone(NamedTuple):
-    make: Callable[[], nn.Module]
-    preprocessing: Any
-
-
-@lru_cache
-def deit_tiny(data: Path, num_classes: int) -> Backbone:
-    """DeiT-Tiny with ImageNet weights, its position embeddings resampled to 112 pixels."""
-    make = partial(
-        create_vit,
-        "deit_tiny_patch16_224",
-        num_classes=num_classes,
-        checkpoint=needed(data, WEIGHTS),
-        img_size=112,
-    )
-    return Backbone(make, image_preprocessing(make()))
-
-
-def needed(data: Path, name: str) -> Path:
-    """The path, if it is there."""
-    if not (data / name).exists():
-        raise FileNotFoundError(f"{data / name} is missing (set TREELORA_DATA)")
-    return data / name
-
-
 def pixels(dataset: Dataset, rows: Tensor) -> Tensor:
-    """The images in these rows, normalised for the model."""
+    """Returns the images in these rows, normalised for the model."""
     return torch.stack([dataset[row][0] for row in rows.tolist()])
 
 
-# ------------------------------------------------------------------------------------- the training
-
-
 class Recorder(SupervisedPlugin):
-    """Keeps the sketch of the factors at the start of each task and after each of its steps."""
+    """Records the sketch of the factors at the start of each task and after each of its steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.traces: list[list[Tensor]] = []  # for each task (n_layers, size) at each step
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """The start."""
+        """Records the start."""
         self.factors = LoRAFactors(strategy.model)
         self.sketch = SignatureSketch(self.factors.shapes)
         self.traces.append([self.sketch(self.factors.stack)])
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """A step."""
+        """Records a step."""
         self.traces[-1].append(self.sketch(self.factors.stack))
 
 
 class Record(NamedTuple):
-    """What one run through a stream left behind."""
+    """Sketches of one run through a stream."""
 
     traces: list[Tensor]  # for each task (1 + n_steps, n_layers, size)
-    in_a: Tensor  # (n_layers, size), bool: the coordinates that are of A
+    in_a: Tensor  # (n_layers, size), bool: whether a coordinate is of A
 
 
 def record(
     stream: Stream, common: bool, lr: float, epochs: int, batch_size: int, seed: int
 ) -> Record:
-    """Trains plain LoRA on the stream, every task from a common start or from where it is."""
+    """Trains plain LoRA on the stream, every task from a common start or carried on."""
     tensors = [(task.images, task.labels) for task in stream.tasks]
     benchmark = tensors_benchmark(tensors, tensors, task_labels=[0] * len(tensors))
     torch.manual_seed(seed)
@@ -241,14 +208,12 @@ def record(
     return Record(traces, recorder.sketch.coordinates < n_in_a)
 
 
-# ---------------------------------------------------------------------------------------- the picks
-
 SIGNATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "displacement": lambda trace, in_a: trace[1:] - trace[0],
     "values": lambda trace, in_a: trace[1:],
     "values of A": lambda trace, in_a: trace[1:] * in_a,
 }
-"""From a task's trace to its running signature after each step, but for the norm."""
+"""The running signature after each step of a trace, not normalised."""
 
 
 class Picks(NamedTuple):
@@ -261,7 +226,7 @@ class Picks(NamedTuple):
 
 
 def replay(record: Record, signature: str, groups: list[str], seed: int) -> Picks:
-    """What the selectors would have picked at the end of each task."""
+    """Returns the picks of the selectors at the end of each task."""
     tree = AdapterTree()
     shares = []
     for task, trace in enumerate(record.traces):
@@ -278,7 +243,7 @@ def replay(record: Record, signature: str, groups: list[str], seed: int) -> Pick
 
 
 def search(tree: AdapterTree, running: Tensor, seed: int) -> LCBSearch:
-    """The search of ``LCBSelectorPlugin`` through a task, ``(n_steps, n_layers, size)``."""
+    """Runs the search of ``LCBSelectorPlugin`` over a task, ``(n_steps, n_layers, size)``."""
     n_steps, n_layers, _ = running.shape
     search = LCBSearch(tree.flatten(), n_layers, horizon=n_steps, seed=seed)
     layers = torch.arange(n_layers)
@@ -288,11 +253,8 @@ def search(tree: AdapterTree, running: Tensor, seed: int) -> LCBSearch:
     return search
 
 
-# --------------------------------------------------------------------------------------- the report
-
-
 def over_seeds(shares: Sequence[Tensor], spread: bool = True) -> str:
-    """Mean and, unless it is left out, standard deviation of the seeds' means."""
+    """Returns the mean and, if ``spread``, the standard deviation of the seeds' means."""
     means = torch.stack([share.mean() for share in shares])
     if len(means) < 2 or not spread:
         return f"{means.mean():.2f}"
@@ -300,7 +262,7 @@ def over_seeds(shares: Sequence[Tensor], spread: bool = True) -> str:
 
 
 def verdict(runs: list[Picks]) -> str:
-    """Which of both selections beats chance."""
+    """Returns which of the two selections beats chance."""
     found = []
     for name, shares in (
         ("nearest", [picks.nearest for picks in runs]),
@@ -323,22 +285,21 @@ def task_similarity(
 ) -> list[str]:
     """Trains on the streams and counts the picks.
 
-    :param streams: which streams: digits, pacs, caltech101.
+    :param streams: digits, pacs, caltech101.
     :param seeds: number of orders of each stream.
     :param epochs: epochs per task.
     :param images: training images per task, at most.
     :param batch_size: images per step.
     :param lr: learning rate of Adam; by default 0.001 for digits and 0.003 for DeiT-Tiny.
     :param data: folder with ``pacs``, ``caltech101`` and the weights of DeiT-Tiny.
-    :return: nothing missed: there is no target.
+    :return: an empty list: there is no target.
     """
-    warnings.simplefilter("ignore")
     for name in streams:
         check_known("`streams`", name, STREAMS)
     if seeds < 1:
-        raise ValueError(f"`seeds` is {seeds}; it must be at least 1.")
+        raise ValueError(f"`seeds` should be at least 1, but is {seeds}. Each seed is one order.")
     for name in streams:
-        began = time.perf_counter()
+        begin = time.perf_counter()
         runs: dict[tuple[str, str], list[Picks]] = {}
         try:
             for seed in range(seeds):
@@ -356,12 +317,12 @@ def task_similarity(
             continue
         steps = sorted({len(trace) - 1 for trace in trained.traces})
         n_tasks = sum(len(picks.random) for picks in runs["common", "displacement"])
-        table = Table(
-            title=f"{name}: {n_tasks} tasks of {seeds} orders, Adam at {lr or stream.lr:g}, "
-            f"{' to '.join(map(str, sorted({steps[0], steps[-1]})))} steps a task"
+        table = new_table(
+            f"{name}: {n_tasks} tasks of {seeds} orders, Adam at {lr or stream.lr:g}, "
+            f"{' to '.join(map(str, sorted({steps[0], steps[-1]})))} steps a task",
+            ("start", "signature", "nearest", "LCB", "latest", "random"),
+            n_left=2,
         )
-        for column in ("start", "signature", "nearest", "LCB", "latest", "random"):
-            table.add_column(column, justify="left" if len(table.columns) < 2 else "right")
         for (start, signature), of_seeds in runs.items():
             nearest, lcb, latest, random = zip(*of_seeds, strict=True)
             compared = (over_seeds(nearest), over_seeds(lcb))
@@ -371,7 +332,7 @@ def task_similarity(
         verdicts = "; ".join(
             f"{start} start, {verdict(runs[start, 'displacement'])}" for start in STARTS
         )
-        print(f"{name} by displacement: {verdicts} ({time.perf_counter() - began:.0f} s)")
+        print(f"{name} by displacement: {verdicts} ({time.perf_counter() - begin:.0f} s)")
     return []
 
 

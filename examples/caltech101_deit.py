@@ -1,4 +1,4 @@
-"""TreeLoRA beside plain LoRA on real images: DeiT-Tiny learns Caltech-101, ten classes at a time.
+"""TreeLoRA compared with plain LoRA: DeiT-Tiny learns Caltech-101, ten classes at a time.
 
     python examples/caltech101_deit.py --epochs 3 --seeds 3
 
@@ -20,11 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treelora_avalanche import SeqLoRA, TreeLoRAStrategy
-from treelora_avalanche.metrics import (
-    AccuracyMatrix,
-    backward_transfer,
-    overall_performance,
-)
+from treelora_avalanche.metrics import AccuracyMatrix, backward_transfer, overall_performance
 from treelora_avalanche.models import create_vit, image_preprocessing
 from treelora_avalanche.scenarios import SplitImageFolder
 
@@ -33,16 +29,16 @@ METHODS = {"SeqLoRA": SeqLoRA, "TreeLoRA": TreeLoRAStrategy}
 
 
 def pretrained_model(data: Path) -> torch.nn.Module:
-    """DeiT-Tiny with ImageNet weights, its position embeddings resampled to 112 pixels."""
+    """Returns DeiT-Tiny with ImageNet weights, its position embeddings resampled to 112 pixels."""
     weights = data / "deit_tiny_patch16_224_in1k" / "model.fp16.safetensors"
     return create_vit("deit_tiny_patch16_224", num_classes=100, checkpoint=weights, img_size=112)
 
 
 def caltech(data: Path, seed: int):
-    """Ten tasks of ten classes, in an order drawn by the seed."""
+    """Returns ten tasks of ten classes, in an order drawn by the seed."""
     folder = data / "caltech101"
     classes = sorted(path.name for path in (folder / "train").iterdir())
-    classes.remove("Faces_easy")  # the same people as in "Faces", cropped
+    classes.remove("Faces_easy")  # the people of "Faces", cropped
     preprocessing = image_preprocessing(pretrained_model(data))
     return SplitImageFolder(
         folder, n_experiences=10, preprocessing=preprocessing, classes=classes, seed=seed
@@ -60,12 +56,12 @@ def main(
 ) -> None:
     """Trains both methods under the same budget and prints a table.
 
-    :param data: the folder that holds the images and the weights.
+    :param data: the folder of images and weights.
     :param epochs: epochs per task.
-    :param seeds: number of seeds; each is another order of the classes.
+    :param seeds: number of seeds; each draws another class order.
     :param batch_size: images per step.
     :param lr: Adam's learning rate.
-    :param head: of both methods; with "linear" nothing but the loss trains the classifier.
+    :param head: head of both methods; "linear" is trained by the loss alone.
     :param device: where to train.
     """
     warnings.simplefilter("ignore")
@@ -76,7 +72,7 @@ def main(
         rows = []
         for seed in range(seeds):
             benchmark = caltech(data, seed)
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # the same initial adapter and batches for every method
             all_classes, within_task = AccuracyMatrix(), AccuracyMatrix(within_task=True)
             strategy = method(
                 pretrained_model(data),
@@ -92,6 +88,7 @@ def main(
                 start = time.perf_counter()
                 strategy.train(experience)
                 seconds += time.perf_counter() - start
+                # Both numbers need all tasks so far after every task; the others are not needed.
                 strategy.eval(benchmark.test_stream[: strategy.clock.train_exp_counter])
             rows.append(
                 [

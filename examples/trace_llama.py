@@ -1,10 +1,10 @@
-"""TreeLoRA beside plain LoRA on TRACE: Llama-3.2-1B-Instruct learns eight tasks of text in turn.
+"""TreeLoRA compared with plain LoRA on TRACE: Llama-3.2-1B-Instruct learns eight text tasks.
 
     python examples/trace_llama.py --data TRACE-Benchmark
 
-takes one GPU and a few hours, and fetches the model from the Hugging Face hub (its licence must be
-accepted there); any other causal language model will do, by its name there or as a folder. The
-stream itself can be watched on a CPU, in minutes and with a model that is too small to learn it:
+takes a few hours on one GPU, and downloads the model from the Hugging Face hub (after its licence
+is accepted there); any other causal language model works, by its name there or as a folder. A run
+of minutes on a CPU, with a model too small to learn the tasks:
 
     python examples/trace_llama.py --model ../shared/data/stories260K --variant 500 --limit 64
 
@@ -54,16 +54,16 @@ def main(
 ) -> None:
     """Trains both methods under the same budget: the epochs of the paper for TreeLoRA.
 
-    :param model: a folder with a causal language model, or its name on the hub.
+    :param model: folder of a causal language model, or its name on the hub.
     :param data: the folder TRACE-Benchmark.
     :param variant: samples per task: 500, 1000 or 5000.
-    :param tasks: the tasks, in their order; by default all eight.
-    :param limit: use the first samples only of each task's training and test texts.
+    :param tasks: names of the tasks, in order of arrival; by default all eight.
+    :param limit: number of records used of each file, from its start; None for all.
     :param seeds: number of seeds.
     :param batch_size: samples per step.
-    :param eval_batch_size: prompts that are answered together.
-    :param lr: AdamW's learning rate, at the start of its cosine; a tiny model wants a larger one.
-    :param max_length: tokens of a prompt and its answer.
+    :param eval_batch_size: prompts per batch of generation.
+    :param lr: AdamW's learning rate at the start of its cosine; a tiny model needs a larger one.
+    :param max_length: limit of the tokens of a prompt and its answer.
     :param device: where to train.
     """
     warnings.simplefilter("ignore")
@@ -74,11 +74,11 @@ def main(
     minutes = dict.fromkeys(METHODS, 0.0)
     for seed in range(seeds):
         for name, method in METHODS.items():
-            # LoRA is attached to the model in place, so that each method gets its own.
+            # LoRA is attached in place, so that each method needs its own model.
             language_model = create_language_model(model, dtype=dtype, max_length=max_length)
             benchmark = TRACE(data, language_model, variant, tasks=tasks, limit=limit)
             names = benchmark.task_names
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # the same initial adapter and batches for every method
             scores, *others = generation_metrics()
             losses = EpochLoss()
             strategy = method(
@@ -90,6 +90,7 @@ def main(
                 evaluator=EvaluationPlugin(scores, *others, losses, loggers=[]),
             )
             for experience in benchmark.train_stream:
+                # The paper trains the tasks for different numbers of epochs.
                 strategy.train_epochs = TREELORA_EPOCHS[experience.task_name]
                 start = time.perf_counter()
                 strategy.train(experience)

@@ -55,40 +55,17 @@ def o_lora(data_root: Path) -> Path:
 @pytest.fixture
 def tiny_vit() -> Callable[..., VisionTransformer]:
     """Returns a factory of timm ViTs with three blocks and the same random weights."""
+    from treelora_avalanche import testing
 
-    def make(num_classes: int = 6, depth: int = 3) -> VisionTransformer:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = VisionTransformer(
-                img_size=8,
-                patch_size=4,
-                in_chans=1,
-                embed_dim=16,
-                depth=depth,
-                num_heads=2,
-                num_classes=num_classes,
-            )
-        return model
-
-    return make
+    return testing.tiny_vit
 
 
 @pytest.fixture(scope="session")
-def tiny_benchmark():
+def tiny_benchmark() -> Any:
     """Returns a benchmark of three experiences of two classes: a pattern per class, plus noise."""
-    from avalanche.benchmarks import nc_benchmark
-    from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset
+    from treelora_avalanche import testing
 
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(6, 1, 8, 8, generator=generator)
-
-    def dataset(n_per_class: int):
-        targets = torch.arange(6).repeat_interleave(n_per_class)
-        noise = torch.randn(len(targets), 1, 8, 8, generator=generator)
-        images = patterns[targets] + 0.5 * noise
-        return _make_taskaware_tensor_classification_dataset(images, targets, task_labels=0)
-
-    return nc_benchmark(dataset(16), dataset(8), n_experiences=3, task_labels=False, shuffle=False)
+    return testing.tiny_benchmark()
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def features_of(model, benchmark):
 
 def test_class_order_with_a_duplicate_is_refused():
     order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
-    with pytest.raises(ValueError, match=r"`fixed_class_order` is .*every label from 0 to 9 once"):
+    with pytest.raises(ValueError, match=r"`fixed_class_order` .*every label from 0 to 9 once"):
         SplitDigits(5, fixed_class_order=order)
 
 
@@ -272,8 +272,7 @@ def test_drift_estimated_from_identical_images_is_a_shift(n, seed):
 @pytest.mark.parametrize("strategy_class", [FrozenNCM, FrozenGaussian, HiDePrompt])
 def test_image_strategies_refuse_a_language_model(make_language_model, strategy_class):
     model = make_language_model()
-    name = strategy_class.__name__
-    takes = rf"({name}, but is a LanguageModel|a LanguageModel, and {name} takes).*vit_base_patch16"
+    takes = rf"^`model` (?=.*is a LanguageModel)(?=.*{strategy_class.__name__}).*vit_base_patch16"
     with pytest.raises(ValueError, match=takes):
         strategy_class(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -463,7 +462,7 @@ def test_class_with_one_image_and_duplicate_class_are_refused(pets, tmp_path, ca
         file.unlink()
     refused(capsys, treelora(pets, tmp_path, data=images), "'bee' has a single image", "leave the")
     twice = treelora(pets, tmp_path, classes="[ant,ant,bee,cat]")
-    refused(capsys, twice, "`classes` is ['ant', 'ant', 'bee', 'cat']", "different class names")
+    refused(capsys, twice, "list of different class names, but is ['ant', 'ant', 'bee', 'cat']")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ name = broken-package
 version = 0.1.0
 
 [options]
-py_modules = broken_package
+py_modules =
+    broken_package
+    label_reader
 
 [options.entry_points]
 treelora_avalanche.methods =
@@ -25,6 +27,17 @@ treelora_avalanche.methods =
     LateBroken = broken_package:METHOD
 """,
     "broken_package.py": "import no_such_library\n",
+    "label_reader.py": """from my_continual.strategies import DecayLoRA
+
+
+class LabelReader(DecayLoRA):
+    def forward(self):
+        return super().forward() + self.mb_task_id[:, None]
+
+
+def make(model):
+    return LabelReader(model=model, train_mb_size=8, train_epochs=1, evaluator=None)
+""",
 }
 
 
@@ -126,6 +139,34 @@ def test_its_own_errors_are_one_line(installed, tmp_path):
         )
         assert done.returncode == 2
         assert message in done.stderr.splitlines()[-1]
+
+
+# --------------------------------------------------------------------------------- the contract
+
+
+def contract(environment, code):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_it_keeps_the_contract(installed, repository):
+    text = (repository / "docs" / "extending.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from treelora_avalanche.testing .*?)```", text, re.DOTALL)
+    done = contract(installed, code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_contract_fails_a_strategy_that_reads_the_task_label(installed):
+    done = contract(
+        installed,
+        "from treelora_avalanche.testing import check_strategy\n"
+        "check_strategy('label_reader:make')",
+    )
+    assert done.returncode != 0
+    error = done.stderr.strip().splitlines()[-1]
+    assert "ContractError" in error
+    assert "task label" in error
 
 
 # --------------------------------------------------------------------------------- the document

@@ -81,6 +81,9 @@ LANGUAGE_TRAINING = TrainingDefaults("AdamW", 1e-4, "cosine", 4, 1, 16)
 the one of TRACE's scripts. The paper's epochs differ between tasks, see
 :mod:`treelora_avalanche.scenarios.trace`."""
 
+L2P_LR = 0.03
+"""L2P's, with Adam."""
+
 LAST_TREE_LAMBDA = 0.5
 """Strength of TreeLoRA's pull if the last adapter is used for inference (docs/results.md)."""
 

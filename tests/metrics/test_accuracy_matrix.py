@@ -61,7 +61,7 @@ def test_improvement_is_negative_forgetting():
     assert backward_transfer([[0.5, 0.0], [0.7, 0.9]]) == pytest.approx(-0.1)
 
 
-def test_missing_entry_is_nan_not_a_number_made_up():
+def test_missing_entry_gives_nan():
     assert math.isnan(overall_performance([[0.5, 0.0], [math.nan, 0.9]]))
     assert math.isnan(backward_transfer([[math.nan, 0.0], [0.7, 0.9]]))
 

@@ -46,7 +46,7 @@ TASKS = {
         "max_new_tokens": 9,
     },
 }
-# By the number of experiences trained: what the model says, and the scores of that.
+# By the number of experiences trained: the generated texts, and their scores.
 REPLIES = [
     {"first?": "A", "second?": "?", "third?": "?", "fourth?": "?", "def f": "xy"},
     {"first?": "A", "second?": "B", "third?": "C", "fourth?": "?", "def f": "b"},
@@ -92,7 +92,7 @@ class Scripted(nn.Module):
 
 
 class Chatter(nn.Module):
-    """Like a model of transformers, whose `generate` is none of ours."""
+    """A wrapper with a `generate` from token ids, as a model of transformers has."""
 
     def __init__(self, inner):
         super().__init__()
@@ -102,7 +102,7 @@ class Chatter(nn.Module):
         return self.inner(x)
 
     def generate(self, input_ids):
-        raise AssertionError("no tokenizer, so this is not what generates from text")
+        raise AssertionError("without a tokenizer it should not be called")
 
 
 def give_texts(experience, task_name, **changes):
@@ -208,13 +208,13 @@ def test_tokens_per_second_counts_the_tokens_of_the_text(streams, monkeypatch):
     assert on_experience(results, "GenerationTokensPerSecond", 2) == 3 / 0.5
 
 
-def test_each_metric_works_alone_and_beside_accuracy(streams):
+def test_each_metric_works_alone_and_next_to_accuracy(streams):
     train, test = streams
     transfer, performance = GenerationBackwardTransfer(), GenerationOverallPerformance()
     strategy = build([transfer, AccuracyMatrix(), performance])
     strategy.train(train[0])
     strategy.eval(test)
-    assert len(scripted(strategy).calls) == 6, "they share nothing unless told to"
+    assert len(scripted(strategy).calls) == 6, "they share nothing by default"
     strategy.train(train[1])
     scripted(strategy).phase = 2
     results = strategy.eval(test)
@@ -223,14 +223,14 @@ def test_each_metric_works_alone_and_beside_accuracy(streams):
     assert on_stream(results, "BackwardTransfer_Generation") == 0.0
 
 
-def test_batch_size_of_its_own(streams):
+def test_batch_size_can_differ_from_the_strategys(streams):
     _, test = streams
     strategy = build(generation_metrics(batch_size=2))
     strategy.eval(test[0])
     assert scripted(strategy).calls == [(4, 1, 2)]
 
 
-def test_what_was_not_evaluated_is_not_a_number(streams):
+def test_scores_not_evaluated_are_nan(streams):
     train, test = streams
     score, performance, transfer = generation_metrics()
     strategy = build([score, performance, transfer])
@@ -310,7 +310,7 @@ def test_state_is_plain_and_of_the_matrix_alone(streams, tmp_path):
     [
         ({"metric": "rouge"}, r"`metric` should be one of .*'rouge'\. .* mean 'rouge_l'"),
         ({"sources": None}, r"experience 2 of the test stream has no `sources`"),
-        ({"answers": []}, r"has 1 `prompts` and 0 `answers`; give it one per prompt"),
+        ({"answers": []}, r"one of `answers` per prompt, but has 1 `prompts` and 0 `answers`"),
         ({"sources": ["a", "b"]}, r"has 1 `prompts` and 2 `sources`"),
     ],
 )
@@ -330,10 +330,10 @@ def test_an_experience_without_texts_is_refused(streams):
         strategy.eval(train[0])
 
 
-def test_a_model_that_cannot_generate_is_named(streams):
+def test_a_model_that_cannot_generate_is_refused(streams):
     _, test = streams
     strategy = build(generation_metrics(), model=nn.Linear(4, 3))
-    with pytest.raises(TypeError, match=r"\(Linear\) holds no module with `generate`"):
+    with pytest.raises(TypeError, match=r"should hold a module with `generate` .* but is a Linear"):
         strategy.eval(test[0])
 
 
@@ -348,7 +348,7 @@ def test_no_bar_where_the_output_is_no_terminal(streams, capfd):
     assert "letters" not in "".join(capfd.readouterr())
 
 
-def test_a_pretrained_model_says_what_transformers_says(data_root):
+def test_a_pretrained_model_generates_what_transformers_generates(data_root):
     folder = data_root / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"no data: {folder} is not a folder")

@@ -1,4 +1,4 @@
-"""Scores of text: values of the reference packages, and properties that they must have.
+"""Scores of text: golden values of the reference packages, and properties.
 
 The golden values were computed once, in an environment of their own, by what the TRACE release
 calls: `rouge` 1.0.1 through `Rouge(metrics=["rouge-l"]).get_scores(answer, prediction, avg=True)`,
@@ -105,12 +105,12 @@ SARI = [  # prediction, references, source, golden in percent
 
 
 @pytest.mark.parametrize(("prediction", "answer", "golden"), ROUGE_L)
-def test_rouge_l_is_that_of_the_package(prediction, answer, golden):
+def test_rouge_l_equals_the_package(prediction, answer, golden):
     assert rouge_l(prediction, answer) == pytest.approx(golden, abs=1e-12)
 
 
 @pytest.mark.parametrize(("prediction", "answer", "golden"), EDIT_SIMILARITY)
-def test_edit_similarity_is_that_of_fuzzywuzzy(prediction, answer, golden):
+def test_edit_similarity_equals_fuzzywuzzy(prediction, answer, golden):
     assert 100 * edit_similarity(prediction, answer) == pytest.approx(golden, abs=1e-12)
 
 
@@ -222,11 +222,13 @@ def test_mean_score_says_what_is_wrong():
         ValueError, match=r"`metric` should be one of .*'rouge-l'\. .* mean 'rouge_l'"
     ):
         mean_score("rouge-l", ["a"], ["a"])
-    with pytest.raises(ValueError, match=r"`sources` is None, but SARI"):
+    with pytest.raises(ValueError, match=r"`sources` should .* for SARI, but is None"):
         mean_score("sari", ["a"], ["a"])
     with pytest.raises(ValueError, match=r"one text per sample, but have 1, 2 and 2"):
         mean_score("accuracy", ["a"], ["a", "b"])
     with pytest.raises(ValueError, match=r"have 0, 0 and 0"):
         mean_score("accuracy", [], [])
-    with pytest.raises(ValueError, match="`references` is empty"):
+    with pytest.raises(
+        ValueError, match="`references` should hold at least one text, but is empty"
+    ):
         sari("a", [], "a")

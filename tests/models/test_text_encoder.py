@@ -147,7 +147,7 @@ def test_classes_can_be_divided_among_other_tasks(folder, make_tokenizer):
     dealt = [e.classes_in_this_experience for e in benchmark.train_stream]
     assert [len(classes) for classes in dealt] == [2, 2, 2]
     assert sorted(c for classes in dealt for c in classes) == list(range(6))
-    with pytest.raises(ValueError, match="`n_experiences` is 4"):
+    with pytest.raises(ValueError, match=r"`n_experiences` .* but is 4"):
         TextClasses(folder, make_tokenizer(), 4)
 
 
@@ -192,5 +192,7 @@ def test_encoder_from_a_folder(tmp_path, make_tokenizer, make_encoder):
     assert encoder(rows).shape == (1, 3)
     with pytest.raises(ValueError, match="`num_classes` should be at least 1, but is 0"):
         create_text_encoder(tmp_path, 0)
-    with pytest.raises(ValueError, match="create_text_encoder` gives"):
+    with pytest.raises(
+        ValueError, match="`model` should be a TextEncoder or a tokenizer, but is a BertModel"
+    ):
         TextClasses(tmp_path, encoder.encoder)

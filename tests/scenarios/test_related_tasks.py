@@ -1,4 +1,4 @@
-"""Streams with known relations: what is in which task, and that the groups say the truth."""
+"""Streams with known relations: contents of the tasks, and their groups."""
 
 import pytest
 import torch
@@ -86,11 +86,11 @@ def test_the_seed_draws_the_order_and_the_parts():
 
 def test_wrong_arguments_are_explained():
     once = SplitDigits(5, seed=1)
-    with pytest.raises(ValueError, match="`times` must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="`times` should be at least 1, but is 0"):
         ReturningTasks(once, 0)
     with pytest.raises(ValueError, match="rounds"):
         ReturningTasks(once, order="round")
-    with pytest.raises(ValueError, match=r"`times` is 90, and class \d has only"):
+    with pytest.raises(ValueError, match=r"`times` .* but is 90, and class \d has only"):
         ReturningTasks(once, 90)
 
 
@@ -173,7 +173,9 @@ def test_a_task_holds_classes_of_its_group_alone(folder, seed):
 
 def test_groups_that_do_not_divide_are_refused(folder):
     root, groups = folder
-    with pytest.raises(ValueError, match=r"`classes_per_task` is 4, .* the 2 classes of 'tools'"):
+    with pytest.raises(
+        ValueError, match=r"`classes_per_task` .* the 2 classes of 'tools' evenly, but is 4\."
+    ):
         GroupedImageFolder(root, groups, 4, preprocessing=TINY)
 
 
@@ -190,7 +192,7 @@ def test_the_groups_of_caltech101_are_classes_of_it(data_root):
 # ------------------------------------------------------------------------------------------- texts
 
 
-def test_texts_of_a_group_are_asked_the_same(o_lora, make_tokenizer):
+def test_texts_of_a_group_share_their_instruction(o_lora, make_tokenizer):
     stream = GroupedTexts(o_lora, make_tokenizer(), limit=2, seed=3)
     names = stream.task_names
     assert sorted(names) == sorted(name for of_group in TEXT_GROUPS.values() for name in of_group)

@@ -1,4 +1,4 @@
-"""Folders of one's own, and O-LoRA's text classifications."""
+"""Text tasks from a user's folder, and O-LoRA's text classifications."""
 
 import json
 
@@ -23,7 +23,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_both_layouts_side_by_side(folder, make_tokenizer):
+def test_both_layouts_in_one_folder(folder, make_tokenizer):
     benchmark = TextTasks(folder, make_tokenizer())
     assert benchmark.task_names == ["drawn", "given"]
     drawn, given = benchmark.train_stream
@@ -78,7 +78,7 @@ def test_bad_folders_are_refused(folder, make_tokenizer, tmp_path):
         TextTasks(folder, tokenizer, tasks=["givem"])
     with pytest.raises(ValueError, match=r"`metric` should be one of .* but is 'bleu'"):
         TextTasks(folder, tokenizer, metric="bleu")
-    with pytest.raises(ValueError, match="`test_fraction` is 1"):
+    with pytest.raises(ValueError, match=r"`test_fraction` .* but is 1"):
         TextTasks(folder, tokenizer, test_fraction=1)
     (folder / "given" / "test.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"test\.json is missing"):
@@ -142,7 +142,7 @@ def test_missing_tasks_are_named_and_skipped_only_if_asked(o_lora, make_tokenize
     assert skipped.task_names == ["amazon", "agnews", "dbpedia"]
     with pytest.raises(FileNotFoundError, match="none of O-LoRA's tasks"):
         OLoRAOrder(1, tmp_path, tokenizer, skip_missing_tasks=True)
-    with pytest.raises(ValueError, match="`order` is 7"):
+    with pytest.raises(ValueError, match=r"`order` .* but is 7"):
         OLoRAOrder(7, o_lora, tokenizer)
 
 
@@ -157,7 +157,9 @@ def test_label_that_is_not_listed_is_refused(tmp_path, make_tokenizer):
     (folder / "test.json").write_text(
         '[{"label": "yes", "sentence": "s"}, {"label": "yess", "sentence": "s"}]'
     )
-    with pytest.raises(ValueError, match=r"label in record 1 of .*test\.json 'yess'.*'yes'"):
+    with pytest.raises(
+        ValueError, match=r"record 1 of .*test\.json should .* but is 'yess'\. .* 'yes'"
+    ):
         OLoRAOrder(1, tmp_path, make_tokenizer())
     (folder / "labels.json").write_text('{"yes": 1}')
     with pytest.raises(ValueError, match="list of labels"):

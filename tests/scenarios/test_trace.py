@@ -1,4 +1,4 @@
-"""TRACE: what is on disk against what a model is given, on the release's own files."""
+"""TRACE: the samples of the benchmark against the release's files."""
 
 import json
 import logging
@@ -67,13 +67,13 @@ def test_release_comes_in_the_papers_order_with_its_texts(release, make_tokenize
             assert experience.current_experience == place
             assert experience.task_label == 0
             assert len(experience.dataset) == 3
-            # An answer that ends is scored as if it had never been stopped.
+            # The limit never cuts a complete answer.
             longest = max(len(a) for a in experience.answers)
             if experience.metric == "accuracy" and name != "ScienceQA":
                 assert experience.max_new_tokens > longest
 
 
-def test_rows_hold_the_sample_and_its_answer_one_token_later(release, make_tokenizer):
+def test_token_sequences_hold_the_sample_and_the_answer_shifted_by_one(release, make_tokenizer):
     tokenizer = make_tokenizer()
     experience = TRACE(
         release, tokenizer, tasks=["NumGLUE-cm"], limit=5, max_length=200
@@ -91,7 +91,7 @@ def test_rows_hold_the_sample_and_its_answer_one_token_later(release, make_token
         assert y[:last_of_prompt].eq(-100).all()
         assert y[last_of_prompt] == tokens[n_prompt]
         assert experience.dataset.lengths[n] == len(tokens) - 1
-        assert x[-1] == -1  # a column to spare tells that the rows are not cropped
+        assert x[-1] == -1  # one more column marks sequences that are not cropped
 
 
 def test_targets_are_the_labels_that_occur_also_of_parts_and_sums(release, make_tokenizer):
@@ -140,7 +140,7 @@ def test_answers_that_do_not_fit_are_reported_and_the_rest_is_kept(tiny, make_to
     assert "prompts of 2 of 3 records lose their beginnings" in shortened
     assert "2 of 3 records" in message
     assert "first is record 1" in message
-    assert "record 2, loses 43 tokens" in message  # 91 with the end, 48 beside 32 of the prompt
+    assert "record 2, loses 43 tokens" in message  # 91 with the end, 48 next to 32 of the prompt
     dataset = benchmark.train_stream[0].dataset
     assert [int((y >= 0).sum()) for _, y, _ in dataset] == [6, 48, 48]
 
@@ -149,11 +149,11 @@ def test_answers_that_do_not_fit_are_reported_and_the_rest_is_kept(tiny, make_to
     ("content", "message"),
     [
         ("{", r"train\.json is not valid JSON"),
-        ("[]", "holds none"),
+        ("[]", "but holds none"),
         ('{"prompt": "a", "answer": "b"}', "should hold a list of records"),
-        ("[1]", r"record 0 of .*train\.json is a int"),
+        ("[1]", r"record 0 of .*train\.json should be an object .* but is a int"),
         ([{"prompt": "a", "answer": "b"}, {"prompt": "a"}], r"record 1 of .*lacks 'answer'"),
-        ([{"prompt": "a", "answer": 3}], r"'answer' of record 0 of .* is a int"),
+        ([{"prompt": "a", "answer": 3}], r"'answer' of record 0 of .* but is a int"),
         ([{"prompt": "a", "answer": " \n"}], r"'answer' of record 0 of .* is empty"),
         ([{"prompt": "", "answer": "b"}], r"'prompt' of record 0 of .* is empty"),
     ],
@@ -180,7 +180,7 @@ def test_missing_tasks_and_unknown_names_are_refused(tiny, make_tokenizer, tmp_p
         TRACE(root, tokenizer, tasks=["FOMC", "FOMC"])
     with pytest.raises(ValueError, match="every number from 0 to 1 once"):
         TRACE(root, tokenizer, tasks=["FOMC", "Py150"], order=[0, 0])
-    with pytest.raises(ValueError, match="`limit` must be at least 1"):
+    with pytest.raises(ValueError, match="`limit` should be at least 1, but is 0"):
         TRACE(root, tokenizer, tasks=["FOMC"], limit=0)
     with pytest.raises(ValueError, match="should have an end token"):
         TRACE(root, make_tokenizer(eos_token=None), tasks=["FOMC"])

@@ -18,7 +18,7 @@ from treelora_avalanche.strategies import OGD, InfLoRA, L2Anchor, OLoRA
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 PADDING, LENGTH, N_TOKENS = 0, 9, 12
-CONTENDERS = {
+BASELINES = {
     "OGD": (OGD, {"samples_per_task": 4, "memory_size": 8}),
     "OLoRA": (OLoRA, {}),
     "InfLoRA": (InfLoRA, {}),
@@ -46,11 +46,11 @@ class CausalLM(nn.Module):
     def forward(self, ids):
         length = int((ids != PADDING).sum(1).max())
         mask = (ids != PADDING).long()
-        answer = self.language_model(
+        logits = self.language_model(
             input_ids=ids[:, :length], attention_mask=mask[:, :length]
         ).logits
-        answer = answer * mask[:, :length, None]
-        return nn.functional.pad(answer, (0, 0, 0, ids.shape[1] - length)).transpose(1, 2)
+        logits = logits * mask[:, :length, None]
+        return nn.functional.pad(logits, (0, 0, 0, ids.shape[1] - length)).transpose(1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def texts():
 
 def make(name, seed=1):
     torch.manual_seed(seed)
-    strategy_class, options = CONTENDERS[name]
+    strategy_class, options = BASELINES[name]
     return strategy_class(
         CausalLM(),
         rank=4,
@@ -95,7 +95,7 @@ def make(name, seed=1):
     )
 
 
-def answers(model, texts, task=0):
+def logits_and_loss(model, texts, task=0):
     ids = torch.stack([x for x, *_ in texts.test_stream[task].dataset])
     labels = torch.stack([y for _, y, *_ in texts.test_stream[task].dataset])
     model.eval()
@@ -104,24 +104,25 @@ def answers(model, texts, task=0):
     return logits, nn.functional.cross_entropy(logits, labels).item()
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_trains_saves_and_goes_on(texts, tmp_path, name):
     whole, resumed = make(name), make(name, seed=7)
-    _, untrained = answers(whole.model, texts)
+    _, untrained = logits_and_loss(whole.model, texts)
     train(whole, texts, 0)
-    assert answers(whole.model, texts)[1] < untrained
+    assert logits_and_loss(whole.model, texts)[1] < untrained
     train(whole, texts, 1)
     whole.save(tmp_path / "state")
     resumed.load(tmp_path / "state")
-    logits, _ = answers(whole.model, texts)
-    assert torch.equal(logits, answers(resumed.model, texts)[0])
+    logits, _ = logits_and_loss(whole.model, texts)
+    assert torch.equal(logits, logits_and_loss(resumed.model, texts)[0])
     save_adapter(whole.model, tmp_path / "adapter")
     loaded = load_adapter(CausalLM(), tmp_path / "adapter")
-    torch.testing.assert_close(answers(loaded, texts)[0], logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits_and_loss(loaded, texts)[0], logits, rtol=1e-4, atol=1e-5)
     for strategy in (whole, resumed):
         train(strategy, texts, 2)
     assert torch.equal(LoRAFactors(whole.model).stack, LoRAFactors(resumed.model).stack)
-    assert torch.equal(answers(whole.model, texts)[0], answers(resumed.model, texts)[0])
+    ends = [logits_and_loss(strategy.model, texts)[0] for strategy in (whole, resumed)]
+    assert torch.equal(*ends)
 
 
 def test_padding_is_no_input_of_inf_lora(texts, monkeypatch):

@@ -13,9 +13,9 @@ from torch import nn
 
 import support
 from support import images_of
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.prompts.pools import TaskPrompts
 from treelora_avalanche.models.prompts.vit import attend_with_prefix, block_with_prefix
-from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.strategies import DualPrompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -45,7 +45,7 @@ def test_prefix_attention_equals_attention_by_hand(batch, n_tokens, length, head
     ).eval()
     hidden = torch.randn(batch, n_tokens, dim)
     prefix = torch.randn(1 if shared else batch, 2, length, heads, dim // heads)
-    answer = attend_with_prefix(attention, hidden, prefix)
+    output = attend_with_prefix(attention, hidden, prefix)
     for row in range(batch):
         q, k, v = attention.qkv(hidden[row]).chunk(3, dim=1)
         keys, values = prefix[0 if shared else row]
@@ -58,7 +58,7 @@ def test_prefix_attention_equals_attention_by_hand(batch, n_tokens, length, head
             weights = (query @ key.T / math.sqrt(dim // heads)).softmax(1)
             outputs.append(weights @ value)
         expected = attention.proj(torch.cat(outputs, 1))
-        torch.testing.assert_close(answer[row], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_ensemble_is_the_weighted_mean_with_the_past():
         with torch.no_grad():
             prompts.active.copy_(torch.tensor(values))
         used.append(prompts.current().tolist())
-    # By hand: 3/4 of the live one and 1/4 of the mean of those used before.
+    # By hand: 3/4 of the active one and 1/4 of the mean of those used before.
     assert used == [[4.0, 0.0], [7.0, 3.0], [0.25 * 5.5, 6 + 0.25 * 1.5]]
     prompts.current().sum().backward()
     assert prompts.active.grad.tolist() == [0.75, 0.75]
@@ -228,7 +228,7 @@ def test_past_of_another_shape_is_refused(tiny_vit, tiny_benchmark):
     assert len(other) == 1
 
 
-# --------------------------------------------------------------------------- what it does not take
+# --------------------------------------------------------------------------- refused arguments
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""HiDe with prompts and with LoRA: centroids, the push from the past, tasks inferred."""
+"""HiDe with prompts and with LoRA: centroids, the contrastive term, task inference."""
 
 import math
 
@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from support import plugin_of
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora, lora_layers
 from treelora_avalanche.adapters.classifier import classifier_of
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.features.centroids import CentroidFeatures, Centroids, ClassCentroids
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.models.features.gaussians import train_head
 from treelora_avalanche.plugins import ContrastivePlugin, RouterPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.baselines.hide import contrastive_regularisation
-from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.strategies import HiDeLoRA, HiDePrompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -47,7 +47,7 @@ def images(tiny_benchmark):
 
 
 def heaps(seed=0, n=60, dim=4):
-    """Features in three heaps of different size and width."""
+    """Features in three clusters of different size and width."""
     generator = torch.Generator().manual_seed(seed)
     centers = 10 * torch.randn(3, dim, generator=generator)
     heap = torch.arange(n) % 7 % 3
@@ -115,7 +115,7 @@ def test_pseudo_features_have_the_mean_and_covariance_of_their_class():
         torch.testing.assert_close(
             drawn.var(0), own.var(0, correction=0), rtol=0.05, atol=0.03 * scale
         )
-        # Between the heaps it is exact, and within them coordinates count as uncorrelated.
+        # Between the clusters it is exact, and within them coordinates count as uncorrelated.
         mixture = statistics[c]
         centered = mixture.means - own.mean(0)
         expected = centered.T @ (mixture.shares[:, None] * centered)
@@ -136,7 +136,7 @@ def test_moved_centroids_are_those_of_moved_features():
 
 
 def test_a_head_learns_classes_that_no_line_separates_by_their_means():
-    # Class 0 in two heaps, class 1 between them and to the side: one Gaussian each would overlap.
+    # Class 0 in two clusters, class 1 between them and aside: one Gaussian each would overlap.
     generator = torch.Generator().manual_seed(0)
     spots = {0: [(-4.0, 0.0), (4.0, 0.0)], 1: [(0.0, 3.0)]}
     points = {
@@ -157,7 +157,7 @@ def test_a_head_learns_classes_that_no_line_separates_by_their_means():
         assert (head(x).argmax(1) == label).float().mean() > 0.99
 
 
-# ------------------------------------------------------------------------------ the push from past
+# ----------------------------------------------------------------------------- the contrastive term
 
 
 def test_regularisation_equals_the_sum_by_hand():
@@ -220,10 +220,10 @@ def test_penalty_is_non_zero_from_the_second_task_on_and_reaches_what_is_trained
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @torch.no_grad()
-def test_with_the_true_task_the_answer_is_that_tasks_own(tiny_vit, tiny_benchmark, name):
+def test_with_the_true_task_the_output_is_that_tasks_own(tiny_vit, tiny_benchmark, name):
     strategy = make(name, tiny_vit())
     dataset = tiny_benchmark.test_stream[0].dataset
-    own = []  # what the live adapter or prompt gave the classifier when the task had ended
+    own = []  # features under the active adapter or prompt at the end of the task
     for experience in tiny_benchmark.train_stream:
         with torch.enable_grad():
             strategy.train(experience)
@@ -238,7 +238,7 @@ def test_with_the_true_task_the_answer_is_that_tasks_own(tiny_vit, tiny_benchmar
 
 
 @torch.no_grad()
-def test_each_sample_gets_the_answer_of_its_own_task(trained, images):
+def test_each_sample_gets_the_output_of_its_own_task(trained, images):
     view = trained.model
     router = view.router
     chosen = router(view.frozen_features(images))
@@ -328,7 +328,7 @@ def test_memory_per_task(tiny_vit, tiny_benchmark):
     # Frozen and adapted; two classes; means, variances and a share of ten centroids; bytes.
     statistics = 2 * 2 * 10 * (2 * 16 + 1) * 4
     expected = {
-        # The live prompt is a parameter; those of past tasks are stored.
+        # The active prompt is a parameter; those of past tasks are stored.
         "HiDePrompt": lambda task: task * 2 * 2 * 20 * 16 * 4 + (task + 1) * statistics,
         "HiDeLoRA": lambda task: (task + 1) * (3 * 10 * (16 + 48) * 4 + statistics),
     }
@@ -362,7 +362,7 @@ def test_a_peft_model_or_its_view_is_taken_and_routed(tiny_vit, tiny_benchmark):
         assert len(strategy.bank) == 2
 
 
-# ------------------------------------------------------------------------------ what is not taken
+# ------------------------------------------------------------------------------ refused arguments
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""In-context learning: demonstrations of the nearest task before every prompt, and no training."""
+"""In-context learning: demonstrations of the nearest task before every prompt, no training."""
 
 import json
 
@@ -29,7 +29,7 @@ def train(strategy, texts, *tasks):
 
 
 def given_to(strategy, monkeypatch):
-    """What the language model inside is asked to continue."""
+    """The prompts that the inner language model continues."""
     given = []
     generate = strategy.model.module.generate
 
@@ -123,7 +123,7 @@ def test_the_model_stays_as_it_was(make, make_language_model, tiny_texts):
         assert torch.equal(strategy.model(tokens), fresh.eval()(tokens))
 
 
-def test_answers_do_not_depend_on_their_batch(make, tiny_texts):
+def test_generated_texts_do_not_depend_on_their_batch(make, tiny_texts):
     strategy = make()
     train(strategy, tiny_texts, 0, 1)
     prompts = ["zoo 3 animal:", "maths 7 + 1 =", "WORDS!!!", "maths"]
@@ -199,7 +199,9 @@ def test_a_run_of_the_command_line(make_language_model, tmp_path):
 
 
 def test_a_bad_argument_is_refused(tiny_vit, make_language_model, tiny_benchmark, make):
-    with pytest.raises(ValueError, match="InContext takes language models alone"):
+    with pytest.raises(
+        ValueError, match="should be a language model for InContext, but is a VisionTransformer"
+    ):
         InContext(tiny_vit())
     model = make_language_model()
     with pytest.raises(ValueError, match="`n_demonstrations` should be at least 1, but is 0"):

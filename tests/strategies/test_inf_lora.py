@@ -1,4 +1,4 @@
-"""InfLoRA: the subspace of past inputs, and adapters that have no part in it."""
+"""InfLoRA: the subspace of past inputs, and adapters orthogonal to it."""
 
 from itertools import pairwise
 
@@ -19,10 +19,10 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import InfLoRAPlugin
 from treelora_avalanche.plugins.baselines.inf_lora import input_covariances
-from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.strategies import InfLoRA, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -37,7 +37,7 @@ def images_of(experience):
 
 
 def inputs_of(model, images):
-    """What every adapted layer gets to see, ``(n_in, n_tokens)``."""
+    """Inputs of every adapted layer, ``(n_in, n_tokens)``."""
     seen = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, 1).T))
@@ -203,7 +203,7 @@ def test_new_adapters_have_no_part_in_the_past(tiny_vit, tiny_benchmark):
         assert a.norm() > 0.5
         assert b.norm() > 1e-3
         basis = memories[layer]
-        # Of what the memory holds of the old inputs, the new product answers nothing.
+        # On the old inputs that the memory holds, the new product is zero.
         held = basis.T @ (basis @ old[layer])
         assert (b @ (a @ held)).abs().max() < 1e-5 * held.abs().max()
         # Of the inputs as they were, only what the threshold has left out.

@@ -1,4 +1,4 @@
-"""L2Anchor: the pull towards the adapter of the task before."""
+"""L2Anchor: the squared L2 penalty towards the previous adapter."""
 
 import pytest
 import torch
@@ -8,16 +8,16 @@ from torch import nn
 
 from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import LoRAFactors, add_lora
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import L2AnchorPlugin
-from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.strategies import L2Anchor, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 
 class Watch(SupervisedPlugin):
-    """The penalty, as the plugin states it, as it is in the loss, and by hand."""
+    """The penalty as returned by the plugin, as part of the loss, and by hand."""
 
     def __init__(self):
         super().__init__()

@@ -12,9 +12,9 @@ from torch import nn
 import support
 from support import images_of
 from treelora_avalanche.adapters.classifier import classifier_of
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.prompts.pools import PromptPool
 from treelora_avalanche.plugins import KeyLossPlugin
-from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.state import clone_state
 from treelora_avalanche.strategies import L2P, SeqLoRA
 
@@ -156,11 +156,12 @@ def test_nothing_is_stored_per_task(tiny_vit, tiny_benchmark):
 
 def test_learning_rate_is_that_of_the_default_optimizer(tiny_vit):
     assert make(tiny_vit(), lr=0.02).optimizer.param_groups[0]["lr"] == 0.02
-    given = make(tiny_vit(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    assert support.make(L2P, tiny_vit()).optimizer.param_groups[0]["lr"] == 0.03
+    given = support.make(L2P, tiny_vit(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
     assert given.optimizer.param_groups[0]["lr"] == 0.5
 
 
-# --------------------------------------------------------------------------- what it does not take
+# --------------------------------------------------------------------------- refused arguments
 
 
 @pytest.mark.parametrize(

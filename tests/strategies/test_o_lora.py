@@ -19,10 +19,10 @@ from treelora_avalanche.adapters import (
     lora_layers,
     save_adapter,
 )
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import NonFiniteLossError, OLoRAPlugin
 from treelora_avalanche.plugins.baselines.o_lora import overlap
-from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.state import backbone_fingerprint
 from treelora_avalanche.strategies import OLoRA, SeqLoRA
 
@@ -39,7 +39,7 @@ def logits(model, seed=5):
 
 
 def randomize(model, seed):
-    """Factors as after some training."""
+    """Random factors, like trained ones."""
     stack = LoRAFactors(model).stack
     stack.copy_(torch.randn(stack.shape, generator=torch.Generator().manual_seed(seed)) / 10)
 
@@ -48,7 +48,7 @@ def randomize(model, seed):
 
 
 @pytest.mark.parametrize("rank", [2, 10], ids=["stacked", "as a product"])
-def test_past_adapters_answer_as_if_merged_into_the_weights(tiny_vit, rank):
+def test_past_adapters_act_as_if_merged_into_the_weights(tiny_vit, rank):
     model = add_lora(tiny_vit(), rank=rank, alpha=3, **BOTH)
     past = PastAdapters(model)
     merged = tiny_vit()

@@ -11,9 +11,9 @@ from torch import nn
 
 from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import new_directions, project_off
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.plugins import OGDPlugin
 from treelora_avalanche.plugins.baselines.ogd import ground_truth_outputs
-from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.strategies import OGD, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")

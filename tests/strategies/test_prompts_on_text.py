@@ -1,4 +1,4 @@
-"""L2P, DualPrompt and HiDeLoRA on a language model: a text gets the same treatment everywhere."""
+"""L2P, DualPrompt and HiDeLoRA on a language model: training and generation agree."""
 
 import json
 
@@ -16,10 +16,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from treelora_avalanche.adapters import LoRAFactors, lora_layers
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.tokens import first_tokens
-from treelora_avalanche.runs import stored_bytes
 from treelora_avalanche.runs.monitors import training_in_words
 from treelora_avalanche.scenarios import TextTasks
 from treelora_avalanche.strategies import L2P, DualPrompt, HiDeLoRA
@@ -116,8 +116,8 @@ def rows_of(texts):
 def logits_of(strategy, rows, batch_size):
     strategy.model.eval()
     with torch.no_grad():
-        answers = [strategy.model(batch) for batch in rows.split(batch_size)]
-    return [row for answer in answers for row in answer]
+        outputs = [strategy.model(batch) for batch in rows.split(batch_size)]
+    return [row for output in outputs for row in output]
 
 
 @pytest.fixture(params=STRATEGIES)
@@ -127,7 +127,7 @@ def trained(request, make_model, texts):
     return strategy
 
 
-# ---------------------------------------------------- all three, beside what test_contract.py says
+# ---------------------------------------------------- all three, in addition to test_contract.py
 
 
 def test_the_last_columns_are_those_of_all(trained, texts):
@@ -189,7 +189,7 @@ def test_l2p_picks_what_brute_force_cosine_picks(make_model, texts):
         cosines = [float(query @ key / query.norm() / key.norm()) for key in keys]
         best = sorted(range(6), key=lambda k: -cosines[k])[:2]
         assert picks.tolist() == best
-        # What the bare network says behind these prompts.
+        # Output of the bare network after these prompts.
         embedded = torch.cat((prompts[best[0]], prompts[best[1]], embeddings[text]))
         with torch.no_grad():
             expected = bare.network(inputs_embeds=embedded[None]).logits[0, 4:]
@@ -317,7 +317,7 @@ def test_every_task_has_an_expert_that_later_tasks_leave_alone(make_model, texts
     assert stored_bytes(strategy) == 4 * (2 * 2 * 3 * 2 * 4 + 16)
 
 
-def test_prefixes_are_gone_when_the_answer_is_there(trained):
+def test_prefixes_are_gone_after_generation(trained):
     modules = list(trained.model.modules())
     assert not any("prefix" in vars(module) for module in modules)
 
@@ -325,7 +325,7 @@ def test_prefixes_are_gone_when_the_answer_is_there(trained):
 # ---------------------------------------------------------------------------------------- HiDeLoRA
 
 
-def test_every_text_is_answered_by_the_adapter_of_its_task(make_model, texts):
+def test_every_text_uses_the_adapter_of_its_task(make_model, texts):
     strategy = make("HiDeLoRA", make_model())
     strategy.train(texts.train_stream)
     rows = rows_of(texts)  # eight of each task
@@ -383,7 +383,7 @@ def test_another_model_is_refused_by_name(strategy):
         ({"query_length": 0}, "`query_length` should be at least 1, but is 0"),
         ({"top_k": 9}, "`top_k` should be at most 6, the size of the pool, but is 9"),
         ({"prompt_length": 20}, r"at most 24, its context of 64 less .* = 40, but is"),
-        ({"head": "task_adaptive"}, "a language model has none"),
+        ({"head": "task_adaptive"}, "has no classifier to re-train"),
     ],
 )
 def test_l2p_refuses_before_it_touches_the_model(make_model, options, message):

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from support import train
 from treelora_avalanche.adapters import add_lora, lora_layers
+from treelora_avalanche.metrics.footprint import count_parameters
 from treelora_avalanche.metrics.generation import find_text_generator
 from treelora_avalanche.models.views.attentive_language import AttentiveLanguageModel
 from treelora_avalanche.plugins.baselines.sapt import attention_divergence
-from treelora_avalanche.runs.footprint import count_parameters
 from treelora_avalanche.strategies import SAPT, SeqLoRA
 from treelora_avalanche.strategies.sapt import prompt_lengths
 
@@ -45,7 +45,7 @@ def trained(make, tiny_texts):
 
 
 def rows(strategy, prompts=PROMPTS):
-    """Prompts as rows of tokens, padded on the right."""
+    """Prompts as token sequences, padded on the right."""
     lengths = [strategy.model.tokenizer(prompt)["input_ids"] for prompt in prompts]
     tokens = torch.full((len(prompts), max(map(len, lengths))), -1)
     for i, row in enumerate(lengths):
@@ -86,13 +86,13 @@ def with_weights(strategy, tokens, adapters):
 
 
 def products(layer):
-    """BA of every task in a layer, the live one last."""
+    """BA of every task in a layer, the active one last."""
     a = [*layer.shared_A.split(4), layer.lora_A["default"].weight]
     b = [*layer.shared_B.split(4, 1), layer.lora_B["default"].weight]
     return [y @ x for x, y in zip(a, b, strict=True)]
 
 
-def test_answers_with_the_attentions_sum_of_all_adapters(trained):
+def test_output_is_the_attentions_sum_of_all_adapters(trained):
     """Against a network whose weights are changed, sample by sample, by a loop over the tasks."""
     tokens = rows(trained)
     attention = trained.model.attention
@@ -100,7 +100,7 @@ def test_answers_with_the_attentions_sum_of_all_adapters(trained):
         logits = trained.model(tokens)
     table = trained.model.module.network.get_input_embeddings().weight
     shares = []
-    for row, answer in zip(tokens, logits, strict=True):
+    for row, output in zip(tokens, logits, strict=True):
         real = row[row >= 0]
         with torch.no_grad():
             shares.append(attention_by_hand(attention, table[real]))
@@ -109,7 +109,7 @@ def test_answers_with_the_attentions_sum_of_all_adapters(trained):
             for layer in lora_layers(trained.model).values()
         ]
         expected = with_weights(trained, real[None], adapters)[0]
-        torch.testing.assert_close(answer[:, : len(real)], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output[:, : len(real)], expected, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         weights = attention(trained.model._inputs(tokens))
     torch.testing.assert_close(weights, torch.stack(shares))
@@ -146,7 +146,7 @@ def test_generates_by_the_attention_of_the_prompt(trained):
         assert tokenizer.decode(row[int(n_prompt) :], skip_special_tokens=True) == text
 
 
-def test_answers_have_no_part_in_the_attention(trained, tiny_texts):
+def test_tokens_of_the_answer_do_not_enter_the_attention(trained, tiny_texts):
     """The targets tell where the prompt ends, also where the batch has lost columns of them."""
     targets = torch.tensor([[-100, 5, 6], [-100, -100, 7], [-100, -100, -100]])
     assert prompt_lengths(targets, 6).tolist() == [5, 6, 6]
@@ -289,7 +289,7 @@ def test_a_run_counts_the_attention_too(make):
 
 
 def test_checkpointing_gives_the_same_gradients(make, tiny_texts):
-    """The blocks are computed again in the backward pass, with the attention still in force."""
+    """The blocks are computed again in the backward pass, under the same attention."""
     weights = []
     for checkpointing in (False, True):
         strategy = make(model_options={"gradient_checkpointing": checkpointing})
@@ -321,10 +321,12 @@ def test_is_what_generates(trained):
 
 
 def test_a_bad_argument_is_refused(make, tiny_vit, make_language_model):
-    with pytest.raises(ValueError, match="SAPT takes language models alone"):
+    with pytest.raises(
+        ValueError, match="should be a language model for SAPT, but is a VisionTransformer"
+    ):
         SAPT(tiny_vit())
     for options, message in (
-        ({"bottleneck": 0}, "`bottleneck` must be at least 1, and is 0"),
+        ({"bottleneck": 0}, "`bottleneck` should be at least 1, but is 0"),
         ({"distillation": -1.0}, "`distillation` should be at least 0, but is"),
     ):
         model = make_language_model()

@@ -1,4 +1,4 @@
-"""One contract for the strategies, and what is particular to TreeLoRA."""
+"""The contract on tiny models, and the properties specific to TreeLoRA."""
 
 import copy
 import warnings
@@ -144,7 +144,7 @@ def test_model_may_be_positional_without_a_warning(tiny_vit):
 
 
 def test_avalanche_still_warns_of_positional_arguments():
-    # When this fails, strategies/positional_model.py can go.
+    # When this fails, the part about positions of strategies/base/arguments.py can go.
     class Strategy(SupervisedTemplate):
         def __init__(self, model, **kwargs):
             super().__init__(model=model, optimizer=None, evaluator=None, **kwargs)
@@ -249,7 +249,7 @@ def test_strategy_equals_its_plugins_attached_to_naive(tiny_vit, tiny_benchmark)
         ({"tree_lambda": -1}, "`tree_lambda` should be at least 0, but is -1"),
         ({"selection": "nearst"}, "Did you mean 'nearest'"),
         ({"depth": 0}, "depth"),
-        ({"depth": 4}, "only 3 matrices are adapted"),
+        ({"depth": 4}, "at most the number of adapted matrices, 3, but is 4"),
         ({"max_adapters": 0}, "max_adapters"),
         ({"rank": 0}, "rank"),
         ({"layers": "middle"}, "`layers` should be .*, but is 'middle'"),
@@ -286,7 +286,7 @@ def test_more_classes_than_the_head_has_are_refused(tiny_vit, tiny_benchmark):
         train(strategy, tiny_benchmark, 0, 1, 2)
 
 
-# ---------------------------------------------------------------------- real state_of, real images
+# ---------------------------------------------------------------------- real weights, real images
 
 
 def test_all_defaults_on_a_pretrained_vit_and_real_images(data_root):
@@ -360,13 +360,13 @@ def test_frozen_ncm_is_the_nearest_class_mean(tiny_vit, tiny_benchmark):
     assert torch.equal(model.head(test).argmax(1), expected)
 
 
-def test_frozen_ncm_never_answers_with_a_class_not_seen(tiny_vit, tiny_benchmark):
+def test_frozen_ncm_never_predicts_an_unseen_class(tiny_vit, tiny_benchmark):
     strategy = FrozenNCM(tiny_vit(), evaluator=None)
     strategy.train(tiny_benchmark.train_stream[1])
     images = torch.stack([image for image, *_ in tiny_benchmark.test_stream[0].dataset])
     with torch.no_grad():
-        answers = strategy.model.eval()(images).argmax(1)
-    assert set(answers.tolist()) <= set(tiny_benchmark.train_stream[1].classes_in_this_experience)
+        predicted = strategy.model.eval()(images).argmax(1)
+    assert set(predicted.tolist()) <= set(tiny_benchmark.train_stream[1].classes_in_this_experience)
 
 
 @pytest.mark.parametrize("mode", ["online", "separate"])

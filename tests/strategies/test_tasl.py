@@ -1,4 +1,4 @@
-"""TaSL: importance by matrix, and the consolidation with the adapter before."""
+"""TaSL: importance per matrix, and consolidation with the previous adapter."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ class Gradients(SupervisedPlugin):
 
 
 class BeforeConsolidation(SupervisedPlugin):
-    """Records what the plugin is about to work on; it runs before the strategy's own."""
+    """Records the plugin's inputs; it runs before the strategy's own."""
 
     def after_training_exp(self, strategy, **kwargs):
         tasl = tasl_of(strategy)
@@ -144,7 +144,7 @@ def test_trains_as_plain_lora_within_a_task(make, tiny_texts):
 
 
 def test_a_step_reads_nothing_back():
-    """On a device without values (meta), whatever would wait for one fails."""
+    """On a device without values (meta), every synchronisation fails."""
     plugin = TaSLPlugin()
     plugin._units = [nn.Parameter(torch.empty(4, 3, device="meta")) for _ in range(4)]
     for unit in plugin._units:
@@ -187,7 +187,9 @@ def test_stores_a_number_per_matrix_however_many_tasks(make, tiny_texts):
 
 
 def test_a_bad_argument_is_refused(tiny_vit, make):
-    with pytest.raises(ValueError, match="TaSL takes language models alone"):
+    with pytest.raises(
+        ValueError, match="should be a language model for TaSL, but is a VisionTransformer"
+    ):
         TaSL(tiny_vit())
     for name in ("important", "past_weight", "past_importance"):
         with pytest.raises(ValueError, match=rf"`{name}` should be between 0 and 1, but is 1\.5"):

@@ -1,4 +1,13 @@
-"""Metrics of continual learning as Avalanche metric plugins, and the arithmetic behind them."""
+"""Metrics of continual learning: Avalanche metric plugins, and their formulas on a plain matrix.
+
+With f_i(w_j) the score on experience i after training on the j-th one, after n experiences:
+
+* Op_n = (1/n) sum_i f_i(w_n), overall performance. **Higher is better.**
+* Bwt_n = (1/n) sum_i (f_i(w_i) - f_i(w_n)), backward transfer of the TreeLoRA paper. **Positive is
+  forgetting, lower is better**: the opposite sign of Avalanche's ``StreamBWT``.
+* forgetting = (1/(n-1)) sum_(i<n) (f_i(w_i) - f_i(w_n)), Avalanche's ``StreamForgetting``.
+  **Positive is forgetting, lower is better.**
+"""
 
 from treelora_avalanche.metrics.accuracy_matrix import (
     AccuracyMatrix,

@@ -1,6 +1,6 @@
-"""The matrix of accuracies of a stream, and what is read from it.
+"""Accuracy matrix of a stream, and the metrics Op_n and Bwt_n of it.
 
-See :mod:`~treelora_avalanche.metrics.score_matrix` for the definitions of Op and Bwt.
+The formulas stand in :mod:`~treelora_avalanche.metrics.score_matrix`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,27 @@ if TYPE_CHECKING:
 
 
 class AccuracyMatrix(ScoreMatrix):
-    """f_i(w_j): accuracy on every experience after every experience trained.
+    """Records f_i(w_j): accuracy on every experience after every experience trained.
 
-    How rows are kept is said at :class:`~treelora_avalanche.metrics.score_matrix.ScoreMatrix`.
+    It emits the accuracy of each evaluated experience; :meth:`matrix` returns the matrix, see
+    :class:`~treelora_avalanche.metrics.score_matrix.ScoreMatrix` for its rows. Higher is better.
     Counts stay on the device: there is one synchronisation per evaluated experience. Task labels
-    are not used. As a metric it emits the accuracy of each evaluated experience; the matrix
-    itself is read with :meth:`matrix`.
+    are not used.
+
+    Example::
+
+        accuracies = AccuracyMatrix()
+        strategy = TreeLoRAStrategy(model, evaluator=EvaluationPlugin(accuracies, loggers=[]))
+        for experience in benchmark.train_stream:
+            strategy.train(experience)
+            strategy.eval(benchmark.test_stream)
+        print(accuracies.matrix(), backward_transfer(accuracies.matrix()))
     """
 
     def __init__(self, within_task: bool = False):
         """
-        :param within_task: if True, the prediction is the best output among the classes of the
-            evaluated experience (as if its identity were known); if False, among all outputs
+        :param within_task: if True, the prediction is the largest logit among the classes of the
+            evaluated experience (task-incremental accuracy); if False, among all classes
             (class-incremental accuracy).
         """
         super().__init__()
@@ -50,26 +59,26 @@ class AccuracyMatrix(ScoreMatrix):
         self._classes: Tensor | None = None  # (n_classes_in_experience,) on the device
 
     def reset(self) -> None:
-        """Forget every evaluation and the order of training."""
+        """Clears all evaluations and the order of training."""
         super().reset()
         self._start_count()
 
     def state_dict(self) -> dict[str, Any]:
-        """The accuracies and the order of training, as plain values whose keys are strings."""
+        """Returns the accuracies and the order of training, as plain values with string keys."""
         return {"within_task": self.within_task, **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state.
+        """Restores a state.
 
-        :param state: what :meth:`state_dict` returned.
+        :param state: as returned by :meth:`state_dict`.
         :raises ValueError: if it lacks keys or has unknown ones, or is of the other kind of
-            accuracy; the metric is then as it was.
+            accuracy; the metric is then unchanged.
         """
         check_keys(state, self.state_dict(), f"the state of {self}")
         if state["within_task"] != self.within_task:
             raise ValueError(
-                f"`within_task` is {state['within_task']} in the state, and {self.within_task} "
-                "here; list the metrics in the order in which they were saved."
+                f"`within_task` should be {state['within_task']} as in the state, but is "
+                f"{self.within_task}. List the metrics in the order in which they were saved."
             )
         super().load_state_dict(state)
         self._start_count()
@@ -103,7 +112,7 @@ class AccuracyMatrix(ScoreMatrix):
 
 
 class _NumberOfAccuracies(NumberOfMatrix, AccuracyMatrix):
-    """A single number of the accuracy matrix."""
+    """A single number computed from the accuracy matrix."""
 
     _name: str
 
@@ -112,11 +121,15 @@ class _NumberOfAccuracies(NumberOfMatrix, AccuracyMatrix):
 
 
 class OverallPerformance(_NumberOfAccuracies):
-    """Op_n, the mean accuracy over the experiences seen so far. Higher is better.
+    """Op_n = (1/n) sum_(i<=n) f_i(w_n), mean accuracy over seen experiences. **Higher is better.**
 
-    The whole test stream may be evaluated: experiences not trained yet do not count. Nothing is
-    emitted when a seen experience is missing from the evaluation. See
-    :func:`overall_performance`; for the argument see :class:`AccuracyMatrix`.
+    The whole test stream may be evaluated: unseen experiences are not counted. Nothing is emitted
+    if a seen experience is missing from the evaluation. See :func:`overall_performance`; for the
+    argument see :class:`AccuracyMatrix`.
+
+    Example::
+
+        evaluator = EvaluationPlugin(OverallPerformance(), loggers=[InteractiveLogger()])
     """
 
     _name = "OverallPerformance"
@@ -126,12 +139,16 @@ class OverallPerformance(_NumberOfAccuracies):
 
 
 class BackwardTransfer(_NumberOfAccuracies):
-    """Bwt_n of the paper. **Positive is forgetting**: lower is better.
+    """Bwt_n = (1/n) sum_(i<=n) (f_i(w_i) - f_i(w_n)) of the TreeLoRA paper.
 
-    It is (n-1)/n times Avalanche's `StreamForgetting`, and -(n-1)/n times its `StreamBWT`. It
-    needs an evaluation after every experience, of all experiences seen, and emits nothing
-    where one is missing. See :func:`backward_transfer`; for the argument see
-    :class:`AccuracyMatrix`.
+    **Positive is forgetting, lower is better**: the opposite sign of Avalanche's `StreamBWT`.
+    Bwt_n = (n-1)/n StreamForgetting = -(n-1)/n StreamBWT. It needs an evaluation of all seen
+    experiences after every experience, and emits nothing if one is missing. See
+    :func:`backward_transfer`; for the argument see :class:`AccuracyMatrix`.
+
+    Example::
+
+        evaluator = EvaluationPlugin(BackwardTransfer(), loggers=[InteractiveLogger()])
     """
 
     _name = "BackwardTransfer"
@@ -143,11 +160,16 @@ class BackwardTransfer(_NumberOfAccuracies):
 def continual_metrics(
     *, class_incremental: bool = True, within_task: bool = True
 ) -> list[PluginMetric]:
-    """The metrics of the paper, for Avalanche's `EvaluationPlugin`.
+    """Returns the paper's metrics for Avalanche's `EvaluationPlugin`.
 
-    :param class_incremental: predictions among all outputs.
-    :param within_task: predictions among the classes of the evaluated experience.
-    :return: accuracy matrix, overall performance and backward transfer of each chosen kind.
+    Example::
+
+        evaluator = EvaluationPlugin(continual_metrics(), loggers=[InteractiveLogger()])
+
+    :param class_incremental: whether to include predictions among all classes.
+    :param within_task: whether to include predictions among the classes of the evaluated
+        experience.
+    :return: accuracy matrix, Op_n (higher is better) and Bwt_n (lower is better) of each kind.
     """
     metrics: list[PluginMetric] = []
     for wanted, within in ((class_incremental, False), (within_task, True)):

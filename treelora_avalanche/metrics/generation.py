@@ -1,8 +1,8 @@
 """Scores of generated text, by experience and over the stream.
 
-The strategy's model answers the prompts of every evaluated experience, greedily, and the answers
-are scored by the experience's own metric (:mod:`~treelora_avalanche.metrics.text_scores`). The
-scores fill the same matrix as accuracies do, and Op and Bwt are read from it in the same way.
+The strategy's model generates greedily from the prompts of every evaluated experience, and the
+texts are scored by the experience's metric (:mod:`~treelora_avalanche.metrics.text_scores`). Op_n
+and Bwt_n are computed from the matrix of scores as from one of accuracies.
 """
 
 from __future__ import annotations
@@ -35,10 +35,19 @@ _REQUIRED = ("task_name", "prompts", "answers", "metric", "max_new_tokens")
 
 
 class TextGenerator(Protocol):
-    """What a model needs in order to be scored: its own `generate` and `tokenizer`."""
+    """Interface of a model that generates text from text.
+
+    Example::
+
+        class Echo(nn.Module):
+            tokenizer = AutoTokenizer.from_pretrained("gpt2")
+
+            def generate(self, prompts, max_new_tokens, batch_size, progress=None):
+                return list(prompts)
+    """
 
     tokenizer: Any
-    """ A tokenizer of transformers; the generated tokens are counted with it. """
+    """ A tokenizer of transformers, which counts the generated tokens. """
 
     def generate(
         self,
@@ -47,58 +56,65 @@ class TextGenerator(Protocol):
         batch_size: int,
         progress: Callable[[int], object] | None = None,
     ) -> list[str]:
-        """Continue the prompts greedily.
+        """Continues the prompts greedily.
 
         :param prompts: the texts to continue.
-        :param max_new_tokens: where to stop a text that does not end by itself.
-        :param batch_size: how many are generated together.
-        :param progress: called with the number of prompts that have just been finished.
-        :return: the continuations alone, in the order of the prompts.
+        :param max_new_tokens: limit of the tokens of a continuation.
+        :param batch_size: prompts per batch.
+        :param progress: called with the number of prompts that were just finished.
+        :return: the continuations without their prompts, in the same order.
         """
         ...
 
 
 def find_text_generator(model: nn.Module) -> TextGenerator:
-    """The outermost module that generates text from text, through any wrappers.
+    """Returns the outermost module that generates text from text.
 
-    :param model: the model of a strategy.
-    :raises TypeError: if there is none.
+    :param model: the model of a strategy, with any wrappers.
+    :raises TypeError: if there is no such module.
     """
     for module in model.modules():
         # A transformers model has `generate` too, but from token ids.
         if callable(getattr(module, "generate", None)) and hasattr(module, "tokenizer"):
             return module  # type: ignore[return-value]
     raise TypeError(
-        f"`strategy.model` ({type(model).__name__}) holds no module with `generate` and "
-        "`tokenizer`, so it cannot answer prompts; train a "
-        "`treelora_avalanche.models.LanguageModel`."
+        "`strategy.model` should hold a module with `generate` and `tokenizer`, but is a "
+        f"{type(model).__name__}. Train a `treelora_avalanche.models.LanguageModel`."
     )
 
 
 class GreedyGeneration:
-    """Generates for the experience under evaluation, once for all metrics that share it."""
+    """Generates for the evaluated experience, once for all metrics that share this object.
+
+    Example::
+
+        generation = GreedyGeneration(batch_size=8)
+        metrics = [GenerationScore(generation), GenerationBackwardTransfer(generation)]
+    """
 
     def __init__(self, batch_size: int | None = None):
         """
-        :param batch_size: how many prompts are answered together; by default the strategy's
-            `eval_mb_size`.
+        :param batch_size: prompts per batch; by default the strategy's `eval_mb_size`.
         :raises ValueError: if it is not positive.
         """
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"`batch_size` should be at least 1, but is {batch_size}.")
+            raise ValueError(
+                f"`batch_size` should be at least 1, but is {batch_size}. Use None for the "
+                "strategy's `eval_mb_size`."
+            )
         self.batch_size = batch_size
         self.generated: dict[str, list[tuple[str, str, str]]] = {}
-        """ By task name (prompt, answer, prediction) of all samples, of the last evaluation. """
+        """ (prompt, answer, prediction) of all samples of the last evaluation, by task name. """
         self.tokens_per_second = math.nan
-        """ Of the last experience: tokens of the predictions, by the time of generating. """
+        """ Generated tokens over seconds of generation, of the last experience. """
         self._score: float | None = None
 
     def start_evaluation(self) -> None:
-        """Forget the texts of the evaluation before."""
+        """Clears the texts of the previous evaluation."""
         self.generated = {}
 
     def start_experience(self, experience: Any) -> None:
-        """Make ready for the next experience.
+        """Checks the next experience and clears the score of the previous one.
 
         :param experience: the experience about to be evaluated.
         :raises ValueError: if it lacks texts that its metric needs, or its metric is unknown.
@@ -107,9 +123,9 @@ class GreedyGeneration:
         _check(experience)
 
     def score(self, strategy: SupervisedTemplate) -> float | None:
-        """Generate and score, unless that was done since the experience has started.
+        """Returns the score of the experience; generates at the first call for it.
 
-        :param strategy: the strategy that evaluates.
+        :param strategy: the evaluating strategy.
         :return: the mean score in [0, 1]; None for an experience without prompts.
         """
         experience: Any = strategy.experience
@@ -123,7 +139,7 @@ class GreedyGeneration:
         begin = time.perf_counter()
         processes = shared_work(strategy)
         own = prompts if processes is None else [prompts[n] for n in processes.part(len(prompts))]
-        # `disable=None`: no bar where the output is not a terminal.
+        # `disable=None` hides the bar if the output is not a terminal.
         with tqdm(
             total=len(own), desc=experience.task_name, unit="prompt", leave=False, disable=None
         ) as bar:
@@ -136,7 +152,7 @@ class GreedyGeneration:
         if processes is not None:
             predictions = processes.whole_list(predictions, len(prompts))
         seconds = time.perf_counter() - begin
-        # Counted in the texts: the end tokens and the padding of a batch are not worth a number.
+        # Counted in the texts, so that end tokens and padding are left out.
         tokens = model.tokenizer(predictions, add_special_tokens=False)["input_ids"]
         self.tokens_per_second = sum(map(len, tokens)) / seconds
         self.generated[experience.task_name] = list(zip(prompts, answers, predictions, strict=True))
@@ -145,7 +161,7 @@ class GreedyGeneration:
 
 
 def _check(experience: Any) -> None:
-    """What would come to light only after everything was generated."""
+    """Raises the errors that scoring would raise only after all texts were generated."""
     which = f"experience {experience.current_experience} of the {stream_type(experience)} stream"
     lacking = [name for name in _REQUIRED if not hasattr(experience, name)]
     if not lacking:
@@ -155,36 +171,43 @@ def _check(experience: Any) -> None:
     if lacking:
         raise ValueError(
             f"{which} has no {', '.join(f'`{name}`' for name in lacking)}, which generation "
-            "metrics read; set these attributes on it, as `treelora_avalanche.scenarios.TRACE` "
-            "does."
+            "metrics need. Set these attributes, as `treelora_avalanche.scenarios.TRACE` does."
         )
     for name in ("answers", "sources"):
         texts = getattr(experience, name, None)
         if texts is not None and len(texts) != len(experience.prompts):
             raise ValueError(
-                f"{which} has {len(experience.prompts)} `prompts` and {len(texts)} `{name}`; give "
-                "it one per prompt."
+                f"{which} should have one of `{name}` per prompt, but has "
+                f"{len(experience.prompts)} `prompts` and {len(texts)} `{name}`."
             )
 
 
 class GenerationScore(ScoreMatrix):
-    """f_i(w_j): the score of the text generated for every experience after every one trained.
+    """Records f_i(w_j): the score of the text generated for every experience after every one.
 
-    How rows are kept is said at :class:`~treelora_avalanche.metrics.score_matrix.ScoreMatrix`.
+    It emits, for each evaluated experience, `GenerationScore` in [0, 1] (higher is better) and
+    `GenerationTokensPerSecond`; :meth:`matrix` returns the matrix, see
+    :class:`~treelora_avalanche.metrics.score_matrix.ScoreMatrix` for its rows.
+
     An experience needs the attributes `task_name`, `prompts`, `answers`, `metric` (a name in
     :data:`~treelora_avalanche.metrics.text_scores.SCORES`), `max_new_tokens`, and `sources` for
     SARI. The model needs `generate` and `tokenizer`, see :class:`TextGenerator`; any strategy may
-    train it. Task labels are not used. All streams that are evaluated are generated for, also the
+    train it. Task labels are not used. Text is generated for all evaluated streams, including the
     training stream under `eval_every`.
 
-    It emits, for each evaluated experience, `GenerationScore` in [0, 1] and
-    `GenerationTokensPerSecond`. The matrix is read with :meth:`matrix`.
+    Example::
+
+        scores = GenerationScore()
+        strategy = TreeLoRAStrategy(model, evaluator=EvaluationPlugin(scores, loggers=[]))
+        strategy.train(benchmark.train_stream[0])
+        strategy.eval(benchmark.test_stream[:1])
+        print(scores.matrix(), scores.generated)
     """
 
     def __init__(self, generation: GreedyGeneration | None = None):
         """
-        :param generation: what generates; pass the same to several metrics, and each text is
-            generated once. By default an own one.
+        :param generation: generates the texts; several metrics that share one generate each text
+            once. By default a new one.
         """
         super().__init__()
         self.generation = generation or GreedyGeneration()
@@ -193,12 +216,12 @@ class GenerationScore(ScoreMatrix):
     def generated(self) -> dict[str, list[tuple[str, str, str]]]:
         """(prompt, answer, prediction) of every sample of the last evaluation, by task name.
 
-        Not part of the state: write them to a file where they should outlive the process.
+        Not part of the state: write them to a file to keep them.
         """
         return self.generation.generated
 
     def reset(self) -> None:
-        """Forget every evaluation and the order of training."""
+        """Clears all evaluations and the order of training."""
         super().reset()
         self.generation.start_evaluation()
 
@@ -233,12 +256,16 @@ class GenerationScore(ScoreMatrix):
 
 
 class GenerationOverallPerformance(NumberOfMatrix, GenerationScore):
-    """Op_n of the generated text: the mean score over the experiences seen. Higher is better.
+    """Op_n = (1/n) sum_(i<=n) f_i(w_n), mean score over seen experiences. **Higher is better.**
 
-    The whole test stream may be evaluated: experiences not trained yet do not count. Nothing is
-    emitted when a seen experience is missing from the evaluation. See
+    The whole test stream may be evaluated: unseen experiences are not counted. Nothing is emitted
+    if a seen experience is missing from the evaluation. See
     :func:`~treelora_avalanche.metrics.overall_performance`; for the argument see
     :class:`GenerationScore`.
+
+    Example::
+
+        evaluator = EvaluationPlugin(GenerationOverallPerformance(), loggers=[InteractiveLogger()])
     """
 
     def _number(self, matrix: Tensor) -> float:
@@ -249,12 +276,17 @@ class GenerationOverallPerformance(NumberOfMatrix, GenerationScore):
 
 
 class GenerationBackwardTransfer(NumberOfMatrix, GenerationScore):
-    """Bwt_n of the generated text. **Positive is forgetting**: lower is better.
+    """Bwt_n = (1/n) sum_(i<=n) (f_i(w_i) - f_i(w_n)) of the scores of generated text.
 
-    Beside the number over the stream, it emits the drop f_i(w_i) - f_i(w_n) of every experience
-    seen. It needs an evaluation after every experience, of all experiences seen, and emits nothing
-    where one is missing. See :func:`~treelora_avalanche.metrics.backward_transfer`; for the
-    argument see :class:`GenerationScore`.
+    **Positive is forgetting, lower is better**: the opposite sign of Avalanche's `StreamBWT`. It
+    also emits the drop f_i(w_i) - f_i(w_n) of every seen experience. It needs an evaluation of all
+    seen experiences after every experience, and emits nothing if one is missing. See
+    :func:`~treelora_avalanche.metrics.backward_transfer`; for the argument see
+    :class:`GenerationScore`.
+
+    Example::
+
+        evaluator = EvaluationPlugin(GenerationBackwardTransfer(), loggers=[InteractiveLogger()])
     """
 
     def _number(self, matrix: Tensor) -> float:
@@ -266,7 +298,7 @@ class GenerationBackwardTransfer(NumberOfMatrix, GenerationScore):
             return None
         k = self.trained.index(experience.current_experience)
         drop = self.matrix()[k, k].item() - score
-        if math.isnan(drop):  # it was not evaluated when it had just been learned
+        if math.isnan(drop):  # not evaluated after its own training
             return None
         name = get_metric_name(self, strategy, add_experience=True)
         return [MetricValue(self, name, drop, strategy.clock.train_iterations)]
@@ -276,13 +308,16 @@ class GenerationBackwardTransfer(NumberOfMatrix, GenerationScore):
 
 
 def generation_metrics(*, batch_size: int | None = None) -> list[PluginMetric]:
-    """The metrics of a stream of text tasks, for Avalanche's `EvaluationPlugin`.
+    """Returns the metrics of a stream of text tasks for Avalanche's `EvaluationPlugin`.
 
-    They share what is generated: every prompt is answered once per evaluation.
+    They share one :class:`GreedyGeneration`, so that each text is generated once per evaluation.
 
-    :param batch_size: how many prompts are answered together; by default the strategy's
-        `eval_mb_size`.
-    :return: the matrix of scores, overall performance and backward transfer.
+    Example::
+
+        evaluator = EvaluationPlugin(generation_metrics(), loggers=[InteractiveLogger()])
+
+    :param batch_size: prompts per batch; by default the strategy's `eval_mb_size`.
+    :return: the matrix of scores, Op_n (higher is better) and Bwt_n (lower is better).
     """
     generation = GreedyGeneration(batch_size)
     return [

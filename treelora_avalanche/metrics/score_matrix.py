@@ -1,13 +1,13 @@
-"""The matrix of scores of a stream, its arithmetic, and the metrics that fill and read it.
+"""Score matrix of a stream: formulas on a plain matrix, and metric plugins that record it.
 
-Let f_i(w_j) be the score on experience i after training on the j-th one. The paper
-(TreeLoRA, arXiv 2506.10355) reports, after n experiences,
+Let f_i(w_j) be the score on experience i after training on the j-th one. The TreeLoRA paper
+(arXiv 2506.10355) reports, after n experiences,
 
-    Op_n  = (1/n) sum over i <= n of f_i(w_n)
-    Bwt_n = (1/n) sum over i <= n of (f_i(w_i) - f_i(w_n))
+    Op_n  = (1/n) sum_(i<=n) f_i(w_n)                  higher is better
+    Bwt_n = (1/n) sum_(i<=n) (f_i(w_i) - f_i(w_n))     positive is forgetting, lower is better
 
-The functions of this module are that arithmetic on a plain matrix; the classes keep the matrix
-while Avalanche trains and evaluates. What a score is, their subclasses say.
+Avalanche's `StreamBWT` has the opposite sign: Bwt_n = -(n-1)/n StreamBWT. The subclasses of
+:class:`ScoreMatrix` define the score: accuracy, or a score of generated text.
 """
 
 from __future__ import annotations
@@ -31,88 +31,105 @@ MatrixLike = Tensor | Sequence[Sequence[float]]
 
 
 def _seen_square(matrix: MatrixLike) -> Tensor:
-    """The n columns of the n experiences trained so far, checked. # (n, n)"""
+    """Returns the n columns of the n experiences trained so far, ``(n, n)``."""
     square = torch.as_tensor(matrix, dtype=torch.float64)
     if square.ndim != 2 or square.shape[0] == 0 or square.shape[1] < square.shape[0]:
         raise ValueError(
             "`matrix` should have one row per trained experience and at least as many columns, "
-            f"but its shape is {tuple(square.shape)}"
+            f"but its shape is {tuple(square.shape)}. Evaluate at least the experiences trained."
         )
     return square[:, : square.shape[0]]
 
 
 def overall_performance(matrix: MatrixLike) -> float:
-    """Op_n, the mean over the experiences i <= n of f_i(w_n).
+    """Returns Op_n = (1/n) sum_(i<=n) f_i(w_n). **Higher is better.**
 
-    Every experience weighs the same, unlike in Avalanche's `Top1_Acc_Stream`, which is a
-    mean over samples, unseen experiences included.
+    Every experience has the same weight, unlike in Avalanche's `Top1_Acc_Stream`, which is a mean
+    over samples and includes unseen experiences.
 
-    :param matrix: f_i(w_j) at row j, column i; experiences in the order of training. Columns
-        beyond the number of rows (experiences not trained yet) are ignored.
-    :return: the mean of the last row over the experiences seen; NaN if one was not evaluated.
+    >>> overall_performance([[0.75, 0.0], [0.25, 1.0]])
+    0.625
+
+    :param matrix: f_i(w_j) at row j, column i; experiences in order of training. Columns beyond
+        the number of rows (experiences not trained yet) are ignored.
+    :return: Op_n; NaN if an experience was not evaluated.
+    :raises ValueError: if ``matrix`` has no rows, or fewer columns than rows.
     """
     return _seen_square(matrix)[-1].mean().item()
 
 
 def _total_drop(matrix: MatrixLike) -> tuple[float, int]:
-    """The sum over i <= n of f_i(w_i) - f_i(w_n), and n. The i = n term is 0."""
+    """Returns sum_(i<=n) (f_i(w_i) - f_i(w_n)), whose i = n term is 0, and n."""
     square = _seen_square(matrix)
     return (square.diagonal() - square[-1]).sum().item(), len(square)
 
 
 def backward_transfer(matrix: MatrixLike) -> float:
-    """Bwt_n of the paper. **Positive is forgetting**, so lower is better.
+    """Returns Bwt_n = (1/n) sum_(i<=n) (f_i(w_i) - f_i(w_n)) of the TreeLoRA paper.
 
-    Relation to Avalanche, whose averages leave out the experience trained last:
-    Bwt_n = (n-1)/n x `StreamForgetting` = -(n-1)/n x `StreamBWT`.
+    **Positive is forgetting, lower is better.** Avalanche averages over the n - 1 experiences
+    before the last, and its `StreamBWT` has the opposite sign:
+    Bwt_n = (n-1)/n StreamForgetting = -(n-1)/n StreamBWT.
 
-    :param matrix: f_i(w_j) at row j, column i; experiences in the order of training.
-    :return: the mean over i <= n of f_i(w_i) - f_i(w_n), whose i = n term is 0; NaN if one of
-        these was not evaluated.
+    >>> backward_transfer([[0.75, 0.0], [0.25, 1.0]])
+    0.25
+
+    :param matrix: f_i(w_j) at row j, column i; experiences in order of training.
+    :return: Bwt_n, whose i = n term is 0; NaN if one of these scores was not evaluated.
+    :raises ValueError: if ``matrix`` has no rows, or fewer columns than rows.
     """
     drop, n = _total_drop(matrix)
     return drop / n
 
 
 def forgetting(matrix: MatrixLike) -> float:
-    """Avalanche's `StreamForgetting`: the mean drop of the experiences before the last.
+    """Returns (1/(n-1)) sum_(i<n) (f_i(w_i) - f_i(w_n)), Avalanche's `StreamForgetting`.
 
-    :param matrix: f_i(w_j) at row j, column i; experiences in the order of training.
-    :return: the mean over i < n of f_i(w_i) - f_i(w_n); 0 for a single experience, as there is
-        nothing yet to forget.
+    **Positive is forgetting, lower is better.** It is n/(n-1) Bwt_n, and -`StreamBWT`.
+
+    >>> forgetting([[0.75, 0.0], [0.25, 1.0]])
+    0.5
+
+    :param matrix: f_i(w_j) at row j, column i; experiences in order of training.
+    :return: the mean drop; 0 for a single experience.
+    :raises ValueError: if ``matrix`` has no rows, or fewer columns than rows.
     """
     drop, n = _total_drop(matrix)
     return drop / (n - 1) if n > 1 else 0.0
 
 
 class ScoreMatrix(PluginMetric[Tensor]):
-    """f_i(w_j): the score on every experience after every experience trained.
+    """Records f_i(w_j): the score on every experience after every experience trained.
 
-    The order of training is recorded as it happens, so a shuffled stream is no trouble. A row
-    belongs to one trained experience; evaluating again before the next training overwrites
-    it, and so does the evaluation after a second training on an experience seen before.
-    Evaluations before any training are kept apart, in :attr:`untrained`: Op and Bwt do not know
-    them. Streams are kept apart too, since `eval_every` evaluates training streams by default.
+    Rows follow the order of training, whatever the order of the stream. A row belongs to one
+    trained experience; a second evaluation before the next training overwrites it, and so does the
+    evaluation after a second training on the same experience. Evaluations before any training are
+    kept separately, in :attr:`untrained`, and enter neither Op nor Bwt. Each stream has its own
+    matrix, since `eval_every` evaluates training streams by default.
 
-    A subclass hands each score to :meth:`record`.
+    A subclass passes each score to :meth:`record`. Example::
+
+        class Loss(ScoreMatrix):
+            def after_eval_exp(self, strategy):
+                return self.record(strategy, float(strategy.loss))
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.trained: list[int] = []
-        """ Ids of the trained experiences, in the order of their first training. """
+        """ Ids of the trained experiences, in order of their first training. """
         self.untrained: dict[str, dict[int, float]] = {}
-        """ Score by stream and experience id before any training, where evaluated. """
+        """ Score by stream and experience id before any training, if evaluated. """
         self._rows: dict[str, dict[int, dict[int, float]]] = {}  # stream -> row -> id -> score
         self._last_stream: str | None = None
 
     def matrix(self, stream: str | None = None) -> Tensor:
-        """The matrix so far, a fresh tensor.
+        """Returns the matrix so far, a new tensor.
 
         :param stream: name of the evaluated stream; by default the one evaluated last.
-        :return: scores in [0, 1], NaN where not evaluated; row j belongs to the j-th trained
-            experience, column i to the i-th. Experiences evaluated but not trained yet follow as
-            further columns, by their id. # (n_trained, n_trained + n_unseen)
+        :return: scores in [0, 1], NaN if not evaluated, ``(n_trained, n_trained + n_unseen)``; row
+            j belongs to the j-th trained experience, column i to the i-th. Experiences evaluated
+            but not trained yet follow as further columns, by id.
         """
         rows = self._rows.get(stream or self._last_stream or "", {})
         unseen = sorted({i for row in rows.values() for i in row} - set(self.trained))
@@ -123,18 +140,18 @@ class ScoreMatrix(PluginMetric[Tensor]):
         ).reshape(len(self.trained), len(columns))
 
     def result(self) -> Tensor:
-        """The matrix of the stream evaluated last. See :meth:`matrix`."""
+        """Returns the matrix of the stream evaluated last, see :meth:`matrix`."""
         return self.matrix()
 
     def reset(self) -> None:
-        """Forget every evaluation and the order of training."""
+        """Clears all evaluations and the order of training."""
         self.trained = []
         self.untrained = {}
         self._rows = {}
         self._last_stream = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores and the order of training, as plain values whose keys are strings."""
+        """Returns the scores and the order of training, as plain values with string keys."""
         return {
             "trained": list(self.trained),
             "untrained": {
@@ -151,10 +168,10 @@ class ScoreMatrix(PluginMetric[Tensor]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state.
+        """Restores a state.
 
-        :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it lacks keys or has unknown ones; the metric is then as it was.
+        :param state: as returned by :meth:`state_dict`.
+        :raises ValueError: if it lacks keys or has unknown ones; the metric is then unchanged.
         """
         check_keys(state, self.state_dict(), f"the state of {self}")
         untrained = {
@@ -179,11 +196,11 @@ class ScoreMatrix(PluginMetric[Tensor]):
         self._last_stream = None
 
     def record(self, strategy: SupervisedTemplate, score: float) -> MetricResult:
-        """Enter the score of the experience under evaluation, and emit it.
+        """Records the score of the evaluated experience, and emits it.
 
-        :param strategy: the strategy that evaluates.
+        :param strategy: the evaluating strategy.
         :param score: the score, in [0, 1].
-        :return: what the metric emits for an experience.
+        :return: the values that the metric emits for an experience.
         """
         experience: Any = strategy.experience
         stream = stream_type(experience)
@@ -201,18 +218,23 @@ class ScoreMatrix(PluginMetric[Tensor]):
 
 
 class NumberOfMatrix(ScoreMatrix):
-    """A single number of the matrix, emitted at the end of every evaluation.
+    """A single number computed from the matrix, emitted at the end of every evaluation.
 
-    It keeps its own matrix, so that it works alone and in any order beside other metrics.
+    It keeps its own matrix, so that it works alone and next to other metrics in any order.
+    A subclass defines ``_number``. Example::
+
+        class Worst(NumberOfMatrix, AccuracyMatrix):
+            def _number(self, matrix):
+                return float(matrix[-1].min())
     """
 
     def _number(self, matrix: Tensor) -> float:
         raise NotImplementedError
 
     def result(self) -> float | None:  # type: ignore[override]
-        """The number for the stream evaluated last.
+        """Returns the number for the stream evaluated last.
 
-        :return: None before any training, or where a score it needs was not evaluated.
+        :return: None before any training, or if a score that it needs was not evaluated.
         """
         matrix = self.matrix()
         if len(matrix) == 0:

@@ -1,13 +1,13 @@
-"""Scores of a generated text against its answer, with the definitions of the TRACE release.
+"""Scores of a generated text against a reference answer, as defined by the TRACE release.
 
 Source: Wang et al., "TRACE: A Comprehensive Benchmark for Continual Learning in Large Language
 Models", arXiv 2310.06762, in the version of its code of January 2024 (BeyonderXX/TRACE,
-`metrics.py` and `evaluations/`). Text in, number out: every score lies in [0, 1], so that tasks
-with different scores have a meaningful mean. The release gives edit similarity and SARI in
-percent, which is 100 times ours.
+`metrics.py` and `evaluations/`). Every score lies in [0, 1] and **higher is better**, so that tasks
+with different scores have a meaningful mean. The release gives edit similarity and SARI in percent,
+100 times ours.
 
-The texts are compared as they are, with no stripping and no change of case unless a score says
-so. In the release, an empty prediction scores 0 everywhere but in SARI.
+Texts are compared without stripping or change of case unless a score states it. As in the release,
+an empty prediction scores 0 except in SARI.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ NGram = tuple[str, ...]
 
 
 def accuracy(prediction: str, answer: str) -> float:
-    """Whether the prediction is the answer: C-STANCE, FOMC, NumGLUE and ScienceQA.
+    """Returns 1 if the prediction equals the answer, else 0: C-STANCE, FOMC, NumGLUE, ScienceQA.
 
-    Equality of the whole strings. An answer of one character, a newline and an explanation, which
-    is the form of every answer of ScienceQA and of no other task, is compared by that first
-    character alone, as in the release.
+    Whole strings are compared. Of an answer of one character, a newline and an explanation, the
+    form of every answer of ScienceQA and of no other task, only the first character is compared, as
+    in the release.
+
+    >>> accuracy("12", "12"), accuracy("12.", "12")
+    (1.0, 0.0)
 
     :param prediction: the generated text.
-    :param answer: the text it should be.
-    :return: 0 or 1.
+    :param answer: the reference answer.
+    :return: 0 or 1; higher is better.
     """
     if not prediction or not answer:
         return 0.0
@@ -49,23 +52,25 @@ def accuracy(prediction: str, answer: str) -> float:
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """ROUGE-L as the package `rouge` 1.0.1 computes it: MeetingBank.
+    """Returns ROUGE-L as computed by the package `rouge` 1.0.1: MeetingBank.
 
-    That is the summary-level score of Lin, "ROUGE: A Package for Automatic Evaluation of
-    Summaries" (2004), section 3.2, over *sets* of words: for each pair of a predicted and an
-    expected sentence a longest common subsequence is found, and
+    The summary-level score of Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004),
+    section 3.2, over *sets* of words: with U the set of all words in the longest common
+    subsequences of each pair of a predicted and a reference sentence,
 
         P = |U| / |words of the prediction|,   R = |U| / |words of the answer|,
-        F = 2 P R / (P + R + 1e-8),
+        F = 2 P R / (P + R + 1e-8).
 
-    U being the set of all words in these subsequences. Both sides weigh the same: Lin's beta,
-    1.2 elsewhere, is 1 here. Sentences end at every full stop, also at that of "3.5", and words
-    at white space, in any script: Chinese without spaces is one word per sentence. Where several
-    longest subsequences exist the package's choice is taken, as the union depends on it.
+    Lin's beta is 1 here (1.2 elsewhere). Sentences end at every full stop, also at that of "3.5",
+    and words at white space, in any script: Chinese without spaces is one word per sentence. Among
+    several longest subsequences the package's choice is taken, since U depends on it.
+
+    >>> round(rouge_l("the cat sat", "the cat ran"), 3)
+    0.667
 
     :param prediction: the generated text.
-    :param answer: the text it should be.
-    :return: F in [0, 1); 0 where either text has no sentence.
+    :param answer: the reference answer.
+    :return: F in [0, 1); 0 if either text has no sentence. Higher is better.
     """
     predicted, expected = _sentences(prediction), _sentences(answer)
     if not predicted or not expected:
@@ -77,12 +82,12 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    # White space between or after full stops is a sentence of one empty word, which counts.
+    # White space between or after full stops counts as a sentence of one empty word.
     return [sentence.split() or [""] for sentence in text.split(".") if sentence]
 
 
 def _longest_common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
-    """A longest common subsequence; of several, the one found by dropping from y first."""
+    """Returns a longest common subsequence; of several, the one found by dropping from y first."""
     length = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]  # of x[:i] and y[:j]
     for i, a in enumerate(x):
         for j, b in enumerate(y):
@@ -103,16 +108,19 @@ def _longest_common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]
 
 
 def edit_similarity(prediction: str, answer: str) -> float:
-    """Similarity of two lines of code: Py150.
+    """Returns the similarity of two lines of code, (L - d) / L in full percent: Py150.
 
-    `fuzz.ratio` of the package `fuzzywuzzy` with `python-Levenshtein`: with L the lengths and d
-    the number of insertions and deletions from one text to the other, (L - d) / L, rounded to
-    full percent. Before, the placeholders of CodeXGLUE's Py150 are resolved in both texts:
-    `<STR_LIT:x>` to x, `<NUM_LIT>` to 0, `<STR_LIT>` and `<CHAR_LIT>` to nothing.
+    L is the sum of the lengths and d the number of insertions and deletions from one text to the
+    other: `fuzz.ratio` of the package `fuzzywuzzy` with `python-Levenshtein`. Before, the
+    placeholders of CodeXGLUE's Py150 are resolved in both texts: `<STR_LIT:x>` to x, `<NUM_LIT>` to
+    0, `<STR_LIT>` and `<CHAR_LIT>` to nothing.
+
+    >>> edit_similarity("x = <NUM_LIT>", "x = 1")
+    0.8
 
     :param prediction: the generated line.
-    :param answer: the line it should be.
-    :return: similarity in [0, 1], in steps of 0.01.
+    :param answer: the reference answer.
+    :return: similarity in [0, 1], in steps of 0.01. Higher is better.
     """
     prediction, answer = _resolve_literals(prediction), _resolve_literals(answer)
     if not prediction or not answer:
@@ -126,11 +134,11 @@ def _resolve_literals(code: str) -> str:
 
 
 def sari(prediction: str, references: Sequence[str], source: str) -> float:
-    """SARI of Xu et al. (2016), as in the metric `sari` of Hugging Face `evaluate`: 20Minuten.
+    """Returns SARI of Xu et al. (2016), as in `sari` of Hugging Face `evaluate`: 20Minuten.
 
-    How well words are kept from the source, deleted from it and added to it. Per n of 1 to 4, with
-    the n-gram counts S of the source and C of the prediction, each times the number of references,
-    and R of all references together:
+    The score measures which words are kept from the source, deleted from it and added to it. For n
+    of 1 to 4, with the n-gram counts S of the source and C of the prediction, each times the number
+    of references, and R of all references together:
 
     - keep: F1 of the precision, the mean of min(S, C, R) / min(S, C) over the n-grams kept, and
       the recall, sum min(S, C, R) / sum min(S, R);
@@ -141,16 +149,19 @@ def sari(prediction: str, references: Sequence[str], source: str) -> float:
     0/0 is 1. The score is the mean over keep, delete and add, and over n. Texts are lower-cased
     and tokenized by sacrebleu's `13a`. The release passes the whole prompt as the source, and the
     answer as the only reference. A prediction equal to the only reference scores 1 unless the
-    source repeats an n-gram more often than it does.
+    source repeats an n-gram more often than it.
+
+    >>> sari("a sentence .", ["a sentence ."], "a long sentence .")
+    1.0
 
     :param prediction: the generated text.
-    :param references: texts it may be.
-    :param source: the text that was to be simplified.
-    :return: SARI in [0, 1].
+    :param references: the reference answers.
+    :param source: the text to simplify.
+    :return: SARI in [0, 1]. Higher is better.
     :raises ValueError: if there is no reference.
     """
     if not references:
-        raise ValueError("`references` is empty; pass at least one text.")
+        raise ValueError("`references` should hold at least one text, but is empty.")
     tokens = [_sari_tokens(text) for text in (source, prediction, *references)]
     total = 0.0
     for n in range(1, _SARI_MAX_N + 1):
@@ -166,7 +177,7 @@ def sari(prediction: str, references: Sequence[str], source: str) -> float:
 
 
 def _sari_tokens(text: str) -> list[str]:
-    # A text without words has one empty token, as in the reference.
+    # A text without words has one empty token, as in `evaluate`.
     return _tokenize_13a(text.lower()).split(" ")
 
 
@@ -218,7 +229,7 @@ SCORES: dict[str, Callable[[str, str, str], float]] = dict(
         strict=True,
     )
 )
-""" By the name of a task's metric: the score of a prediction, its answer and its source. """
+"""The score of (prediction, answer, source), by the name of a metric."""
 
 
 def mean_score(
@@ -227,20 +238,25 @@ def mean_score(
     answers: Sequence[str],
     sources: Sequence[str] | None = None,
 ) -> float:
-    """The mean score of a task's predictions, as the release takes it: over all, empty ones too.
+    """Returns the mean score of a task's predictions, including empty ones, as in the release.
 
-    :param metric: "accuracy", "rouge_l", "edit_similarity" or "sari".
+    >>> mean_score("accuracy", ["A", "B"], ["A", "C"])
+    0.5
+
+    :param metric: a name in :data:`~treelora_avalanche.choices.TEXT_METRICS`.
     :param predictions: the generated texts.
-    :param answers: the text that each should be.
+    :param answers: the reference answer of each.
     :param sources: the text that each simplifies; only SARI needs it.
-    :return: the mean in [0, 1].
+    :return: the mean in [0, 1]. Higher is better.
     :raises ValueError: if the metric is unknown, there are no predictions, their number differs
         from that of the answers or sources, or SARI has no sources.
     """
     check_known("`metric`", metric, SCORES)
     if sources is None:
         if metric == "sari":
-            raise ValueError("`sources` is None, but SARI compares with them; pass one per answer.")
+            raise ValueError(
+                "`sources` should hold one text per answer for SARI, but is None. Pass the prompts."
+            )
         sources = [""] * len(answers)
     if not predictions or not len(predictions) == len(answers) == len(sources):
         raise ValueError(

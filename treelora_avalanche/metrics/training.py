@@ -1,8 +1,8 @@
-"""Loss and accuracy of a training epoch, read from the device once an epoch.
+"""Loss and accuracy of a training epoch, read from the device once per epoch.
 
-Avalanche's `loss_metrics(epoch=True)` and `accuracy_metrics(epoch=True)` read a number from the
-device at every minibatch (`Mean.update` calls `float`), which stalls a GPU. These two emit the
-same values under the same names, so that every Avalanche logger shows them.
+Avalanche's `loss_metrics(epoch=True)` and `accuracy_metrics(epoch=True)` synchronise at every
+minibatch (`Mean.update` calls `float`), which stalls a GPU. These two emit the same values under
+the same names, so that every Avalanche logger shows them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 
 class EpochLoss(PluginMetric[float]):
-    """Mean training loss of an epoch, weighted by minibatch size, without synchronising.
+    """Mean training loss of an epoch, sum_b n_b loss_b / sum_b n_b, without synchronisation.
 
-    Task labels are not used.
+    Lower is better. Task labels are not used.
+
+    Example::
+
+        evaluator = EvaluationPlugin(EpochLoss(), loggers=[InteractiveLogger()])
     """
 
     _name = "Loss_Epoch"
@@ -34,12 +38,12 @@ class EpochLoss(PluginMetric[float]):
         return strategy.loss.detach().sum() * len(strategy.mb_output)
 
     def reset(self) -> None:
-        """Forget the epoch so far."""
+        """Clears the epoch so far."""
         self._sum: Tensor | None = None  # () on the device
         self._total = 0
 
     def result(self) -> float:
-        """The mean since the last reset; NaN before any minibatch."""
+        """Returns the mean since the last reset; NaN before any minibatch."""
         return float("nan") if self._sum is None else self._sum.item() / self._total
 
     def before_training_epoch(self, strategy: SupervisedTemplate) -> None:
@@ -60,7 +64,14 @@ class EpochLoss(PluginMetric[float]):
 
 
 class EpochAccuracy(EpochLoss):
-    """Training accuracy of an epoch, without synchronising. Task labels are not used."""
+    """Training accuracy of an epoch, without synchronisation.
+
+    Higher is better. Task labels are not used.
+
+    Example::
+
+        evaluator = EvaluationPlugin(EpochAccuracy(), loggers=[InteractiveLogger()])
+    """
 
     _name = "Top1_Acc_Epoch"
 

@@ -52,6 +52,8 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
     :param seed: seed of the pseudo-features.
     """
 
+    fits_head = True  # re-fitted after every experience: read by TreeLoRA and print(strategy)
+
     def __init__(
         self,
         *,

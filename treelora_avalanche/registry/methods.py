@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from treelora_avalanche.defaults import L2P_LR
 from treelora_avalanche.registry.entry_points import Registry, load_object
 from treelora_avalanche.registry.families import (
     AVALANCHE,
@@ -208,7 +209,7 @@ METHODS: Registry[Method] = Registry(
             _OURS + "L2P",
             "prompts from a shared pool, selected per sample by the nearest keys",
             family=PROMPTS,
-            rates=Rates(vision=0.03, language=PROMPTS.rates.language),
+            rates=Rates(vision=L2P_LR, language=PROMPTS.rates.language),
         ),
         "DualPrompt": Method(
             _OURS + "DualPrompt",

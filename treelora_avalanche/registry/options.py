@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import docstring_parser
 import jsonargparse
@@ -33,29 +33,13 @@ class Option:
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Returns the parameters of a class or function by name.
-
-    A constructor with ``**kwargs`` is followed by the parameters of its parents' constructors.
+    """Returns the parameters of a class or function by name, without ``*args`` and ``**kwargs``.
 
     :param function: a class or function.
     """
-    known: dict[str, inspect.Parameter] = {}
-    for step in _constructors(function):
-        parameters = inspect.signature(step).parameters.values()
-        for parameter in parameters:
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                known.setdefault(parameter.name, parameter)
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    known.pop("self", None)
-    return known
-
-
-def _constructors(function: Callable[..., Any]) -> list[Callable[..., Any]]:
-    if not inspect.isclass(function):
-        return [function]
-    classes = (cls for cls in function.__mro__ if "__init__" in vars(cls) and cls is not object)
-    return [vars(cls)["__init__"] for cls in classes]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if p.kind not in variable}
 
 
 def own_options(function: Callable[..., Any], supplied: Collection[str]) -> dict[str, Option]:
@@ -92,13 +76,12 @@ def _first_sentence(text: str) -> str:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    hints: dict[str, Any] = {}
-    for step in reversed(_constructors(function)):
-        try:
-            hints.update(get_type_hints(step))
-        except NameError:  # names imported under TYPE_CHECKING
-            continue
-    return hints
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters
+    except NameError:  # a name is imported for type checkers alone
+        return {}
+    empty = inspect.Parameter.empty
+    return {n: p.annotation for n, p in parameters.items() if p.annotation is not empty}
 
 
 def check_options(

@@ -19,6 +19,7 @@ The run folder holds::
     results.json                  written last: its presence marks a finished run
 """
 
+from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.provenance import git_hash
 from treelora_avalanche.runs.config import resolve_config
 from treelora_avalanche.runs.folder import (
@@ -28,7 +29,6 @@ from treelora_avalanche.runs.folder import (
     to_json,
     write_text,
 )
-from treelora_avalanche.runs.footprint import stored_bytes
 from treelora_avalanche.runs.monitors import JsonLinesLogger, Progress, ProgressPlugin
 from treelora_avalanche.runs.setup import Ingredients, check_arguments, prepare
 from treelora_avalanche.runs.single import run

@@ -90,6 +90,8 @@ class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
     :param n_steps: training steps of the whole stream.
     """
 
+    is_stored = False  # see `metrics.footprint.stored_bytes`
+
     def __init__(self, callback: ProgressCallback, n_tasks: int, n_steps: int):
         super().__init__()
         self.callback = callback

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from treelora_avalanche.metrics.footprint import count_parameters, stored_bytes
 from treelora_avalanche.provenance import git_hash, hardware, versions
 from treelora_avalanche.runs.folder import SCHEMA_VERSION
-from treelora_avalanche.runs.footprint import count_parameters, stored_bytes
 
 if TYPE_CHECKING:
     from treelora_avalanche.runs.training import Session

@@ -1,4 +1,4 @@
-"""Benchmarks: streams of tasks, in Avalanche's form."""
+"""Benchmark generators: streams of experiences as Avalanche benchmarks."""
 
 from treelora_avalanche.scenarios.cifar100 import SplitCIFAR100
 from treelora_avalanche.scenarios.cub200 import SplitCUB200

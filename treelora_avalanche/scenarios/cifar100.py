@@ -1,4 +1,4 @@
-"""CIFAR-100 as a class-incremental stream."""
+"""CIFAR-100 as a class-incremental benchmark."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
-from treelora_avalanche.scenarios.data.folders import choose_classes
-from treelora_avalanche.scenarios.data.images import ImageFile, fits, stacked, stamp
+from treelora_avalanche.scenarios.data.folders import select_classes
+from treelora_avalanche.scenarios.data.images import (
+    FileStamp,
+    file_stamp,
+    fits_in_cache,
+    stack_images,
+)
 
 
 def SplitCIFAR100(
@@ -38,50 +43,55 @@ def SplitCIFAR100(
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
 ) -> NCScenario:
-    """CIFAR-100, split by class: 50,000 training and 10,000 test images of 100 classes.
+    """Returns CIFAR-100, split by class: 50,000 training and 10,000 test images of 100 classes.
 
     The images (Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images",
     https://www.cs.toronto.edu/~kriz/cifar.html) have 32 x 32 pixels; they are enlarged to the input
-    size of the model. torchvision reads the published files, and opens none whose checksum differs.
+    size of the model. torchvision reads the published files, after a check of their checksums.
 
-    :param n_experiences: number of tasks; a divisor of the number of classes.
-    :param dataset_root: the folder that holds, or will hold, ``cifar-100-python``; by default
-        Avalanche's place for data sets.
-    :param download: whether to download what is missing or damaged, 169 MB.
-    :param preprocessing: how images become tensors; pass
+    Example::
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=100)
+        benchmark = SplitCIFAR100(10, preprocessing=image_preprocessing(model), seed=0)
+
+    :param n_experiences: number of experiences; a divisor of the number of classes.
+    :param dataset_root: the folder that contains ``cifar-100-python``, or into which it is
+        downloaded; by default Avalanche's folder for data sets.
+    :param download: whether to download missing or damaged files (169 MB).
+    :param preprocessing: resizing and normalisation of the images; pass
         ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
         ImageNet at 224 pixels.
-    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+    :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
     :param classes: names of the classes to use, such as "apple"; ``classes[i]`` gets label i. By
         default all, with their published labels.
-    :param fixed_class_order: labels in the order in which they arrive; overrides the drawing.
+    :param fixed_class_order: labels in the order in which they arrive; overrides the drawn order.
     :param seed: seed of the class order; None draws it from the global random state.
     :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
-    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
-        here (at 224 pixels they take 9.0 GB); otherwise each is resized on access. Benchmarks of
-        the same preprocessing share one copy.
-    :param return_task_id: if True, every experience has a task label of its own, else all have 0.
+    :param cache_bytes: limit of the resized images in memory, one byte per value (9.0 GB at 224
+        pixels); above it, each image is resized on access. Benchmarks of the same preprocessing
+        share one copy.
+    :param return_task_id: if True, every experience has its own task label, else all have 0.
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
-    :raises OSError: if the files are missing or damaged and could not be downloaded; the message
-        says what to fetch and where to put it.
-    :raises ValueError: if the classes or their number do not fit.
+    :raises OSError: if the files are missing or damaged and could not be downloaded; the error
+        names the archive and the folder to put it into.
+    :raises ValueError: if a class is unknown, or ``n_experiences`` does not divide the classes.
     """
     root = Path(dataset_root or default_dataset_location("cifar100")).expanduser()
     preprocessing = preprocessing or ImagePreprocessing()
     train, test = _readers(root, download)
-    class_names = choose_classes(root, train.classes, train.classes, classes)
+    class_names = select_classes(root, train.classes, train.classes, classes)
 
     labels = {train.classes.index(name): label for label, name in enumerate(class_names)}
     chosen = [np.flatnonzero(np.isin(part.targets, list(labels))) for part in (train, test)]
     source = _Pixels(
-        tuple(stamp(str(file)) for file, _ in _files(root)),
+        tuple(file_stamp(str(file)) for file, _ in _files(root)),
         tuple(class_names),
         np.concatenate([part.data[rows] for part, rows in zip((train, test), chosen, strict=True)]),
     )
     kept = None
-    if fits(len(source.pixels), preprocessing, cache_bytes):
+    if fits_in_cache(len(source.pixels), preprocessing, cache_bytes):
         kept = _resized(source, preprocessing)
     train_labels, test_labels = (
         [labels[part.targets[row]] for row in rows]
@@ -101,18 +111,15 @@ def SplitCIFAR100(
     )
 
 
-# ---------------------------------------------------------------------------------------- the files
-
-
 def _files(root: Path) -> list[tuple[Path, str]]:
-    """The published files with their checksums."""
+    """Returns the published files with their checksums."""
     listed = [*CIFAR100.train_list, *CIFAR100.test_list]
     listed.append([CIFAR100.meta["filename"], CIFAR100.meta["md5"]])
     return [(root / CIFAR100.base_folder / name, md5) for name, md5 in listed]
 
 
 def _readers(root: Path, download: bool) -> tuple[CIFAR100, CIFAR100]:
-    """torchvision's readers of the training and the test images."""
+    """Returns torchvision's readers of the training and the test images."""
     wrong = [
         f"{file.name} is {'damaged (wrong MD5)' if file.is_file() else 'missing'}"
         for file, md5 in _files(root)
@@ -120,15 +127,15 @@ def _readers(root: Path, download: bool) -> tuple[CIFAR100, CIFAR100]:
     ]
     archive = root / CIFAR100.filename
     remedy = (
-        f"Fetch {CIFAR100.url} (169 MB, MD5 {CIFAR100.tgz_md5}) and put it as {str(archive)!r}; "
-        "with `download=True` an intact archive is unpacked, not fetched again."
+        f"Fetch {CIFAR100.url} (169 MB, MD5 {CIFAR100.tgz_md5}) and save it as {str(archive)!r}; "
+        "with `download=True` an intact archive is unpacked, not downloaded again."
     )
     state = f"in {str(root / CIFAR100.base_folder)!r} {', '.join(wrong)}"
     if wrong and not download:
         raise FileNotFoundError(f"CIFAR-100 is not complete: {state}. {remedy}")
     if wrong:
         try:
-            # Not by the reader's `download=True`, which overlooks missing class names.
+            # The reader's `download=True` overlooks missing class names.
             download_and_extract_archive(
                 CIFAR100.url, root, filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
             )
@@ -140,17 +147,13 @@ def _readers(root: Path, download: bool) -> tuple[CIFAR100, CIFAR100]:
     return CIFAR100(root, train=True), CIFAR100(root, train=False)
 
 
-# ------------------------------------------------------------------------- from pixels to tensors
-
-
 @dataclass(frozen=True)
 class _Pixels:
     """The images of chosen classes, training images first; equal if read from the same files."""
 
-    files: tuple[ImageFile, ...]
+    files: tuple[FileStamp, ...]
     classes: tuple[str, ...]
-    pixels: np.ndarray = field(compare=False)
-    """ (n, 32, 32, 3), uint8 """
+    pixels: np.ndarray = field(compare=False)  # (n, 32, 32, 3), uint8
 
 
 def _resize(source: _Pixels, row: int, preprocessing: ImagePreprocessing) -> Tensor:
@@ -159,8 +162,8 @@ def _resize(source: _Pixels, row: int, preprocessing: ImagePreprocessing) -> Ten
 
 @lru_cache(maxsize=2)
 def _resized(source: _Pixels, preprocessing: ImagePreprocessing) -> Tensor:
-    """All images as bytes, ``(n, 3, height, width)``; seeds and methods share one copy."""
-    return stacked(
+    """Returns all images, uint8 ``(n, 3, height, width)``; seeds and methods share one copy."""
+    return stack_images(
         len(source.pixels), preprocessing, lambda row: _resize(source, row, preprocessing)
     )
 
@@ -172,7 +175,7 @@ class _ResizedPixels(Dataset):
     :param first: the first row of this dataset in the source.
     :param targets: the labels.
     :param preprocessing: how images are resized.
-    :param images: all images of the source in their new size, or None.
+    :param images: all resized images of the source, or None.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""CUB-200-2011 as a class-incremental stream."""
+"""CUB-200-2011 as a class-incremental benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.archives import CUB_200_2011, published_folder
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
-from treelora_avalanche.scenarios.data.folders import ImageRecord, choose_classes
+from treelora_avalanche.scenarios.data.folders import ImageRecord, select_classes
 from treelora_avalanche.scenarios.data.images import image_datasets
 
 TEXT_FILES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
@@ -33,39 +33,45 @@ def SplitCUB200(
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
 ) -> NCScenario:
-    """CUB-200-2011, split by class: 5,994 training and 5,794 test images of 200 species of birds.
+    """Returns CUB-200-2011, split by class: 5,994 training and 5,794 test images of 200 birds.
 
-    The images and the official split of Wah et al. 2011, "The Caltech-UCSD Birds-200-2011 Dataset"
-    (https://data.caltech.edu/records/65de6-vp158), in the published layout: ``images/``,
+    Reads the images and the official split of Wah et al. 2011, "The Caltech-UCSD Birds-200-2011
+    Dataset" (https://data.caltech.edu/records/65de6-vp158), in the published layout: ``images/``,
     ``images.txt``, ``image_class_labels.txt``, ``train_test_split.txt``, ``classes.txt``. The
-    classes are those of ``classes.txt``, so that a part of the data set is a data set too; label i
-    is its i-th line. (Avalanche's reader asks for bounding boxes, which nothing here needs, and
-    takes 200 classes for granted.)
+    classes are those of ``classes.txt``, label i its i-th line, so that a part of the data set can
+    be read too. (Avalanche's reader needs the bounding boxes and exactly 200 classes.)
 
-    :param n_experiences: number of tasks; a divisor of the number of classes.
-    :param dataset_root: the folder that holds ``CUB_200_2011``, or that folder itself.
-    :param download: whether to download and unpack the archive (1.2 GB) if it is not there.
-    :param preprocessing: how images become tensors; pass
+    Example::
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=200)
+        benchmark = SplitCUB200(
+            10, dataset_root="data", preprocessing=image_preprocessing(model), seed=0
+        )
+
+    :param n_experiences: number of experiences; a divisor of the number of classes.
+    :param dataset_root: the folder that contains ``CUB_200_2011``, or that folder itself.
+    :param download: whether to download and unpack a missing archive (1.2 GB).
+    :param preprocessing: resizing and normalisation of the images; pass
         ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
         ImageNet at 224 pixels.
-    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+    :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
     :param classes: names of the classes to use, as in ``classes.txt``; ``classes[i]`` gets label i.
         By default all.
-    :param fixed_class_order: labels in the order in which they arrive; overrides the drawing.
+    :param fixed_class_order: labels in the order in which they arrive; overrides the drawn order.
     :param seed: seed of the class order; None draws it from the global random state.
     :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
-    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
-        here (at 224 pixels they take 1.8 GB); otherwise files are read on access. Benchmarks of the
-        same files and the same preprocessing share one copy.
-    :param return_task_id: if True, every experience has a task label of its own, else all have 0.
+    :param cache_bytes: limit of the resized images in memory, one byte per value (1.8 GB at 224
+        pixels); above it, files are read on access. Benchmarks of the same files and the same
+        preprocessing share one copy.
+    :param return_task_id: if True, every experience has its own task label, else all have 0.
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
-    :raises ValueError: if the text files contradict each other, or the number of classes does not
-        fit; the message says where.
+    :raises ValueError: if the text files contradict each other, or ``n_experiences`` does not
+        divide the classes.
     :raises OSError: if the folder, one of its text files or an image that they list is missing; if
-        the archive cannot be downloaded; if an image cannot be read: here when images are kept in
-        memory, else on access.
+        the archive cannot be downloaded; if an image cannot be read (on access if the images are
+        not cached).
     """
     root = published_folder(CUB_200_2011, dataset_root, download, _is_cub)
     preprocessing = preprocessing or ImagePreprocessing()
@@ -92,20 +98,20 @@ def _is_cub(root: Path) -> bool:
 def _read_lists(
     root: Path, classes: Sequence[str] | None
 ) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
-    """The training images, the test images and the class names."""
+    """Returns the training images, the test images and the class names."""
     missing = [name for name in TEXT_FILES if not (root / name).is_file()]
     if not (root / "images").is_dir():
         missing.append("images/")
     if missing:
         raise FileNotFoundError(
-            f"{str(root)!r} is not a whole {CUB_200_2011.title}: {', '.join(missing)} missing. "
+            f"{str(root)!r} is not a complete {CUB_200_2011.title}: {', '.join(missing)} missing. "
             f"Unpack {CUB_200_2011.url} again."
         )
     names, paths, class_of, split_of = (_read_column(root / name) for name in TEXT_FILES)
     _check_lists(root, names, paths, class_of, split_of)
 
     all_names = list(names.values())
-    class_names = choose_classes(root, all_names, all_names, classes)
+    class_names = select_classes(root, all_names, all_names, classes)
     label_of = {key: class_names.index(name) for key, name in names.items() if name in class_names}
     train: list[ImageRecord] = []
     test: list[ImageRecord] = []
@@ -133,7 +139,7 @@ def _read_lists(
 
 
 def _read_column(file: Path) -> dict[str, str]:
-    """The second column of a text file by the first, which numbers the lines."""
+    """Returns the second column of a text file, by the first, which numbers the lines."""
     column: dict[str, str] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         fields = line.split(maxsplit=1)
@@ -141,7 +147,8 @@ def _read_column(file: Path) -> dict[str, str]:
             continue
         if len(fields) != 2 or not fields[0].isdecimal() or fields[0] in column:
             raise ValueError(
-                f"line {number} of {str(file)!r} is {line!r}; it must be a new number and a value. "
+                f"line {number} of {str(file)!r} should be a new number and a value, but is "
+                f"{line!r}. "
                 f"Unpack {CUB_200_2011.url} again."
             )
         column[fields[0]] = fields[1].strip()
@@ -166,7 +173,7 @@ def _check_lists(
             f"classes.txt lacks the classes {', '.join(unknown[:5])} of {TEXT_FILES[2]}"
         )
     if strange := sorted(set(split_of.values()) - {"0", "1"}):
-        problems.append(f"{TEXT_FILES[3]} holds {', '.join(strange[:5])} where 0 or 1 belongs")
+        problems.append(f"{TEXT_FILES[3]} should hold 0 or 1, but holds {', '.join(strange[:5])}")
     if problems:
         raise ValueError(
             f"the lists in {str(root)!r} contradict each other: {'; '.join(problems)}. Unpack "

@@ -1,4 +1,4 @@
-"""scikit-learn's digits as a class-incremental stream: no download, a few seconds to train on."""
+"""scikit-learn's digits as a class-incremental benchmark: no download, seconds to train on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 
 
-class _LabelledImages(Dataset):
-    """Images with their labels as plain integers, which is what Avalanche expects.
+class LabelledImages(Dataset):
+    """Images with their labels as Python integers, as Avalanche expects.
+
+    >>> import torch
+    >>> LabelledImages(torch.zeros(2, 1, 8, 8), torch.tensor([3, 5])).targets
+    [3, 5]
 
     :param images: ``(n, 1, 8, 8)``.
     :param labels: ``(n,)``.
@@ -38,22 +42,27 @@ def SplitDigits(
     shuffle: bool = True,
     return_task_id: bool = False,
 ) -> NCScenario:
-    """Scikit-learn's 1,797 handwritten digits, split by class.
+    """Returns scikit-learn's 1,797 handwritten digits, split by class.
 
     Samples are ``(1, 8, 8)`` float tensors in [-1, 1]. The split into 1,347 training and 450 test
-    images is always the same, and stratified; the label of a digit is the digit.
+    images is fixed and stratified; the label of a digit is the digit.
 
-    :param n_experiences: number of tasks; a divisor of 10.
+    Example::
+
+        benchmark = SplitDigits(5, seed=0)
+        SeqLoRA(pretrained_digits_vit(), train_mb_size=32).train(benchmark.train_stream)
+
+    :param n_experiences: number of experiences; a divisor of 10.
     :param seed: seed of the class order; None draws it from the global random state.
-    :param fixed_class_order: labels in the order in which they arrive; overrides the drawing.
+    :param fixed_class_order: labels in the order in which they arrive; overrides the drawn order.
     :param shuffle: whether to draw the order; if False, the digits arrive in ascending order.
-    :param return_task_id: if True, every experience has a task label of its own, else all have 0.
-    :return: the benchmark, which carries ``class_names`` and ``n_classes``.
+    :param return_task_id: if True, every experience has its own task label, else all have 0.
+    :return: the benchmark; it carries ``class_names`` and ``n_classes``.
     """
     digits = load_digits()
     return split_by_class(
-        _LabelledImages(digits.train_images, digits.train_labels),
-        _LabelledImages(digits.test_images, digits.test_labels),
+        LabelledImages(digits.train_images, digits.train_labels),
+        LabelledImages(digits.test_images, digits.test_labels),
         [str(digit) for digit in range(10)],
         n_experiences,
         seed=seed,
@@ -64,7 +73,7 @@ def SplitDigits(
 
 
 def digits_images() -> Tensor:
-    """The training images of :func:`SplitDigits` without their labels, ``(1347, 1, 8, 8)``.
+    """Returns the training images of :func:`SplitDigits` without labels, ``(1347, 1, 8, 8)``.
 
     For self-supervised pretraining, see
     :func:`treelora_avalanche.models.pretrain_self_supervised`.

@@ -1,8 +1,7 @@
-"""Domain-incremental benchmarks of images: the same classes, seen in one domain after another."""
+"""Domain-incremental benchmarks of images: the same classes in one domain after another."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,19 +11,20 @@ import torch
 from avalanche.benchmarks import GenericCLScenario, dataset_benchmark
 from torch import Tensor
 
+from treelora_avalanche.choices import did_you_mean
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.folders import (
     ImageRecord,
-    choose_classes,
-    class_folders,
-    draw_split,
-    images_of,
+    draw_test_split,
+    images_by_class,
+    list_class_folders,
+    select_classes,
 )
 from treelora_avalanche.scenarios.data.images import image_datasets
 
 LAYOUTS = (
     "Accepted are <root>/train/<domain>/<class>/<image> with <root>/test/<domain>/<class>/<image>, "
-    "or <root>/<domain>/<class>/<image>, of which a test set is drawn"
+    "or <root>/<domain>/<class>/<image>, from which a test set is drawn"
 )
 
 
@@ -41,22 +41,29 @@ def DomainImageFolder(
     test_fraction: float = 0.2,
     cache_bytes: int = 2 * 1024**3,
 ) -> GenericCLScenario:
-    """A folder of images, one subfolder per domain, as a domain-incremental benchmark.
+    """Returns a folder of images, one subfolder per domain, as a domain-incremental benchmark.
 
-    Every experience holds all classes, in one domain; such as PACS (Li et al. 2017, "Deeper,
-    Broader and Artier Domain Generalization"), DomainNet or Office-Home. Two layouts are accepted:
+    Every experience holds all classes, in one domain; as in PACS (Li et al. 2017, "Deeper, Broader
+    and Artier Domain Generalization"), DomainNet or Office-Home. Two layouts are accepted:
     ``root/train/<domain>/<class>/*`` with ``root/test/<domain>/<class>/*``, a given split; and
-    ``root/<domain>/<class>/*``, of which a test set is drawn, stratified by domain and class. Files
-    that are not images are ignored, images of any mode are read as RGB. The task label is 0
-    everywhere: nothing tells a strategy which domain an image is from.
+    ``root/<domain>/<class>/*``, from which a test set is drawn, stratified by domain and class.
+    Files that are not images are ignored, images of any mode are read as RGB. The task label is 0
+    everywhere, so that a strategy cannot read the domain from it.
+
+    Example::
+
+        model = timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=7)
+        benchmark = DomainImageFolder(
+            "pacs", domains=["photo", "sketch"], preprocessing=image_preprocessing(model)
+        )
 
     :param dataset_root: the folder.
-    :param domains: names of the domain folders to use, in the order in which they arrive; overrides
-        the drawing. By default all.
-    :param preprocessing: how images become tensors; pass
+    :param domains: names of the domain folders to use, in order of arrival; overrides the drawn
+        order. By default all.
+    :param preprocessing: resizing and normalisation of the images; pass
         ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
         ImageNet at 224 pixels.
-    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+    :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
     :param classes: names of the class folders to use; ``classes[i]`` gets label i. By default all,
@@ -64,18 +71,16 @@ def DomainImageFolder(
     :param seed: seed of the order of the domains and of the drawn split; None draws both from the
         global random state.
     :param shuffle: whether to draw the order; if False, domains arrive in alphabetical order.
-    :param test_fraction: share of each class of each domain that becomes the test set where none is
-        given.
-    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
-        here; otherwise files are read on access. Benchmarks of the same files and the same
-        preprocessing share one copy.
+    :param test_fraction: share of each class of each domain that is drawn for testing if no split
+        is given.
+    :param cache_bytes: limit of the resized images in memory, one byte per value; above it, files
+        are read on access. Benchmarks of the same files and the same preprocessing share one copy.
     :return: the benchmark, one experience per domain in both streams. It carries ``domain_names``
         (``domain_names[experience.current_experience]``), ``class_names`` (``class_names[label]``)
         and ``n_classes``.
-    :raises ValueError: if the folder, its domains or their classes do not fit; the message says how
-        to mend it.
-    :raises OSError: if an image cannot be read: here when images are kept in memory, else on
-        access.
+    :raises ValueError: if the folder fits no layout, a domain or a class is unknown, or the
+        domains hold different classes.
+    :raises OSError: if an image cannot be read (on access if the images are not cached).
     """
     root = Path(dataset_root).expanduser()
     preprocessing = preprocessing or ImagePreprocessing()
@@ -91,13 +96,13 @@ def DomainImageFolder(
     if seed is None and len(parts) == 1:  # one seed for the splits of all domains
         seed = int(torch.randint(2**31, ()))
     for name in names:
-        found = [images_of(part / name, class_names, LAYOUTS) for part in parts]
+        found = [images_by_class(part / name, class_names, LAYOUTS) for part in parts]
         if len(found) == 2:
             train_images, test_images = (list(chain(*images)) for images in found)
         else:
-            # Named as the user finds them; and classes of different domains are drawn apart.
+            # The names appear in errors, and seed the draw of each class of each domain.
             cells = [f"{name}/{class_name}" for class_name in class_names]
-            train_images, test_images = draw_split(found[0], cells, test_fraction, seed)
+            train_images, test_images = draw_test_split(found[0], cells, test_fraction, seed)
         train.append(train_images)
         test.append(test_images)
 
@@ -116,9 +121,9 @@ def DomainImageFolder(
 
 
 def _parts(root: Path) -> list[Path]:
-    """The folders for training and for testing, or the one folder of which both are drawn."""
+    """Returns the folders for training and for testing, or the one to draw both from."""
     if not root.is_dir():
-        raise ValueError(f"`dataset_root` is {str(root)!r}, which is not a folder. {LAYOUTS}.")
+        raise ValueError(f"`dataset_root` should be a folder, but is {str(root)!r}. {LAYOUTS}.")
     given = [root / part for part in ("train", "test") if (root / part).is_dir()]
     if len(given) == 2:
         return given
@@ -132,27 +137,28 @@ def _parts(root: Path) -> list[Path]:
 
 
 def _choose_domains(root: Path, parts: list[Path], domains: Sequence[str] | None) -> list[str]:
-    found = [class_folders(part, LAYOUTS) for part in parts]
+    found = [list_class_folders(part, LAYOUTS) for part in parts]
     known = sorted(set(found[0]).intersection(*found))
     if domains is None:
         alone = sorted(set(chain(*found)) - set(known))
         if alone:
             raise ValueError(
-                f"'train' and 'test' of `dataset_root` {str(root)!r} hold different domains (in "
-                f"one of them only: {', '.join(alone)}). Complete them, or name the common ones in "
-                "`domains=`."
+                f"'train' and 'test' of `dataset_root` {str(root)!r} should hold the same domains, "
+                f"but do not (in one of them only: {', '.join(alone)}). Complete them, or name the "
+                "common ones in `domains=`."
             )
         return known
     names = list(domains)
     if not names or isinstance(domains, str) or len(set(names)) < len(names):
-        raise ValueError(f"`domains` is {domains!r}; it must be a list of different domain names.")
+        raise ValueError(
+            f"`domains` should be a list of different domain names, but is {domains!r}. Name each "
+            "domain once."
+        )
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=3)
-            hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
             raise ValueError(
-                f"`domains` names {name!r}, which is not among the {len(known)} domain folders of "
-                f"{str(root)!r} ({', '.join(known)}).{hint}"
+                f"`domains` should name some of the {len(known)} domain folders of {str(root)!r} "
+                f"({', '.join(known)}), but contains {name!r}.{did_you_mean(name, known)}"
             )
     return names
 
@@ -161,7 +167,7 @@ def _common_classes(
     root: Path, parts: list[Path], domains: list[str], classes: Sequence[str] | None
 ) -> list[str]:
     folders = [part / domain for domain in domains for part in parts]
-    found = {folder: set(class_folders(folder, LAYOUTS)) for folder in folders}
+    found = {folder: set(list_class_folders(folder, LAYOUTS)) for folder in folders}
     everything = set(chain(*found.values()))
     common = sorted(everything.intersection(*found.values()))
     if classes is None and len(common) < len(everything):
@@ -171,8 +177,8 @@ def _common_classes(
             if everything - names
         )
         raise ValueError(
-            f"the domains of `dataset_root` {str(root)!r} hold different classes ({lacking}). "
-            f"Complete them, or name the common ones in `classes=`"
+            f"the domains of `dataset_root` {str(root)!r} should hold the same classes, but do not "
+            f"({lacking}). Complete them, or name the common ones in `classes=`"
             f"{': ' + ', '.join(common) if common else ' (there are none)'}."
         )
-    return choose_classes(root, common, common, classes)
+    return select_classes(root, common, common, classes)

@@ -1,4 +1,4 @@
-"""Class-incremental benchmarks of images: any folder of classes."""
+"""Class-incremental benchmarks from any folder of images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
-from treelora_avalanche.scenarios.data.images import image_datasets, list_images
+from treelora_avalanche.scenarios.data.folders import list_images
+from treelora_avalanche.scenarios.data.images import image_datasets
 
 
 def SplitImageFolder(
@@ -29,36 +30,41 @@ def SplitImageFolder(
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
 ) -> NCScenario:
-    """A folder of images, one subfolder per class, as a class-incremental benchmark.
+    """Returns a folder of images, one subfolder per class, as a class-incremental benchmark.
 
     Two layouts are accepted: ``root/train/<class>/*`` with ``root/test/<class>/*``, a given split;
-    and ``root/<class>/*``, of which a stratified test set is drawn. Files that are not images are
+    and ``root/<class>/*``, from which a stratified test set is drawn. Files that are not images are
     ignored, images of any mode are read as RGB.
 
+    Example::
+
+        model = timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=12)
+        benchmark = SplitImageFolder(
+            "pets", n_experiences=4, preprocessing=image_preprocessing(model), seed=0
+        )
+
     :param dataset_root: the folder.
-    :param n_experiences: number of tasks; a divisor of the number of classes.
-    :param preprocessing: how images become tensors; pass
+    :param n_experiences: number of experiences; a divisor of the number of classes.
+    :param preprocessing: resizing and normalisation of the images; pass
         ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
         ImageNet at 224 pixels.
-    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+    :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
     :param classes: names of the class folders to use; ``classes[i]`` gets label i. By default all,
         sorted by name.
-    :param fixed_class_order: labels in the order in which they arrive; overrides the drawing.
+    :param fixed_class_order: labels in the order in which they arrive; overrides the drawn order.
     :param seed: seed of the class order and of the drawn split; None draws both from the global
         random state.
     :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
-    :param test_fraction: share of each class that becomes the test set where none is given.
-    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
-        here; otherwise files are read on access. Benchmarks of the same files and the same
-        preprocessing share one copy.
-    :param return_task_id: if True, every experience has a task label of its own, else all have 0.
+    :param test_fraction: share of each class that is drawn for testing if no split is given.
+    :param cache_bytes: limit of the resized images in memory, one byte per value; above it, files
+        are read on access. Benchmarks of the same files and the same preprocessing share one copy.
+    :param return_task_id: if True, every experience has its own task label, else all have 0.
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
-    :raises ValueError: if the folder, the classes or their number do not fit; the message says how
-        to mend it.
-    :raises OSError: if an image cannot be read: here when images are kept in memory, else on
-        access.
+    :raises ValueError: if the folder fits no layout, a class is unknown, or ``n_experiences`` does
+        not divide the classes.
+    :raises OSError: if an image cannot be read (on access if the images are not cached).
     """
     root = Path(dataset_root).expanduser()
     preprocessing = preprocessing or ImagePreprocessing()
@@ -76,9 +82,3 @@ def SplitImageFolder(
         train_transform=train_transform or preprocessing.normalize,
         eval_transform=eval_transform or preprocessing.normalize,
     )
-
-
-# --------------------------------------------------------------------------- which images there are
-
-
-# ---------------------------------------------------------------------------- from files to tensors

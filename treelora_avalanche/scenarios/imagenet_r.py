@@ -1,4 +1,4 @@
-"""ImageNet-R as a class-incremental stream."""
+"""ImageNet-R as a class-incremental benchmark."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.archives import IMAGENET_R, published_folder
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
-from treelora_avalanche.scenarios.data.folders import class_folders
-from treelora_avalanche.scenarios.data.images import image_datasets, list_images
+from treelora_avalanche.scenarios.data.folders import list_class_folders, list_images
+from treelora_avalanche.scenarios.data.images import image_datasets
 
 N_IMAGES = 30_000
 
-# The class folders, WordNet identifiers; from https://github.com/hendrycks/imagenet-r, eval.py.
+# WordNet identifiers, the class folders; from https://github.com/hendrycks/imagenet-r, eval.py.
 _WNIDS = """
     n01443537 n01484850 n01494475 n01498041 n01514859 n01518878 n01531178 n01534433 n01614925
     n01616318 n01630670 n01632777 n01644373 n01677366 n01694178 n01748264 n01770393 n01774750
@@ -63,43 +63,49 @@ def SplitImageNetR(
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
 ) -> NCScenario:
-    """ImageNet-R, split by class: 30,000 renditions of 200 classes of ImageNet.
+    """Returns ImageNet-R, split by class: 30,000 renditions of 200 classes of ImageNet.
 
     Paintings, sketches, toys, graffiti ... (Hendrycks et al. 2021, "The Many Faces of Robustness",
     https://github.com/hendrycks/imagenet-r). Two layouts are accepted: the published one,
-    ``imagenet-r/<wnid>/*``, and ``imagenet-r/{train,test}/<wnid>/*``, a given split, as PILOT and
-    the DualPrompt family of repositories write it.
+    ``imagenet-r/<wnid>/*``, and ``imagenet-r/{train,test}/<wnid>/*``, a given split, as in PILOT
+    and the repositories derived from DualPrompt.
 
     There is no official split. The convention since DualPrompt (Wang et al. 2022) is 24,000 random
-    images for training and 6,000 for testing, drawn over all images at once. Ours is drawn within
-    each class, so that all classes keep their share, and by ``seed`` alone. To compare with others'
-    numbers image by image, give the split as folders.
+    images for training and 6,000 for testing, drawn over all images at once. Ours is stratified by
+    class, and depends on ``seed`` alone. To reproduce a published split, give it as folders.
 
-    :param n_experiences: number of tasks; a divisor of the number of classes.
-    :param dataset_root: the folder that holds ``imagenet-r``, or that folder itself.
-    :param download: whether to download and unpack the archive (2.2 GB) if it is not there.
-    :param preprocessing: how images become tensors; pass
+    Example::
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=200)
+        benchmark = SplitImageNetR(
+            10, dataset_root="data", preprocessing=image_preprocessing(model), seed=0
+        )
+
+    :param n_experiences: number of experiences; a divisor of the number of classes.
+    :param dataset_root: the folder that contains ``imagenet-r``, or that folder itself.
+    :param download: whether to download and unpack a missing archive (2.2 GB).
+    :param preprocessing: resizing and normalisation of the images; pass
         ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
         ImageNet at 224 pixels.
-    :param train_transform: acts on the resized uint8 image ``(3, height, width)`` of the train
+    :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
     :param classes: names of the class folders to use; ``classes[i]`` gets label i. By default all
-        200, sorted by name, of which none may be missing.
-    :param fixed_class_order: labels in the order in which they arrive; overrides the drawing.
+        200, sorted by name; none may be missing then.
+    :param fixed_class_order: labels in the order in which they arrive; overrides the drawn order.
     :param seed: seed of the class order and of the drawn split; None draws both from the global
         random state.
     :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
-    :param test_fraction: share of each class that becomes the test set where none is given.
-    :param cache_bytes: the resized images are kept in memory, as bytes, if all of them fit in
-        here (at 224 pixels they take 4.5 GB); otherwise files are read on access. Benchmarks of the
-        same files and the same preprocessing share one copy.
-    :param return_task_id: if True, every experience has a task label of its own, else all have 0.
+    :param test_fraction: share of each class that is drawn for testing if no split is given.
+    :param cache_bytes: limit of the resized images in memory, one byte per value (4.5 GB at 224
+        pixels); above it, files are read on access. Benchmarks of the same files and the same
+        preprocessing share one copy.
+    :param return_task_id: if True, every experience has its own task label, else all have 0.
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
-    :raises ValueError: if classes or images are missing, or their number does not fit; the message
-        says how to mend it.
-    :raises OSError: if the folder is not there or the archive cannot be downloaded; if an image
-        cannot be read: here when images are kept in memory, else on access.
+    :raises ValueError: if classes or images are missing, or ``n_experiences`` does not divide the
+        classes.
+    :raises OSError: if the folder is missing or the archive cannot be downloaded; if an image
+        cannot be read (on access if the images are not cached).
     """
     root = published_folder(IMAGENET_R, dataset_root, download, _is_imagenet_r)
     preprocessing = preprocessing or ImagePreprocessing()
@@ -108,9 +114,9 @@ def SplitImageNetR(
     train, test, class_names = list_images(root, classes, test_fraction, seed)
     if classes is None and len(train) + len(test) != N_IMAGES:
         raise ValueError(
-            f"{str(root)!r} holds {len(train) + len(test):,} images; ImageNet-R has {N_IMAGES:,}. "
-            f"Unpack {IMAGENET_R.url} again, or name the classes to use in `classes=`: then their "
-            "images are taken as they are."
+            f"{str(root)!r} should hold the {N_IMAGES:,} images of ImageNet-R, but holds "
+            f"{len(train) + len(test):,}. Unpack {IMAGENET_R.url} again, or name the classes to "
+            "use in `classes=`: their images are not counted."
         )
     train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
     return split_by_class(
@@ -139,7 +145,7 @@ def _is_imagenet_r(root: Path) -> bool:
 
 def _check_classes(root: Path) -> None:
     for part in _parts(root):
-        found = set(class_folders(part))
+        found = set(list_class_folders(part))
         missing = sorted(set(WNIDS) - found)
         others = sorted(found - set(WNIDS))
         if missing or others:
@@ -149,7 +155,7 @@ def _check_classes(root: Path) -> None:
                 if names
             ]
             raise ValueError(
-                f"{str(part)!r} holds {len(found)} class folders, not the {len(WNIDS)} of "
-                f"ImageNet-R ({'; '.join(listed)}). Unpack {IMAGENET_R.url} again, or name the "
-                "classes to use in `classes=`."
+                f"{str(part)!r} should hold the {len(WNIDS)} class folders of ImageNet-R, but "
+                f"holds {len(found)} ({'; '.join(listed)}). Unpack {IMAGENET_R.url} again, or name "
+                "the classes to use in `classes=`."
             )

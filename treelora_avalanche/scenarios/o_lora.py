@@ -1,6 +1,6 @@
-"""O-LoRA's text classifications (Wang et al. 2023, arXiv 2310.14152), in their orders and others.
+"""O-LoRA's text classifications (Wang et al. 2023, arXiv 2310.14152) as streams of text tasks.
 
-A sample is an instruction, the possible labels, a text, and ``Answer:``; the answer is the label.
+A prompt is an instruction, the possible labels, a text, and ``Answer:``; the answer is the label.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from avalanche.benchmarks import CLScenario
 
 from treelora_avalanche.choices import check_known
+from treelora_avalanche.scenarios.data.text_benchmark import TextTask, text_benchmark
 from treelora_avalanche.scenarios.data.text_records import Records, TextRecord, read_json, text_of
-from treelora_avalanche.scenarios.text_tasks import TextTask, text_benchmark
 from treelora_avalanche.scenarios.trace import TRACE_TASKS, trace_tasks
 
 logger = logging.getLogger(__name__)
 
 # The instructions are part of the benchmark: O-LoRA's paper lists them (appendix, "Task
-# Instructions"). COPA's texts carry their question themselves.
+# Instructions"). COPA's texts contain their question.
 _INSTRUCTIONS = {
     "NLI": (
         'What is the logical relationship between the "sentence 1" and the "sentence 2"? '
@@ -65,7 +65,7 @@ FAMILY_OF = {
     "WiC": "WiC",
     "COPA": "COPA",
 }
-"""The fifteen tasks, each with the family whose instruction it has, and whose folder it lies in."""
+"""The family of each of the fifteen tasks, which gives its instruction and its folder."""
 
 O_LORA_ORDERS = {
     1: ("dbpedia", "amazon", "yahoo", "agnews"),
@@ -93,9 +93,9 @@ LONG_SEQUENCE = (
 """The fifteen tasks of TreeLoRA's long sequence: TRACE's, then seven of O-LoRA's."""
 
 MAX_NEW_TOKENS = 50
-"""Where a generated label is stopped, as in O-LoRA's release."""
+"""Limit of a generated label, as in O-LoRA's release."""
 
-_NO_LABEL = "-"  # of MNLI, where the annotators did not agree
+_NO_LABEL = "-"  # in MNLI, if the annotators did not agree
 
 
 def OLoRAOrder(
@@ -107,27 +107,30 @@ def OLoRAOrder(
     limit: int | None = None,
     max_length: int = 1024,
 ) -> CLScenario:
-    """O-LoRA's text classifications in one of its six orders, :data:`O_LORA_ORDERS`.
+    """Returns O-LoRA's text classifications in one of its six orders, :data:`O_LORA_ORDERS`.
 
-    Read is the layout of the release, ``<family>/<task>/{train,test,labels}.json``. Yelp and Yahoo
+    Reads the layout of the release, ``<family>/<task>/{train,test,labels}.json``. Yelp and Yahoo
     are part of every order (of 1 to 3, Yahoo alone), and their terms forbid redistribution, so that
-    a copy of the data may lack them. For what an experience carries see
-    :func:`~treelora_avalanche.scenarios.text_tasks.text_benchmark`.
+    a copy of the data may lack them. The attributes of an experience are listed at
+    :func:`~treelora_avalanche.scenarios.data.text_benchmark.text_benchmark`.
 
-    :param order: 1 to 3, of four tasks; 4 to 6, of fifteen.
-    :param data_root: the folder that holds ``CL_Benchmark``, or that folder itself.
-    :param model: the :class:`~treelora_avalanche.models.LanguageModel` that is to learn it, or a
-        tokenizer.
-    :param skip_missing_tasks: whether to go on without the tasks that the data lack. It is another
-        benchmark then, and results do not compare with O-LoRA's.
-    :param limit: the first so many records of each file; None for all.
-    :param max_length: most tokens of a prompt and its answer, where ``model`` is a tokenizer.
+    Example::
+
+        benchmark = OLoRAOrder(1, "data", create_language_model("gpt2"), skip_missing_tasks=True)
+
+    :param order: 1 to 3, four tasks each; 4 to 6, fifteen tasks each.
+    :param data_root: the folder that contains ``CL_Benchmark``, or that folder itself.
+    :param model: the :class:`~treelora_avalanche.models.LanguageModel` to train, or a tokenizer.
+    :param skip_missing_tasks: whether to leave out missing tasks; results are then not comparable
+        with O-LoRA's.
+    :param limit: number of records used of each file, from its start; None for all.
+    :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :return: the benchmark; it carries ``task_names``.
     :raises FileNotFoundError: if tasks are missing.
-    :raises ValueError: if an argument is out of range, or a file does not hold such records.
+    :raises ValueError: if ``order`` is unknown, or a file does not hold such records.
     """
     if order not in O_LORA_ORDERS:
-        raise ValueError(f"`order` is {order!r}; O-LoRA's orders are 1 to 6.")
+        raise ValueError(f"`order` should be one of O-LoRA's orders, 1 to 6, but is {order!r}.")
     names = _present(data_root, O_LORA_ORDERS[order], skip_missing_tasks)
     built = classification_tasks(data_root, names)
     return text_benchmark(built, model, limit=limit, max_length=max_length)
@@ -142,16 +145,22 @@ def LongSequence(
     limit: int | None = None,
     max_length: int = 1024,
 ) -> CLScenario:
-    """TreeLoRA's sequence of fifteen tasks (Table 9): TRACE's eight, then seven of O-LoRA's.
+    """Returns TreeLoRA's sequence of fifteen tasks (Table 9): TRACE's, then seven of O-LoRA's.
 
-    :param data_root: the folder that holds both ``TRACE-Benchmark`` and ``CL_Benchmark``.
-    :param model: see :func:`OLoRAOrder`.
-    :param variant: of TRACE, see :func:`~treelora_avalanche.scenarios.TRACE`.
-    :param skip_missing_tasks: see :func:`OLoRAOrder`; Yelp and Yahoo are part of it.
-    :param limit: see :func:`OLoRAOrder`.
-    :param max_length: see :func:`OLoRAOrder`.
+    Example::
+
+        benchmark = LongSequence("data", create_language_model("gpt2"), skip_missing_tasks=True)
+
+    :param data_root: the folder that contains both ``TRACE-Benchmark`` and ``CL_Benchmark``.
+    :param model: the :class:`~treelora_avalanche.models.LanguageModel` to train, or a tokenizer.
+    :param variant: records per task of TRACE: ``"500"``, as in TreeLoRA, ``"1000"`` or ``"5000"``.
+    :param skip_missing_tasks: whether to leave out missing tasks of O-LoRA, such as Yelp and Yahoo;
+        results are then not comparable with TreeLoRA's.
+    :param limit: number of records used of each file, from its start; None for all.
+    :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :return: the benchmark; it carries ``task_names``.
     :raises FileNotFoundError: if tasks are missing.
+    :raises ValueError: if a file does not hold such records.
     """
     names = _present(data_root, LONG_SEQUENCE[len(TRACE_TASKS) :], skip_missing_tasks)
     built = [
@@ -162,12 +171,13 @@ def LongSequence(
 
 
 def classification_tasks(data_root: str | Path, names: Sequence[str]) -> list[TextTask]:
-    """Tasks of O-LoRA as they are on disk.
+    """Returns tasks of O-LoRA with their records.
 
-    :param data_root: see :func:`OLoRAOrder`.
-    :param names: the tasks.
+    :param data_root: the folder that contains ``CL_Benchmark``, or that folder itself.
+    :param names: the tasks, in order of arrival.
     :raises FileNotFoundError: if a file is missing.
-    :raises ValueError: if a file does not hold ``{"label", "sentence"}`` records.
+    :raises ValueError: if a task is unknown, or a file does not hold ``{"label", "sentence"}``
+        records.
     """
     root = _root(data_root)
     built = []
@@ -187,6 +197,7 @@ def _root(data_root: str | Path) -> Path:
 
 
 def _present(data_root: str | Path, names: Sequence[str], skip: bool) -> list[str]:
+    """Returns the tasks that the data contain."""
     root = _root(data_root)
     present = [name for name in names if (root / FAMILY_OF[name] / name).is_dir()]
     missing = [name for name in names if name not in present]
@@ -199,11 +210,11 @@ def _present(data_root: str | Path, names: Sequence[str], skip: bool) -> list[st
     if missing and not skip:
         raise FileNotFoundError(
             f"{root} lacks {', '.join(missing)} (Yelp and Yahoo may not be redistributed: get them "
-            "from their owners); pass `skip_missing_tasks=True` to go on with the other "
-            f"{len(present)}, which is another benchmark than the published one."
+            "from their owners); pass `skip_missing_tasks=True` to continue with the other "
+            f"{len(present)}, whose results are not comparable with published ones."
         )
     if missing:
-        logger.warning("going on without %s, which %s lacks", ", ".join(missing), root)
+        logger.warning("leaving out %s, which %s lacks", ", ".join(missing), root)
     return present
 
 
@@ -212,7 +223,7 @@ def _labels(file: Path) -> list[str]:
         raise FileNotFoundError(f"{file} is missing; it lists the possible labels of the task.")
     labels = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{file} should hold a list of labels, all of them texts.")
+        raise ValueError(f'{file} should hold a list of labels such as ["yes", "no"].')
     return labels
 
 

@@ -1,7 +1,7 @@
-"""Streams whose tasks are known to be related, to see whether a method makes use of it.
+"""Streams with known relations between tasks, to measure whether a method uses them.
 
-Each benchmark made here carries ``groups``: for every experience the name of the group of tasks
-that it is of. It is the truth against which to evaluate; nothing shows it to a strategy.
+Each benchmark carries ``groups``: the name of the group of each experience's task. It is ground
+truth for evaluation; strategies do not see it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.models.vision import ImagePreprocessing
-from treelora_avalanche.scenarios.digits import _LabelledImages
+from treelora_avalanche.scenarios.data.text_benchmark import text_benchmark
+from treelora_avalanche.scenarios.digits import LabelledImages
 from treelora_avalanche.scenarios.image_folder import SplitImageFolder
 from treelora_avalanche.scenarios.o_lora import classification_tasks
-from treelora_avalanche.scenarios.text_tasks import text_benchmark
 
 T = TypeVar("T")
 
@@ -45,37 +45,42 @@ CALTECH101_GROUPS = {
         "metronome", "saxophone",
     ),
 }  # fmt: skip
-"""Classes of Caltech-101 by what they show, for :func:`GroupedImageFolder`."""
+"""Classes of Caltech-101 by subject, for :func:`GroupedImageFolder`."""
 
 TEXT_GROUPS = {
     "sentiment": ("amazon", "IMDB", "SST-2"),
     "topic": ("agnews", "dbpedia"),
     "inference": ("MNLI", "RTE", "CB"),
 }
-"""Tasks of O-LoRA's benchmark by what they ask, for :func:`GroupedTexts`."""
+"""Tasks of O-LoRA's benchmark by instruction, for :func:`GroupedTexts`."""
 
 
 def ReturningTasks(
     benchmark: Any, times: int = 2, *, order: str = "shuffled", seed: int | None = None
 ) -> GenericCLScenario:
-    """Lets every task of a benchmark come several times, each time with other images.
+    """Repeats every task of a benchmark, each time with other images.
 
     The training and the test images of a task are divided, class by class, into disjoint parts of
-    equal size; a part that it takes to make them equal is left over. The parts of a task are one
-    group.
+    equal size; what remains of a class is not used. The parts of a task form one group.
 
-    :param benchmark: any benchmark of classification with a train and a test stream.
-    :param times: how often each task comes.
-    :param order: ``"shuffled"``, in random order; ``"rounds"``, all tasks once in the order of the
-        benchmark, then all of them again (A B C A' B' C').
+    Example::
+
+        stream = ReturningTasks(SplitDigits(5, seed=0), 2, order="rounds", seed=0)
+        stream.groups[0] == stream.groups[5]  # the same classes, other images
+
+    :param benchmark: any classification benchmark with a train and a test stream.
+    :param times: how often each task occurs.
+    :param order: ``"shuffled"``, random; ``"rounds"``, all tasks in the order of the benchmark,
+        then all of them again (A B C A' B' C').
     :param seed: seed of the parts and of the order; None draws both from the global random state.
-    :return: the benchmark, with ``times`` as many experiences and ``groups``, one name for each;
-        ``class_names`` and ``n_classes`` are those of the given one, where it has them.
-    :raises ValueError: if a class has fewer images than parts, or an argument is out of range.
+    :return: the benchmark, with ``times`` as many experiences and ``groups``, one name each;
+        ``class_names`` and ``n_classes`` are those of the given one, if it has them.
+    :raises ValueError: if a class has fewer images than parts, ``times`` is not positive, or
+        ``order`` is unknown.
     """
     check_known("`order`", order, ORDERS)
     if times < 1:
-        raise ValueError(f"`times` must be at least 1, and is {times}.")
+        raise ValueError(f"`times` should be at least 1, but is {times}. The usual number is 2.")
     generator = _generator(seed)
     tasks: list[tuple[str, Any, Any]] = []
     for i, pair in enumerate(zip(benchmark.train_stream, benchmark.test_stream, strict=True)):
@@ -100,29 +105,48 @@ def GroupedImageFolder(
     classes_per_task: int = 4,
     *,
     preprocessing: ImagePreprocessing | None = None,
+    train_transform: Callable[[Tensor], Any] | None = None,
+    eval_transform: Callable[[Tensor], Any] | None = None,
     seed: int | None = None,
-    **kwargs: Any,
+    test_fraction: float = 0.2,
+    cache_bytes: int = 2 * 1024**3,
+    return_task_id: bool = False,
 ) -> NCScenario:
-    """A folder of classes, whose tasks hold new classes, all of one group.
+    """Returns a class-incremental benchmark in which the classes of a task are of one group.
 
-    Which classes of a group share a task, and the order of the tasks, are drawn.
+    Which classes of a group form a task, and the order of the tasks, are drawn. For the layouts of
+    the folder see :func:`~treelora_avalanche.scenarios.SplitImageFolder`.
 
-    :param dataset_root: see :func:`~treelora_avalanche.scenarios.SplitImageFolder`.
+    Example::
+
+        stream = GroupedImageFolder("caltech101", CALTECH101_GROUPS, classes_per_task=4, seed=0)
+        stream.groups[0]  # such as "mammals"
+
+    :param dataset_root: the folder.
     :param groups: the class folders of each group, such as :data:`CALTECH101_GROUPS`.
     :param classes_per_task: classes in each task; a divisor of the size of every group.
-    :param preprocessing: see :func:`~treelora_avalanche.scenarios.SplitImageFolder`.
+    :param preprocessing: resizing and normalisation of the images; pass
+        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
+        ImageNet at 224 pixels.
+    :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
+        stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
+    :param eval_transform: the same for the test stream.
     :param seed: seed of all draws; None draws from the global random state.
-    :param kwargs: further arguments of :func:`~treelora_avalanche.scenarios.SplitImageFolder`.
+    :param test_fraction: share of each class that is drawn for testing if no split is given.
+    :param cache_bytes: limit of the resized images in memory, one byte per value; above it, files
+        are read on access. Benchmarks of the same files and the same preprocessing share one copy.
+    :param return_task_id: if True, every experience has its own task label, else all have 0.
     :return: the benchmark, with ``groups``, one name for each experience.
-    :raises ValueError: if the folder, the groups or their size do not fit.
+    :raises ValueError: if the folder fits no layout, a class is unknown, or ``classes_per_task``
+        does not divide every group.
     """
     generator = _generator(seed)
     tasks: list[tuple[str, list[str]]] = []
     for group, names in groups.items():
         if classes_per_task < 1 or len(names) % classes_per_task:
             raise ValueError(
-                f"`classes_per_task` is {classes_per_task}, which does not divide the "
-                f"{len(names)} classes of {group!r}; add or leave out some of them."
+                f"`classes_per_task` should divide the {len(names)} classes of {group!r} evenly, "
+                f"but is {classes_per_task}. Change it, or add or leave out classes."
             )
         drawn = _shuffled(names, generator)
         tasks += [
@@ -134,9 +158,13 @@ def GroupedImageFolder(
         len(tasks),
         classes=[name for _, names in tasks for name in names],
         preprocessing=preprocessing,
+        train_transform=train_transform,
+        eval_transform=eval_transform,
         seed=seed,
         shuffle=False,
-        **kwargs,
+        test_fraction=test_fraction,
+        cache_bytes=cache_bytes,
+        return_task_id=return_task_id,
     )
     benchmark.groups = [group for group, _ in tasks]
     return benchmark
@@ -151,17 +179,22 @@ def GroupedTexts(
     max_length: int = 1024,
     seed: int | None = None,
 ) -> CLScenario:
-    """O-LoRA's text classifications in random order, some of which ask the same of their texts.
+    """Returns O-LoRA's text classifications in random order; the tasks of a group are alike.
 
-    :param data_root: see :func:`~treelora_avalanche.scenarios.OLoRAOrder`.
-    :param model: see :func:`~treelora_avalanche.scenarios.OLoRAOrder`.
+    Example::
+
+        stream = GroupedTexts("data", create_language_model("gpt2"), seed=0)
+        dict(zip(stream.task_names, stream.groups))
+
+    :param data_root: the folder that contains ``CL_Benchmark``, or that folder itself.
+    :param model: the :class:`~treelora_avalanche.models.LanguageModel` to train, or a tokenizer.
     :param groups: the tasks of each group.
-    :param limit: see :func:`~treelora_avalanche.scenarios.OLoRAOrder`.
-    :param max_length: see :func:`~treelora_avalanche.scenarios.OLoRAOrder`.
+    :param limit: number of records used of each file, from its start; None for all.
+    :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :param seed: seed of the order; None draws it from the global random state.
     :return: the benchmark, with ``task_names`` and ``groups``, one name for each experience.
     :raises FileNotFoundError: if a task is missing.
-    :raises ValueError: if there is no such task, or a file does not hold its records.
+    :raises ValueError: if a task is unknown, or a file does not hold its records.
     """
     tasks = [(group, name) for group, names in groups.items() for name in names]
     tasks = _shuffled(tasks, _generator(seed))
@@ -172,15 +205,17 @@ def GroupedTexts(
 
 
 def DomainDigits(*, seed: int = 0) -> GenericCLScenario:
-    """Scikit-learn's digits in four renditions: a domain-incremental stream without a download.
+    """Returns scikit-learn's digits in four renditions: domain-incremental, without a download.
 
-    As they are; as a negative; turned by 90 degrees; and with their pixels in another, fixed order.
-    Every experience holds all ten classes, and its own quarter of the images. A model that was
-    pretrained on digits as they are (:func:`~treelora_avalanche.models.pretrained_digits_vit`) has
-    everything to learn of the others, and what it learns of one is of little use for the next.
+    Plain; negative; turned by 90 degrees; and with their pixels permuted. Every experience holds
+    all ten classes, and its own quarter of the images. A model that was pretrained on plain digits
+    (:func:`~treelora_avalanche.models.pretrained_digits_vit`) transfers little to the others, and
+    one of these transfers little to the next.
 
-    :param seed: seed of the order of the pixels, of the quarters, and of the order of the
-        renditions.
+    >>> sorted(DomainDigits(seed=0).domain_names)
+    ['negative', 'plain', 'shuffled', 'turned']
+
+    :param seed: seed of the permutation, of the quarters, and of the order of the renditions.
     :return: the benchmark; it carries ``domain_names``, ``class_names`` and ``n_classes``.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -194,7 +229,7 @@ def DomainDigits(*, seed: int = 0) -> GenericCLScenario:
     digits = load_digits()
     parts = [
         [
-            _LabelledImages(render(images[rows]), labels[rows])
+            LabelledImages(render(images[rows]), labels[rows])
             for render, rows in zip(renditions.values(), quarters, strict=True)
         ]
         for images, labels in (digits[:2], digits[2:])
@@ -218,7 +253,7 @@ def _shuffled(items: Sequence[T], generator: torch.Generator) -> list[T]:
 
 
 def _name(benchmark: Any, i: int) -> str:
-    """The domain where there are domains, else the classes."""
+    """Returns the name of the domain if there are domains, else the classes."""
     if hasattr(benchmark, "domain_names"):
         return str(benchmark.domain_names[i])
     return ", ".join(map(str, sorted(benchmark.train_stream[i].classes_in_this_experience)))
@@ -230,14 +265,14 @@ def _divided(dataset: Any, times: int, generator: torch.Generator) -> list[Any]:
 
 
 def _parts(targets: Tensor, times: int, generator: torch.Generator) -> list[list[int]]:
-    """Rows in disjoint parts, each with the same number of every class."""
+    """Divides rows into disjoint parts, each with the same number of every class."""
     rows: list[list[int]] = [[] for _ in range(times)]
     for label in targets.unique().tolist():
         of_class = (targets == label).nonzero().squeeze(1)
         if len(of_class) < times:
             raise ValueError(
-                f"`times` is {times}, and class {label} has only {len(of_class)} images in an "
-                "experience; lower it."
+                f"`times` should be at most the images of every class in an experience, but is "
+                f"{times}, and class {label} has only {len(of_class)}. Lower it."
             )
         drawn = of_class[torch.randperm(len(of_class), generator=generator)]
         n = len(of_class) // times

@@ -1,4 +1,4 @@
-"""Texts and their classes: class-incremental streams for encoders, as those of images."""
+"""Class-incremental streams of texts, for text encoders."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dat
 
 from treelora_avalanche.models.text_encoder import TextEncoder, encode_texts
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.text_folder import read_tasks
 from treelora_avalanche.scenarios.data.text_records import Records
-from treelora_avalanche.scenarios.text_tasks import read_tasks
 
 
 def TextClasses(
@@ -29,54 +29,53 @@ def TextClasses(
     seed: int = 0,
     max_length: int = 256,
 ) -> GenericCLScenario:
-    """A folder of ``{"prompt": ..., "answer": ...}`` records, every answer a class.
+    """Returns a folder of ``{"prompt": ..., "answer": ...}`` records; each answer is a class.
 
-    The layouts are those of :func:`~treelora_avalanche.scenarios.TextTasks`. A sample is the row of
-    tokens of a prompt, and the number of its answer; equal answers are one class, in whatever task.
-    The task label is 0 everywhere.
+    The layouts are those of :func:`~treelora_avalanche.scenarios.TextTasks`. A sample is the token
+    sequence of a prompt with the label of its answer; equal answers are one class across tasks. The
+    task label is 0 everywhere.
+
+    Example::
+
+        tokenizer = AutoTokenizer.from_pretrained("distilbert-base-uncased")
+        benchmark = TextClasses("my_tasks", tokenizer)
+        model = create_text_encoder("distilbert-base-uncased", benchmark.n_classes)
 
     :param folder: the folder.
-    :param model: the :class:`~treelora_avalanche.models.TextEncoder` that is to learn it, or its
-        tokenizer: the benchmark tells how many classes the encoder needs.
-    :param n_experiences: number of experiences over which the classes of all tasks together are
-        dealt out, in an order drawn by ``seed``; a divisor of their number. By default there is one
-        experience per task, with that task's classes.
-    :param tasks: names of the tasks to use, in the order in which they arrive; by default all, in
-        alphabetical order.
-    :param order: another order, as places in that list.
-    :param limit: the first so many records of each file; None for all.
-    :param test_fraction: share of a task's records that is drawn for testing where it has one file.
-    :param seed: seed of that drawing, and of the order of the classes.
-    :param max_length: most tokens of a text, where ``model`` is a tokenizer.
+    :param model: the :class:`~treelora_avalanche.models.TextEncoder` to train, or its tokenizer;
+        ``n_classes`` of the benchmark is the number of classes that the encoder needs.
+    :param n_experiences: number of experiences among which the classes of all tasks are divided, in
+        an order drawn by ``seed``; a divisor of their number. By default there is one experience
+        per task, with the classes of that task.
+    :param tasks: names of the tasks to use, in order of arrival; by default all, sorted by name.
+    :param order: positions in that list, from 0, to change the order.
+    :param limit: number of records used of each file, from its start; None for all.
+    :param test_fraction: share of a task's records that is drawn for testing if it has one file.
+    :param seed: seed of that draw, and of the order of the classes.
+    :param max_length: limit of the tokens of a text if ``model`` is a tokenizer.
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``), ``n_classes`` and
         ``task_names``.
     :raises FileNotFoundError: if a file is missing.
-    :raises ValueError: if a file does not hold such records, or an argument is out of range.
+    :raises ValueError: if a file does not hold such records, ``limit`` is not positive, or
+        ``n_experiences`` does not divide the classes.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"`limit` must be at least 1, and is {limit}.")
-    tokenizer = model
-    if isinstance(model, TextEncoder):
-        tokenizer, max_length = model.tokenizer, model.max_length
-    elif isinstance(model, torch.nn.Module) or not callable(model):
-        raise ValueError(
-            f"`model` is a {type(model).__name__}; pass what "
-            "`treelora_avalanche.models.create_text_encoder` gives, or its tokenizer."
-        )
+        raise ValueError(f"`limit` should be at least 1, but is {limit}. Use None for all records.")
+    tokenizer, max_length = _tokenizer_of(model, max_length)
     parts = [
         (name, train.first(limit), test.first(limit))
         for name, train, test in read_tasks(folder, tasks, order, test_fraction, seed)
     ]
-    # In the order in which they arrive, so that classes and experiences go up together.
+    # In order of arrival, so that the labels of later experiences are larger.
     answers = (record.answer for _, train, test in parts for record in (*train[1], *test[1]))
     class_names = list(dict.fromkeys(answers))
     label_of = {name: label for label, name in enumerate(class_names)}
 
     def dataset(*records: Records) -> Any:
         found = list(chain(*(part.records for part in records)))
-        rows = encode_texts(tokenizer, [record.prompt for record in found], max_length)
+        tokens = encode_texts(tokenizer, [record.prompt for record in found], max_length)
         labels = torch.tensor([label_of[record.answer] for record in found])
-        return _make_taskaware_tensor_classification_dataset(rows, labels, task_labels=0)
+        return _make_taskaware_tensor_classification_dataset(tokens, labels, task_labels=0)
 
     benchmark: GenericCLScenario
     if n_experiences is not None:
@@ -95,3 +94,15 @@ def TextClasses(
         benchmark.n_classes = len(class_names)
     benchmark.task_names = [name for name, _, _ in parts]
     return benchmark
+
+
+def _tokenizer_of(model: Any, max_length: int) -> tuple[Any, int]:
+    """Returns the tokenizer and the limit of the tokens."""
+    if isinstance(model, TextEncoder):
+        return model.tokenizer, model.max_length
+    if isinstance(model, torch.nn.Module) or not callable(model):
+        raise ValueError(
+            f"`model` should be a TextEncoder or a tokenizer, but is a {type(model).__name__}. "
+            "Make one with `treelora_avalanche.models.create_text_encoder`."
+        )
+    return model, max_length

@@ -1,4 +1,4 @@
-"""TRACE (Wang et al. 2023, arXiv 2310.06762): eight tasks of text, from stances to summaries."""
+"""TRACE (Wang et al. 2023, arXiv 2310.06762): eight text tasks, from stances to summaries."""
 
 from __future__ import annotations
 
@@ -9,42 +9,43 @@ from typing import Any, NamedTuple
 from avalanche.benchmarks import CLScenario
 
 from treelora_avalanche.choices import TRACE_VARIANTS, check_known
+from treelora_avalanche.scenarios.data.text_benchmark import TextTask, text_benchmark
+from treelora_avalanche.scenarios.data.text_folder import ordered_tasks
 from treelora_avalanche.scenarios.data.text_records import read_records
-from treelora_avalanche.scenarios.text_tasks import TextTask, arranged, text_benchmark
 
 
-class _TaskOfTrace(NamedTuple):
+class _TraceTask(NamedTuple):
     metric: str
     max_new_tokens: int
 
 
-# A generation is stopped where no longer one could score differently (accuracy compares whole
-# strings, and of ScienceQA the first character), else at the release's 512 tokens.
+# Generation stops at the release's 512 tokens, or earlier if more tokens cannot change the score
+# (accuracy compares whole strings, and of ScienceQA the first character).
 _TASKS = {
-    "C-STANCE": _TaskOfTrace("accuracy", 16),
-    "FOMC": _TaskOfTrace("accuracy", 16),
-    "MeetingBank": _TaskOfTrace("rouge_l", 512),
-    "Py150": _TaskOfTrace("edit_similarity", 512),
-    "ScienceQA": _TaskOfTrace("accuracy", 16),
-    "NumGLUE-cm": _TaskOfTrace("accuracy", 64),
-    "NumGLUE-ds": _TaskOfTrace("accuracy", 64),
-    "20Minuten": _TaskOfTrace("sari", 512),
+    "C-STANCE": _TraceTask("accuracy", 16),
+    "FOMC": _TraceTask("accuracy", 16),
+    "MeetingBank": _TraceTask("rouge_l", 512),
+    "Py150": _TraceTask("edit_similarity", 512),
+    "ScienceQA": _TraceTask("accuracy", 16),
+    "NumGLUE-cm": _TraceTask("accuracy", 64),
+    "NumGLUE-ds": _TraceTask("accuracy", 64),
+    "20Minuten": _TraceTask("sari", 512),
 }
 
 TRACE_TASKS = tuple(_TASKS)
 """The tasks in the order of TRACE, and of TreeLoRA's experiments on it."""
 
 MATH_TASKS = ("ScienceQA", "NumGLUE-cm", "NumGLUE-ds")
-"""Those of science and mathematics (TreeLoRA, Table 7)."""
+"""The tasks of science and mathematics (TreeLoRA, Table 7)."""
 
 TREELORA_EPOCHS = dict(zip(TRACE_TASKS, (2, 1, 3, 2, 1, 2, 2, 3), strict=True))
-"""Epochs of each task in TreeLoRA's experiments, for TreeLoRA; 16 in sum."""
+"""The paper's epochs of each task for TreeLoRA; 16 in total."""
 
 LORA_EPOCHS = dict(zip(TRACE_TASKS, (5, 3, 7, 5, 3, 5, 5, 7), strict=True))
-"""The same for the other methods with LoRA; 40 in sum. Report equal epochs beside these."""
+"""The paper's epochs for the other LoRA methods; 40 in total. Report equal epochs too."""
 
 FULL_EPOCHS = dict(zip(TRACE_TASKS, (1, 1, 5, 5, 1, 5, 5, 5), strict=True))
-"""The same for the methods that train every weight; 28 in sum."""
+"""The paper's epochs for methods that train every weight; 28 in total."""
 
 
 def TRACE(
@@ -57,28 +58,34 @@ def TRACE(
     limit: int | None = None,
     max_length: int = 1024,
 ) -> CLScenario:
-    """The eight tasks of TRACE, one experience each.
+    """Returns the eight tasks of TRACE, one experience each.
 
-    Read is the layout of the release, ``LLM-CL-Benchmark_<variant>/<task>/{train,test}.json``. For
-    what an experience carries see
-    :func:`~treelora_avalanche.scenarios.text_tasks.text_benchmark`; the epochs of the TreeLoRA
-    paper are :data:`TREELORA_EPOCHS`, :data:`LORA_EPOCHS` and :data:`FULL_EPOCHS`.
+    Reads the layout of the release, ``LLM-CL-Benchmark_<variant>/<task>/{train,test}.json``. The
+    attributes of an experience are listed at
+    :func:`~treelora_avalanche.scenarios.data.text_benchmark.text_benchmark`; the epochs of the
+    TreeLoRA paper are :data:`TREELORA_EPOCHS`, :data:`LORA_EPOCHS` and :data:`FULL_EPOCHS`.
 
-    :param data_root: the folder that holds ``TRACE-Benchmark``, or that folder itself.
-    :param model: the :class:`~treelora_avalanche.models.LanguageModel` that is to learn it, or a
-        tokenizer.
+    Example::
+
+        model = create_language_model("meta-llama/Llama-3.2-1B-Instruct", dtype="bfloat16")
+        benchmark = TRACE("data", model)
+        for experience in benchmark.train_stream:
+            strategy.train_epochs = TREELORA_EPOCHS[experience.task_name]
+            strategy.train(experience)
+
+    :param data_root: the folder that contains ``TRACE-Benchmark``, or that folder itself.
+    :param model: the :class:`~treelora_avalanche.models.LanguageModel` to train, or a tokenizer.
     :param variant: records per task: ``"500"``, as in TreeLoRA, ``"1000"`` or ``"5000"``.
-    :param tasks: names of the tasks to use, in the order in which they arrive; by default all, in
-        TRACE's order.
-    :param order: another order, as places in that list, from 0.
-    :param limit: the first so many records of each file; None for all.
-    :param max_length: most tokens of a prompt and its answer, where ``model`` is a tokenizer.
+    :param tasks: names of the tasks to use, in order of arrival; by default all, in TRACE's order.
+    :param order: positions in that list, from 0, to change the order.
+    :param limit: number of records used of each file, from its start; None for all.
+    :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :return: the benchmark; it carries ``task_names``.
     :raises FileNotFoundError: if the variant lacks a task.
-    :raises ValueError: if a file does not hold ``{"prompt", "answer"}`` records; file and record
-        are named.
+    :raises ValueError: if a file does not hold ``{"prompt", "answer"}`` records; the error names
+        file and record.
     """
-    built = trace_tasks(data_root, variant, arranged(tasks or TRACE_TASKS, order))
+    built = trace_tasks(data_root, variant, ordered_tasks(tasks or TRACE_TASKS, order))
     return text_benchmark(built, model, limit=limit, max_length=max_length)
 
 
@@ -91,9 +98,21 @@ def MathLLM(
     limit: int | None = None,
     max_length: int = 1024,
 ) -> CLScenario:
-    """The three tasks of :func:`TRACE` on science and mathematics: :data:`MATH_TASKS`.
+    """Returns TRACE's three tasks of science and mathematics, :data:`MATH_TASKS` (Table 7).
 
-    The arguments are those of :func:`TRACE`.
+    Example::
+
+        benchmark = MathLLM("data", create_language_model("gpt2"), "1000")
+
+    :param data_root: the folder that contains ``TRACE-Benchmark``, or that folder itself.
+    :param model: the :class:`~treelora_avalanche.models.LanguageModel` to train, or a tokenizer.
+    :param variant: records per task: ``"500"``, as in TreeLoRA, ``"1000"`` or ``"5000"``.
+    :param order: positions in :data:`MATH_TASKS`, from 0, to change the order.
+    :param limit: number of records used of each file, from its start; None for all.
+    :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
+    :return: the benchmark, as :func:`TRACE` returns it.
+    :raises FileNotFoundError: if the variant lacks a task.
+    :raises ValueError: if a file does not hold ``{"prompt", "answer"}`` records.
     """
     return TRACE(
         data_root,
@@ -107,49 +126,54 @@ def MathLLM(
 
 
 def trace_tasks(data_root: str | Path, variant: str, names: Sequence[str]) -> list[TextTask]:
-    """Tasks of TRACE as they are on disk; the arguments are those of :func:`TRACE`.
+    """Returns tasks of TRACE with their records.
 
-    :param data_root: see :func:`TRACE`.
-    :param variant: see :func:`TRACE`.
-    :param names: the tasks.
+    :param data_root: the folder that contains ``TRACE-Benchmark``, or that folder itself.
+    :param variant: records per task, a name in :data:`~treelora_avalanche.choices.TRACE_VARIANTS`.
+    :param names: the tasks, in order of arrival.
     :raises FileNotFoundError: if the variant lacks a task.
     """
     variant = str(variant)
     check_known("`variant`", variant, TRACE_VARIANTS)
     for name in names:
         check_known("task in `tasks`", name, TRACE_TASKS)
-    root = Path(data_root).expanduser()
-    folder = f"LLM-CL-Benchmark_{variant}"
-    places = [root / "TRACE-Benchmark" / folder, root / folder]
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"`data_root` {str(root)!r} holds no TRACE of variant {variant}: neither "
-            f"TRACE-Benchmark/{folder} nor {folder} is a folder there. Get the release from "
-            "https://github.com/BeyonderXX/TRACE."
-        )
-    lacking = [
-        f"{name}/{part}.json"
-        for name in names
-        for part in ("train", "test")
-        if not (found / name / f"{part}.json").is_file()
-    ]
-    if lacking:
-        whole = [
-            name
-            for name in TRACE_TASKS
-            if all((found / name / f"{part}.json").is_file() for part in ("train", "test"))
-        ]
-        raise FileNotFoundError(
-            f"variant {variant} in {found} lacks {', '.join(lacking)}; name the tasks that are "
-            f"there in `tasks` ({', '.join(whole) or 'none is whole'}), or choose another variant."
-        )
+    folder = _variant_folder(Path(data_root).expanduser(), variant)
+    _check_complete(folder, variant, names)
     return [
         TextTask(
             name,
-            read_records(found / name / "train.json"),
-            read_records(found / name / "test.json"),
+            read_records(folder / name / "train.json"),
+            read_records(folder / name / "test.json"),
             *_TASKS[name],
         )
         for name in names
     ]
+
+
+def _variant_folder(root: Path, variant: str) -> Path:
+    name = f"LLM-CL-Benchmark_{variant}"
+    for folder in (root / "TRACE-Benchmark" / name, root / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"`data_root` {str(root)!r} holds no TRACE of variant {variant}: neither "
+        f"TRACE-Benchmark/{name} nor {name} is a folder there. Get the release from "
+        "https://github.com/BeyonderXX/TRACE."
+    )
+
+
+def _check_complete(folder: Path, variant: str, names: Sequence[str]) -> None:
+    """Raises an error that names the missing files, and the tasks that are complete."""
+
+    def missing(name: str) -> list[str]:
+        parts = (f"{name}/{part}.json" for part in ("train", "test"))
+        return [part for part in parts if not (folder / part).is_file()]
+
+    lacking = [part for name in names for part in missing(name)]
+    if lacking:
+        complete = [name for name in TRACE_TASKS if not missing(name)]
+        raise FileNotFoundError(
+            f"variant {variant} in {folder} lacks {', '.join(lacking)}; name the tasks that are "
+            f"there in `tasks` ({', '.join(complete) or 'none is complete'}), or choose another "
+            "variant."
+        )

@@ -1,4 +1,4 @@
-"""One Avalanche strategy per method."""
+"""One strategy per method: TreeLoRA and its baselines."""
 
 from treelora_avalanche.strategies.dual_prompt import DualPrompt
 from treelora_avalanche.strategies.ewc_lora import EWCLoRA

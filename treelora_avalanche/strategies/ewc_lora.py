@@ -1,46 +1,55 @@
-"""EWC (Kirkpatrick et al., PNAS 2017) on a LoRA adapter."""
+"""EWC (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796) on a LoRA adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from avalanche.training.plugins import EWCPlugin, SupervisedPlugin
 from torch import nn
+from typing_extensions import Unpack
 
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 MODES = ("online", "separate")
 
 
-@positional_model
 class EWCLoRA(SeqLoRA):
-    """:class:`SeqLoRA` with Avalanche's elastic weight consolidation on what is trained.
+    """:class:`SeqLoRA` with Avalanche's elastic weight consolidation on the trained parameters.
+
+    The penalty is ``lambda / 2 * sum_i F_i (w_i - w*_i)^2`` with the diagonal Fisher information F
+    (Eq. 3). Stores two values per trained parameter, with ``mode="separate"`` per task. Task labels
+    are not used.
+
+    Example::
+
+        strategy = EWCLoRA(model, ewc_lambda=50.0)
 
     :param model: a pretrained model, see :class:`SeqLoRA`.
-    :param ewc_lambda: strength of the penalty; the TreeLoRA paper's is 50.
+    :param ewc_lambda: strength lambda of the penalty; the TreeLoRA paper's is 50.
     :param mode: ``"online"`` keeps one importance per parameter; ``"separate"`` one per parameter
-        and experience, so that its memory and its step grow with the stream.
+        and experience, so that memory and step time grow with the stream.
     :param decay_factor: weight of the past importance when the next is added (online).
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
-    :raises ValueError: if an argument is out of range.
+    :raises ValueError: if an argument is out of range; the model is then unchanged.
     """
 
     def __init__(
         self,
-        *,
         model: nn.Module,
+        *,
         ewc_lambda: float = 50.0,
         mode: str = "online",
         decay_factor: float = 1.0,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[LoRAOptions],
     ):
         check_known("`mode`", mode, MODES)
         if not ewc_lambda >= 0:
-            raise ValueError(f"`ewc_lambda` must be at least 0, and is {ewc_lambda}.")
+            raise ValueError(
+                f"`ewc_lambda` should be at least 0, but is {ewc_lambda}. Use 0 for no penalty."
+            )
         ewc = EWCPlugin(ewc_lambda, mode, decay_factor if mode == "online" else None)
         super().__init__(model=model, plugins=[*(plugins or ()), ewc], **kwargs)

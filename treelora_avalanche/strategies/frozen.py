@@ -1,4 +1,4 @@
-"""The frozen backbone as a contender: what is not above it is not worth its training."""
+"""Classifiers on the features of the untrained backbone: baselines for every trained method."""
 
 from __future__ import annotations
 
@@ -8,25 +8,33 @@ from typing import Any
 import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
-from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import find_host
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
-from treelora_avalanche.checkpoint import Resumable
+from treelora_avalanche.defaults import VISION_TRAINING
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys
-from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.arguments import TemplateOptions
+from treelora_avalanche.strategies.base.untrained import UntrainedStrategy
 
 
 class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Sets the classifier to the nearest class mean: w = mean, b = -|mean|^2 / 2.
+    """Sets the classifier to the nearest class mean: ``w_c = m_c``, ``b_c = -|m_c|^2 / 2``.
 
-    The means run over all samples of a class, in whatever experience it came. (Avalanche's
-    ``NCMClassifier`` averages the means of experiences by halves, and takes a class not seen yet
-    for one whose mean is zero.)
+    The class mean m_c runs over all samples of class c from all experiences. (Avalanche's
+    ``NCMClassifier`` averages the means of experiences pairwise, and treats an unseen class as one
+    with mean zero.) Stores one feature sum and one count per class. Task labels are not used.
+
+    Example::
+
+        strategy = Naive(model=model, plugins=[NearestMeanHeadPlugin()], train_epochs=0, ...)
     """
+
+    fits_head = True
+    """See :class:`~treelora_avalanche.strategies.base.summary.StrategySummary`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +54,7 @@ class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # typ
         if self._sums is None or self._counts is None:
             self._sums = torch.zeros_like(head.weight)
             self._counts = torch.zeros_like(head.bias)
-        # Loaded ones come on the CPU.
+        # Loaded ones are on the CPU.
         self._sums, self._counts = self._sums.to(features), self._counts.to(features)
         self._sums.index_add_(0, targets, features)
         self._counts.index_add_(0, targets, torch.ones_like(features[:, 0]))
@@ -56,66 +64,55 @@ class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # typ
         head.bias.copy_(torch.where(self._counts > 0, bias, float("-inf")))
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of the features and the counts of the samples, per class; None at first."""
+        """Returns the feature sums and sample counts per class; None before the first task."""
         return {"sums": self._sums, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where another plugin of this class has ended.
+        """Continues from the state of another plugin of this class.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if it lacks keys or has unknown ones; the plugin is then as it was.
+        :raises ValueError: if it lacks keys or has unknown ones; the plugin is then unchanged.
         """
         check_keys(state, self.state_dict(), "the state of NearestMeanHeadPlugin")
         self._sums, self._counts = state["sums"], state["counts"]
 
 
-class _FrozenBackbone(Resumable, SupervisedTemplate):
-    """A backbone that is never trained, and a head that a plugin sets after every experience.
+class _FrozenBackbone(UntrainedStrategy):
+    """A frozen backbone with a classifier that a plugin sets after every experience.
 
-    The head alone requires a gradient, though none is computed: so it is what a saved state holds,
-    and the rest the backbone that the state goes with.
-
-    :param model: a pretrained model with a linear classifier.
-    :param eval_mb_size: samples per forward pass.
-    :param device: where to compute.
-    :param plugins: further plugins; the list is copied.
-    :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
-    :param base_kwargs: further arguments of the template.
-    :raises ValueError: if the model has no linear classifier; it is then as it was.
+    The head alone requires a gradient, though none is computed: a saved state thus holds the head,
+    and a fingerprint of the rest.
     """
 
     head_plugin: type[SupervisedPlugin]
 
     def __init__(
         self,
-        *,
         model: nn.Module,
-        eval_mb_size: int | None = 192,
+        *,
+        eval_mb_size: int | None = VISION_TRAINING.eval_mb_size,
         device: str | torch.device = "cpu",
         plugins: Sequence[SupervisedPlugin] | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
-        **base_kwargs: Any,
+        **kwargs: Unpack[TemplateOptions],
     ):
         if find_host(model) is not None:
             raise ValueError(
-                f"`model` is a {type(model).__name__}, and {type(self).__name__} takes image "
-                "models with a classifier, such as timm.create_model('vit_base_patch16_224')."
+                f"`model` should be an image model with a classifier for {type(self).__name__}, "
+                f"but is a {type(model).__name__}. Use one such as "
+                "timm.create_model('vit_base_patch16_224')."
             )
         head = classifier_of(model)  # raises where there is none
         model.requires_grad_(False)
         head.requires_grad_(True)
         super().__init__(
             model=model,
-            # The template wants an optimizer, and takes no step with it: there are no epochs.
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
             criterion=nn.CrossEntropyLoss(),
-            train_mb_size=eval_mb_size or 1,
-            train_epochs=0,
             eval_mb_size=eval_mb_size,
             device=device,
             plugins=[*(plugins or ()), self.head_plugin()],
             evaluator=evaluator,
-            **base_kwargs,
+            **kwargs,
         )
 
     def _before_training_exp(self, **kwargs: Any) -> None:
@@ -127,23 +124,40 @@ class _FrozenBackbone(Resumable, SupervisedTemplate):
         super()._before_eval_exp(**kwargs)
 
 
-@positional_model
 class FrozenNCM(_FrozenBackbone):
-    """Nearest class mean on the features of the frozen backbone. Nothing is trained.
+    """Nearest class mean (Mensink et al., TPAMI 2013) on features of the frozen backbone.
 
-    The arguments are those of :class:`SeqLoRA` that do not concern training.
+    Stores one mean and one count per class. Nothing is trained. Task labels are not used.
+
+    Example::
+
+        strategy = FrozenNCM(timm.create_model("vit_base_patch16_224", pretrained=True))
+
+    :param model: a pretrained model with a linear classifier, which is frozen.
+    :param eval_mb_size: samples per forward pass.
+    :param device: where to compute.
+    :param plugins: further plugins; the list is copied.
+    :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
+    :param kwargs: further arguments of :class:`avalanche.training.templates.SupervisedTemplate`.
+    :raises ValueError: if the model has no linear classifier; it is then unchanged.
     """
 
     head_plugin = NearestMeanHeadPlugin
 
 
-@positional_model
 class FrozenGaussian(_FrozenBackbone):
-    """The frozen backbone with the head that is trained on pseudo-features.
+    """The task-adaptive head on features of the frozen backbone.
 
-    The control of every strategy with ``head="task_adaptive"``: what the head alone can do. For the
-    head see :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`. The arguments are those of
-    :class:`SeqLoRA` that do not concern training.
+    The control for every strategy with ``head="task_adaptive"``: the accuracy of that head without
+    any adaptation of the backbone, see
+    :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`. Stores per class its mean and at
+    most 64 directions of its covariance. Task labels are not used.
+
+    Example::
+
+        strategy = FrozenGaussian(timm.create_model("vit_base_patch16_224", pretrained=True))
+
+    The arguments are those of :class:`FrozenNCM`.
     """
 
     head_plugin = TaskAdaptiveHeadPlugin

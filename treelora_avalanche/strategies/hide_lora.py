@@ -1,13 +1,13 @@
-"""HiDe with LoRA (Wang et al. 2024, HiDe-PET, arXiv 2407.05229) as an Avalanche strategy."""
+"""HiDe with LoRA (Wang et al. 2024, HiDe-PET, arXiv 2407.05229)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import AdapterBank, TrainableView
 from treelora_avalanche.models.features.centroids import Centroids
@@ -18,63 +18,66 @@ from treelora_avalanche.models.views.routed_language import RoutedLanguageModel
 from treelora_avalanche.models.views.routed_vit import RoutedAdapters
 from treelora_avalanche.plugins import RouterPlugin
 from treelora_avalanche.plugins.baselines.hide import TaskAdaptersPlugin, hide_plugins
-from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.arguments import OwnHeadLoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 LANGUAGE_TARGETS = ("k_proj", "v_proj")
-"""Keys and values of Llama, Mistral, Gemma, Qwen and others that keep them apart."""
+"""Keys and values of Llama, Mistral, Gemma, Qwen and other models that keep them separate."""
 
 
-@positional_model
 class HiDeLoRA(SeqLoRA):
-    """One LoRA adapter per task, chosen at test time by the class that the frozen backbone sees.
+    """One LoRA adapter per task, selected at test time by a classifier on the frozen backbone.
 
-    The steps of :class:`HiDePrompt`, with an adapter in the place of the prompt, which starts from
-    that of the task before; there is no ensemble (the released code averages past factors into new
-    ones after training, but a mean of A's and a mean of B's make no mean of adapters). LoRA adapts
-    keys and values: timm fuses them with the queries, whose part of the factors is held at zero
+    The steps of :class:`HiDePrompt` with an adapter instead of a prompt, initialised from that of
+    the previous task. There is no ensemble: the released code averages past factors into new ones,
+    but the product of a mean A and a mean B is not the mean of adapters. LoRA adapts keys and
+    values: timm fuses them with the queries, whose part of the factors is held at zero
     (:class:`~treelora_avalanche.plugins.TaskAdaptersPlugin`); keys and values share the factor A.
 
-    On language models, whose classes are tokens, there is no head to align and no push from past
-    classes. What remains is the inference of the task: all texts of a task are one class to the
-    router, which reads the beginning of a text through the frozen network
-    (:class:`~treelora_avalanche.models.views.routed_language.RoutedLanguageModel`). Then the
-    adapter of that task gives the logits, or generates the whole answer.
+    Language models predict tokens and have no classes: there is no head to align, and no
+    contrastive term. A router over tasks reads the beginning of a text through the frozen network
+    (:class:`~treelora_avalanche.models.views.routed_language.RoutedLanguageModel`); the adapter of
+    the predicted task computes the logits, or generates the whole answer.
 
     Stores per task one adapter, ``rank * 4 * width`` values per layer, on the host, and per class
-    twice (frozen, and under the adapter) ``n_centroids * (2 * width + 1)`` values; on language
+    twice (frozen, and under the adapter) ``n_centroids * (2 * width + 1)`` values; for language
     models one adapter, ``rank * (n_in + n_out)`` values per matrix, and ``n_centroids * (2 * width
-    + 1)`` values per task.
+    + 1)`` values per task. Task labels are not used.
+
+    Example::
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=100)
+        strategy = HiDeLoRA(model, rank=10, lr=0.005)
 
     :param model: a pretrained VisionTransformer of timm, plain or with LoRA, see :class:`SeqLoRA`;
         or a :class:`~treelora_avalanche.models.LanguageModel`.
-    :param contrast: weight of the push from past classes; without a say on language models.
-    :param n_centroids: centroids per class, by k-means.
-    :param query_length: tokens at the beginning of a text by which its task is inferred. Chat
-        templates begin all prompts alike, by some tens of tokens; it must reach beyond.
-    :param seed: of the pseudo-features.
+    :param contrast: weight of the contrastive term; ignored for language models.
+    :param n_centroids: k-means centroids per class.
+    :param query_length: tokens at the beginning of a text that its task is inferred from. Chat
+        templates begin all prompts alike, by some tens of tokens; it must reach beyond them.
+    :param seed: seed of the pseudo-features.
     :param plugins: further plugins; the list is copied.
-    :param kwargs: the arguments of :class:`SeqLoRA`, without ``head``, which is the method's own,
-        and, for images, without ``target_modules``; for language models these are ``("k_proj",
-        "v_proj")`` by default.
-    :raises ValueError: if an argument is out of range, or the model of another kind; it is then as
-        it was.
+    :param kwargs: the arguments of :class:`SeqLoRA` without ``head``, which is the method's own.
+        ``target_modules`` cannot be chosen for images, and is ``("k_proj", "v_proj")`` by default
+        for language models.
+    :raises ValueError: if an argument is out of range, or the model is of another kind; the model
+        is then unchanged.
     """
 
     def __init__(
         self,
-        *,
         model: nn.Module,
+        *,
         contrast: float = 0.1,
         n_centroids: int = 10,
         query_length: int = 64,
         seed: int = 0,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[OwnHeadLoRAOptions],
     ):
         head, contrastive, router = hide_plugins(contrast, n_centroids, seed)
         if isinstance(model, TrainableView):
-            model = model.module  # the view must be one that routes
+            model = model.module  # its view is replaced by one that routes
         check_query_length(query_length)
         self.query_length = query_length
         self.bank = AdapterBank()

@@ -1,12 +1,12 @@
-"""HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234) as an Avalanche strategy."""
+"""HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
+from typing_extensions import Unpack
 
 from treelora_avalanche.models.prompts.vit import (
     RoutedPrompts,
@@ -15,51 +15,59 @@ from treelora_avalanche.models.prompts.vit import (
 )
 from treelora_avalanche.plugins import TaskPromptsPlugin
 from treelora_avalanche.plugins.baselines.hide import hide_plugins
-from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.arguments import OwnHeadOptions
 from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
     check_training,
 )
 
 
-@positional_model
 class HiDePrompt(ParameterEfficientStrategy):
-    """One prompt per task, chosen at test time by the class that the frozen backbone sees.
+    """One prompt per task, selected at test time by a classifier on the frozen backbone.
 
-    The paper's steps: (1) a classifier of all classes on the frozen backbone tells the task of a
-    sample, see :class:`~treelora_avalanche.plugins.RouterPlugin`; (2) a task trains its prompt,
-    prefixes of keys and values, in an ensemble with past ones, its loss among its own classes and
-    with a push from past ones, see :class:`~treelora_avalanche.plugins.ContrastivePlugin`; (3) the
-    classes are remembered by centroids of their features under the task's own prompt; (4) the head
-    is re-trained on pseudo-features, see
-    :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`; (5) at test time a frozen pass
-    gives the task, and a second pass with that task's prompt the answer.
+    The paper's steps:
 
-    The two passes are the method's cost at test time; in training there is one. The first is told
-    on statistics alone: the paper also trains it by gradients on each task's images. The ensemble
-    is with the mean of past prompts, as in the released code (the paper writes their sum).
+    1. Task-identity inference: a classifier of all classes on frozen features predicts the task of
+       a sample (:class:`~treelora_avalanche.plugins.RouterPlugin`).
+    2. Within-task prediction: a task trains its prompt, prefixes of keys and values, in an ensemble
+       with past ones, with a loss over its own classes and a contrastive term against past ones
+       (:class:`~treelora_avalanche.plugins.ContrastivePlugin`).
+    3. Classes are represented by centroids of their features under the task's own prompt.
+    4. Task-adaptive prediction: the head is re-trained on pseudo-features
+       (:class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`).
+    5. At test time a frozen pass infers the task, and a second pass with its prompt predicts.
+
+    Step 1 uses statistics only; the paper also trains it by gradients on each task's images. The
+    ensemble takes the mean of past prompts, as in the released code (the paper writes their sum).
 
     Stores per task one prompt of ``n_layers * 2 * prompt_length`` vectors of the model's width, and
-    per class twice (frozen, and under the prompt) ``n_centroids * (2 * width + 1)`` values.
+    per class twice (frozen, and under the prompt) ``n_centroids * (2 * width + 1)`` values. Task
+    labels are not used.
 
-    :param model: a pretrained VisionTransformer of timm; it is frozen, but for its classifier.
-    :param prompt_length: length of the prompts (the released scripts have 20 or 5).
+    Example::
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=100)
+        strategy = HiDePrompt(model, prompt_length=20, lr=0.005)
+
+    :param model: a pretrained VisionTransformer of timm, frozen except for its classifier.
+    :param prompt_length: length of the prompts (20 or 5 in the released scripts).
     :param prompt_layers: block numbers, counted from 0, of the prompts.
     :param momentum: weight of the past prompts in the ensemble; the paper's is 0.1.
-    :param contrast: weight of the push from past classes; the paper's is 0.1.
-    :param n_centroids: centroids per class, by k-means.
-    :param seed: of the pseudo-features.
+    :param contrast: weight of the contrastive term; the paper's is 0.1.
+    :param n_centroids: k-means centroids per class.
+    :param seed: seed of the pseudo-features.
     :param plugins: further plugins; the list is copied.
-    :param kwargs: the arguments of :class:`ParameterEfficientStrategy`, without ``head``, which is
-        the method's own.
-    :raises ValueError: if an argument is out of range, or the model of another kind; it is then as
-        it was.
+    :param kwargs: the arguments of
+        :class:`~treelora_avalanche.strategies.base.parameter_efficient.ParameterEfficientStrategy`
+        without ``head``, which is the method's own.
+    :raises ValueError: if an argument is out of range, or the model is of another kind; the model
+        is then unchanged.
     """
 
     def __init__(
         self,
-        *,
         model: nn.Module,
+        *,
         prompt_length: int = 20,
         prompt_layers: Sequence[int] = (0, 1, 2, 3, 4),
         momentum: float = 0.1,
@@ -67,7 +75,7 @@ class HiDePrompt(ParameterEfficientStrategy):
         n_centroids: int = 10,
         seed: int = 0,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[OwnHeadOptions],
     ):
         check_training(model, plugins=plugins, **kwargs)
         head, contrastive, router = hide_plugins(contrast, n_centroids, seed)

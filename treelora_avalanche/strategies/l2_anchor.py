@@ -1,39 +1,43 @@
-"""A LoRA adapter pulled towards the one of the task before: the control of every regulariser."""
+"""L2 anchor: LoRA with a squared L2 penalty towards the previous task's adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
+from typing_extensions import Unpack
 
 from treelora_avalanche.plugins import L2AnchorPlugin
-from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
-@positional_model
 class L2Anchor(SeqLoRA):
-    """:class:`SeqLoRA` pulled, in squared L2, towards the adapter of the task before.
+    """:class:`SeqLoRA` with a squared L2 penalty towards the adapter of the previous task.
 
-    For the penalty see :class:`~treelora_avalanche.plugins.L2AnchorPlugin`. Stores nothing per
-    task.
+    The control for every regulariser: a constant pull that compares no tasks. For the penalty see
+    :class:`~treelora_avalanche.plugins.L2AnchorPlugin`. Stores nothing per task. Task labels are
+    not used.
+
+    Example::
+
+        strategy = L2Anchor(model, strength=1.0)
 
     :param model: a pretrained model, see :class:`SeqLoRA`.
-    :param strength: strength of the pull.
+    :param strength: strength of the penalty.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
-    :raises ValueError: if an argument is out of range; the model is then as it was.
+    :raises ValueError: if an argument is out of range; the model is then unchanged.
     """
 
     def __init__(
         self,
-        *,
         model: nn.Module,
+        *,
         strength: float = 1.0,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[LoRAOptions],
     ):
         anchor = L2AnchorPlugin(strength)
         super().__init__(model=model, plugins=[*(plugins or ()), anchor], **kwargs)

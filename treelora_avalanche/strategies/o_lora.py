@@ -1,40 +1,45 @@
-"""O-LoRA (Wang et al., EMNLP Findings 2023, arXiv 2310.14152) as an Avalanche strategy."""
+"""O-LoRA (Wang et al., EMNLP Findings 2023, arXiv 2310.14152)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
+from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import PastAdapters
 from treelora_avalanche.plugins import OLoRAPlugin
-from treelora_avalanche.strategies.base.arguments import positional_model
+from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
-@positional_model
 class OLoRA(SeqLoRA):
-    """One adapter per task, all of them in use, each A orthogonal to those before.
+    """One adapter per task, summed at inference, each factor A orthogonal to the past ones.
 
-    For the penalty see :class:`~treelora_avalanche.plugins.OLoRAPlugin`, and for how past adapters
-    go on answering :class:`~treelora_avalanche.adapters.PastAdapters`. Stores one adapter per task.
+    Adds ``lambda_1 * sum_{i < t} ||A_i A_t^T||_F^2`` to the loss of task t, see
+    :class:`~treelora_avalanche.plugins.OLoRAPlugin`; past adapters stay in the forward pass, see
+    :class:`~treelora_avalanche.adapters.PastAdapters`. Stores one adapter per task. Task labels are
+    not used.
+
+    Example::
+
+        strategy = OLoRA(model, orthogonality=0.5)
 
     :param model: a pretrained model, see :class:`SeqLoRA`.
     :param orthogonality: strength lambda_1 of the penalty; the paper's is 0.5.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
-    :raises ValueError: if an argument is out of range; the model is then as it was.
+    :raises ValueError: if an argument is out of range; the model is then unchanged.
     """
 
     def __init__(
         self,
-        *,
         model: nn.Module,
+        *,
         orthogonality: float = 0.5,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[LoRAOptions],
     ):
         self.past = PastAdapters()
         o_lora = OLoRAPlugin(self.past, orthogonality)

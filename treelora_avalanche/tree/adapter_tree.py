@@ -336,6 +336,17 @@ class AdapterTree:
         """
         return flatten(self.root, len(self))
 
+    def __str__(self) -> str:
+        """Returns :meth:`draw` as plain text, ``"empty tree"`` before the first task."""
+        from rich.console import Console
+
+        if not self.tasks:
+            return "empty tree"
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self.draw())
+        return capture.get().rstrip("\n")
+
     def draw(self, names: Sequence[str] | None = None) -> rich.tree.Tree:
         """Returns the tree for ``rich.print``: level and δ of each node, tasks of each leaf.
 

@@ -28,7 +28,7 @@ from treelora_avalanche.models.tokenization import EncodedSample
 from treelora_avalanche.models.tokens import PADDING, crop
 from treelora_avalanche.models.views.split_language import SplitLanguageModel, frozen_layers
 from treelora_avalanche.scenarios import TextTasks
-from treelora_avalanche.scenarios.text_tasks import TokenRows, TokenTargets
+from treelora_avalanche.scenarios.data.text_benchmark import TokenSequences, TokenTargets
 from treelora_avalanche.strategies import (
     OGD,
     EWCLoRA,
@@ -278,7 +278,7 @@ def test_a_model_whose_layers_read_more_than_hidden_states_is_not_split(
 def test_sequences_shorter_than_their_lengths_switch_the_cache_off(make_model, caplog):
     samples = [EncodedSample([1, 2, 3, 4], 2, 0)] * 3
     dataset = TaskAwareSupervisedClassificationDataset(
-        [TokenRows(samples, 48)],
+        [TokenSequences(samples, 48)],
         data_attributes=[
             TokenTargets([(3, 4)] * 3),
             DataAttribute([3, 3, 4], "lengths"),

@@ -1,4 +1,4 @@
-"""Published archives: where they are found on disk, or else fetched, checked and unpacked."""
+"""Published archives: found on disk, or downloaded, checked and unpacked."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from torchvision.datasets.utils import download_url, extract_archive
 
 
 class PublishedArchive(NamedTuple):
-    """An archive with a public address."""
+    """An archive with a public address.
+
+    >>> IMAGENET_R.filename
+    'imagenet-r.tar'
+
+    :param title: name of the data set.
+    :param url: its address.
+    :param md5: checksum of the archive.
+    :param folder: the folder that the archive contains.
+    :param example: a path in that folder, named by errors.
+    :param size: of the archive, for the reader.
+    """
 
     title: str
     url: str
     md5: str
     folder: str
-    """ The folder in it. """
     example: str
-    """ Something in that folder, to say where things belong. """
     size: str
 
     @property
@@ -51,30 +60,30 @@ def published_folder(
     archive: PublishedArchive,
     dataset_root: str | Path,
     download: bool,
-    is_it: Callable[[Path], bool],
+    is_unpacked: Callable[[Path], bool],
 ) -> Path:
-    """The unpacked archive: ``dataset_root`` itself or the folder of the published name in it.
+    """Returns the unpacked archive: ``dataset_root`` itself or the published folder in it.
 
-    A download counts only with the published checksum, and is unpacked beside its final place, so
-    that an interruption never leaves a part of it there.
+    A download is used only if its checksum is the published one, and is unpacked into a temporary
+    folder first, so that an interruption never leaves a partial data set.
 
-    :param archive: what to look for.
-    :param dataset_root: where to look, and where to download to.
-    :param download: whether to fetch it if it is not there.
-    :param is_it: tells whether a folder is the unpacked archive.
-    :raises OSError: if it is not there, or cannot be fetched.
+    :param archive: the archive.
+    :param dataset_root: folder to search, and to download to.
+    :param download: whether to download a missing archive.
+    :param is_unpacked: returns whether a folder is the unpacked archive.
+    :raises OSError: if the archive is missing, or cannot be downloaded.
     """
     root = Path(dataset_root).expanduser()
-    if root.is_dir() and is_it(root):
+    if root.is_dir() and is_unpacked(root):
         return root
     folder = root / archive.folder
     if folder.is_dir():
         return folder
     if not download:
         raise FileNotFoundError(
-            f"`dataset_root` {str(root)!r} holds no {archive.title}. Pass `download=True` to fetch "
-            f"{archive.url} ({archive.size}) into it (an intact {archive.filename} in that folder "
-            f"is unpacked, not fetched again), or unpack it there yourself, so that "
+            f"`dataset_root` {str(root)!r} holds no {archive.title}. Pass `download=True` to "
+            f"download {archive.url} ({archive.size}) to it (an intact {archive.filename} in that "
+            f"folder is unpacked, not downloaded again), or unpack it there yourself, so that "
             f"{str(folder / archive.example)!r} exists."
         )
     try:
@@ -83,7 +92,7 @@ def published_folder(
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"{archive.title} could not be downloaded ({error}). Fetch {archive.url} "
-            f"({archive.size}, MD5 {archive.md5}) by other means, put it as "
+            f"({archive.size}, MD5 {archive.md5}) by other means, save it as "
             f"{str(root / archive.filename)!r} and call again: it will be checked and unpacked."
         ) from error
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root) as temporary:

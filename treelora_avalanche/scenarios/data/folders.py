@@ -1,37 +1,96 @@
-"""From folders to lists: which image files there are, of which classes, for which part."""
+"""Image files of a folder, by class, for training and testing; nothing is decoded here."""
 
 from __future__ import annotations
 
-import difflib
 import zlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from treelora_avalanche.choices import did_you_mean
+
 LAYOUTS = (
     "Accepted are <root>/train/<class>/<image> with <root>/test/<class>/<image>, or "
-    "<root>/<class>/<image>, of which a test set is drawn"
+    "<root>/<class>/<image>, from which a test set is drawn"
 )
 
 
 class ImageRecord(NamedTuple):
+    """One image file and its class.
+
+    >>> ImageRecord("train/ant/0.png", 0).label
+    0
+
+    :param path: the file.
+    :param label: its class.
+    """
+
     path: str
     label: int
 
 
-def class_folders(folder: Path, layouts: str = LAYOUTS) -> list[str]:
+def list_images(
+    root: Path, classes: Sequence[str] | None, test_fraction: float, seed: int | None
+) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
+    """Returns the training images, the test images and the class names of a folder.
+
+    :param root: a folder in one of the :data:`LAYOUTS`.
+    :param classes: names of the classes to use; None for all, sorted by name.
+    :param test_fraction: share of each class that is drawn for testing if no split is given.
+    :param seed: seed of that draw; None takes one from the global random state.
+    :raises ValueError: if the folder, its classes or their images do not fit a layout.
+    """
+    if not root.is_dir():
+        raise ValueError(f"`dataset_root` should be a folder, but is {str(root)!r}. {LAYOUTS}.")
+    given = [part for part in ("train", "test") if (root / part).is_dir()]
+    if len(given) == 2:
+        train_names, test_names = (list_class_folders(root / part) for part in given)
+        class_names = select_classes(root, train_names, test_names, classes)
+        train, test = (list(chain(*images_by_class(root / part, class_names))) for part in given)
+        return train, test, class_names
+    if given and next((root / given[0]).glob("*/"), None) is not None:
+        missing = "test" if given == ["train"] else "train"
+        raise ValueError(
+            f"`dataset_root` {str(root)!r} has a folder {given[0]!r} with classes but none named "
+            f"{missing!r}. {LAYOUTS}."
+        )
+    names = list_class_folders(root)
+    class_names = select_classes(root, names, names, classes)
+    train, test = draw_test_split(
+        images_by_class(root, class_names), class_names, test_fraction, seed
+    )
+    return train, test, class_names
+
+
+def list_class_folders(folder: Path, layouts: str = LAYOUTS) -> list[str]:
+    """Returns the names of the subfolders, sorted.
+
+    :param folder: where to look.
+    :param layouts: the accepted layouts, for the error.
+    :raises ValueError: if there are no subfolders.
+    """
     try:
         return find_classes(folder)[0]
     except FileNotFoundError:
         raise ValueError(f"{str(folder)!r} holds no class folders. {layouts}.") from None
 
 
-def choose_classes(
+def select_classes(
     root: Path, train: list[str], test: list[str], classes: Sequence[str] | None
 ) -> list[str]:
+    """Returns the names of the classes to use; the position of a name is its label.
+
+    :param root: the folder, for the errors.
+    :param train: classes that have training images.
+    :param test: classes that have test images.
+    :param classes: names chosen by the user; None for all.
+    :raises ValueError: if ``train`` and ``test`` differ and no names are chosen, or if a chosen
+        name is unknown or occurs twice.
+    """
     if classes is None:
         if train != test:
             alone = "; ".join(
@@ -40,29 +99,36 @@ def choose_classes(
                 if set(names) - set(others)
             )
             raise ValueError(
-                f"'train' and 'test' of `dataset_root` {str(root)!r} hold different classes "
-                f"({alone}). Complete them, or name the common ones in `classes=`."
+                f"'train' and 'test' of `dataset_root` {str(root)!r} should hold the same classes, "
+                f"but do not ({alone}). Complete them, or name the common ones in `classes=`."
             )
         return train
     names = list(classes)
     if not names or isinstance(classes, str) or len(set(names)) < len(names):
-        raise ValueError(f"`classes` is {classes!r}; it must be a list of different class names.")
+        raise ValueError(
+            f"`classes` should be a list of different class names, but is {classes!r}. Name each "
+            "class once."
+        )
     known = [name for name in train if name in set(test)]
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=3)
-            hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
             raise ValueError(
-                f"`classes` names {name!r}, which is not among the {len(known)} classes of "
-                f"{str(root)!r}{hint}"
+                f"`classes` should name some of the {len(known)} classes of {str(root)!r}, but "
+                f"contains {name!r}.{did_you_mean(name, known)}"
             )
     return names
 
 
-def images_of(
+def images_by_class(
     folder: Path, class_names: list[str], layouts: str = LAYOUTS
 ) -> list[list[ImageRecord]]:
-    """The images of each class, sorted by path, so that the file system's order never matters."""
+    """Returns the images of each class, sorted by path, in the same order on every file system.
+
+    :param folder: holds one subfolder per class.
+    :param class_names: the subfolders to read; the position of a name is its label.
+    :param layouts: the accepted layouts, for the error.
+    :raises ValueError: if a class has no images, or has them in subfolders only.
+    """
     label_of = {name: label for label, name in enumerate(class_names)}
     images: list[list[ImageRecord]] = [[] for _ in class_names]
     for path, label in make_dataset(folder, label_of, IMG_EXTENSIONS, allow_empty=True):
@@ -83,11 +149,22 @@ def images_of(
     return images
 
 
-def draw_split(
+def draw_test_split(
     images: list[list[ImageRecord]], class_names: list[str], test_fraction: float, seed: int | None
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Draws a stratified test set; returns the training images and the test images.
+
+    :param images: the images of each class.
+    :param class_names: names of the classes; each seeds the draw of its class.
+    :param test_fraction: share of each class that is drawn, at least one image and not all.
+    :param seed: seed of the draw; None takes one from the global random state.
+    :raises ValueError: if the share is not between 0 and 1, or a class has a single image.
+    """
     if not 0 < test_fraction < 1:
-        raise ValueError(f"`test_fraction` is {test_fraction}; it must lie between 0 and 1.")
+        raise ValueError(
+            f"`test_fraction` should be between 0 and 1, but is {test_fraction}. The usual share "
+            "is 0.2."
+        )
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     train: list[ImageRecord] = []
@@ -95,8 +172,8 @@ def draw_split(
     for name, found in zip(class_names, images, strict=True):
         if len(found) < 2:
             raise ValueError(
-                f"the class {name!r} has a single image, {found[0].path!r}; it takes two to draw "
-                "a training and a test set. Add images, or leave the class out with `classes=`."
+                f"the class {name!r} has a single image, {found[0].path!r}, but a training and a "
+                "test set need two. Add images, or leave the class out with `classes=`."
             )
         # One generator per class: the split of a class does not depend on which others are used.
         generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))

@@ -1,4 +1,4 @@
-"""Reads folders of images."""
+"""Resized images as datasets, cached in memory if they fit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,58 +15,42 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from treelora_avalanche.models.vision import ImagePreprocessing
-from treelora_avalanche.scenarios.data.folders import (
-    LAYOUTS,
-    ImageRecord,
-    choose_classes,
-    class_folders,
-    draw_split,
-    images_of,
-)
+from treelora_avalanche.scenarios.data.folders import ImageRecord
 
 
-def list_images(
-    root: Path, classes: Sequence[str] | None, test_fraction: float, seed: int | None
-) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
-    """The training images, the test images and the class names."""
-    if not root.is_dir():
-        raise ValueError(f"`dataset_root` is {str(root)!r}, which is not a folder. {LAYOUTS}.")
-    given = [part for part in ("train", "test") if (root / part).is_dir()]
-    if len(given) == 2:
-        train_names, test_names = (class_folders(root / part) for part in given)
-        class_names = choose_classes(root, train_names, test_names, classes)
-        train, test = (list(chain(*images_of(root / part, class_names))) for part in given)
-        return train, test, class_names
-    if given and next((root / given[0]).glob("*/"), None) is not None:
-        missing = "test" if given == ["train"] else "train"
-        raise ValueError(
-            f"`dataset_root` {str(root)!r} has a folder {given[0]!r} with classes but none named "
-            f"{missing!r}. {LAYOUTS}."
-        )
-    names = class_folders(root)
-    class_names = choose_classes(root, names, names, classes)
-    train, test = draw_split(images_of(root, class_names), class_names, test_fraction, seed)
-    return train, test, class_names
+class FileStamp(NamedTuple):
+    """A file with the properties that change when it is written again; a key of caches.
 
-
-class ImageFile(NamedTuple):
-    """A file and what changes when it is written again."""
+    :param path: absolute path.
+    :param modified_ns: time of the last change.
+    :param size: in bytes.
+    """
 
     path: str
     modified_ns: int
     size: int
 
 
-def stamp(path: str) -> ImageFile:
+def file_stamp(path: str) -> FileStamp:
+    """Returns the stamp of a file.
+
+    :param path: the file.
+    """
     stat = os.stat(path)
-    return ImageFile(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+    return FileStamp(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
 
 
-def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
+def read_image(path: str, preprocessing: ImagePreprocessing) -> Tensor:
+    """Returns a resized image, uint8 ``(3, height, width)``.
+
+    :param path: the file.
+    :param preprocessing: how images are resized.
+    :raises OSError: if Pillow cannot read the file.
+    """
     try:
         with Image.open(path) as image:
             return preprocessing.resize(image)
-    # The many ways in which Pillow says that a file is broken.
+    # The exceptions by which Pillow reports a broken file.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise OSError(
             f"the image {path!r} cannot be read ({error}); replace or delete the file."
@@ -76,13 +58,22 @@ def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _decoded(files: tuple[ImageFile, ...], preprocessing: ImagePreprocessing) -> Tensor:
-    """All images as bytes, ``(n, 3, height, width)``; seeds and methods share one copy."""
-    return stacked(len(files), preprocessing, lambda row: _read(files[row].path, preprocessing))
+def _decoded(files: tuple[FileStamp, ...], preprocessing: ImagePreprocessing) -> Tensor:
+    """Returns all images, uint8 ``(n, 3, height, width)``; seeds and methods share one copy."""
+    return stack_images(
+        len(files), preprocessing, lambda row: read_image(files[row].path, preprocessing)
+    )
 
 
-def stacked(n: int, preprocessing: ImagePreprocessing, read: Callable[[int], Tensor]) -> Tensor:
-    """``read(0)`` to ``read(n - 1)``, read by several threads, ``(n, 3, height, width)``."""
+def stack_images(
+    n: int, preprocessing: ImagePreprocessing, read: Callable[[int], Tensor]
+) -> Tensor:
+    """Returns ``read(0)`` to ``read(n - 1)``, read by several threads, ``(n, 3, height, width)``.
+
+    :param n: number of images.
+    :param preprocessing: gives their size.
+    :param read: returns the image of a row.
+    """
     images = torch.empty(n, *preprocessing.input_size, dtype=torch.uint8)
 
     def fill(row: int) -> None:
@@ -94,29 +85,45 @@ def stacked(n: int, preprocessing: ImagePreprocessing, read: Callable[[int], Ten
     return images
 
 
-def fits(n: int, preprocessing: ImagePreprocessing, cache_bytes: int) -> bool:
+def fits_in_cache(n: int, preprocessing: ImagePreprocessing, cache_bytes: int) -> bool:
+    """Returns whether ``n`` resized images, one byte per value, fit into ``cache_bytes``.
+
+    :param n: number of images.
+    :param preprocessing: gives their size.
+    :param cache_bytes: the limit.
+    """
     return n * math.prod(preprocessing.input_size) <= cache_bytes
 
 
 def image_datasets(
     parts: Sequence[list[ImageRecord]], preprocessing: ImagePreprocessing, cache_bytes: int
-) -> list[_Images]:
-    """One dataset per list of images, all over one copy in memory if that fits."""
+) -> list[ResizedImages]:
+    """Returns one dataset per list of images; all share one copy in memory if it fits.
+
+    :param parts: lists of images, such as those for training and for testing.
+    :param preprocessing: how images are resized.
+    :param cache_bytes: limit of the copy in memory; files are read on access above it.
+    :raises OSError: if an image cannot be read into the copy.
+    """
     paths = sorted({image.path for part in parts for image in part})
     images, row_of = None, {}
-    if fits(len(paths), preprocessing, cache_bytes):
-        images = _decoded(tuple(stamp(path) for path in paths), preprocessing)
+    if fits_in_cache(len(paths), preprocessing, cache_bytes):
+        images = _decoded(tuple(file_stamp(path) for path in paths), preprocessing)
         row_of = {path: row for row, path in enumerate(paths)}
-    return [_Images(part, preprocessing, images, row_of) for part in parts]
+    return [ResizedImages(part, preprocessing, images, row_of) for part in parts]
 
 
-class _Images(Dataset):
+class ResizedImages(Dataset):
     """Resized images as uint8 tensors with their labels, from memory or from the files.
 
+    Example::
+
+        image, label = ResizedImages([ImageRecord("ant.png", 0)], ImagePreprocessing(), None, {})[0]
+
     :param samples: the images.
-    :param preprocessing: how a file becomes a tensor.
+    :param preprocessing: how images are resized.
     :param images: all images of the benchmark in memory, or None.
-    :param row_of: where in ``images`` each path is.
+    :param row_of: the row of each path in ``images``.
     """
 
     def __init__(
@@ -139,4 +146,4 @@ class _Images(Dataset):
         path, label = self.samples[index]
         if self.images is not None:
             return self.images[self.rows[index]], label
-        return _read(path, self.preprocessing), label
+        return read_image(path, self.preprocessing), label

@@ -1,4 +1,4 @@
-"""Prompts and answers as they lie on disk: JSON and JSONL, with errors that name the record."""
+"""Prompts and answers in JSON and JSONL files, with errors that name the file and the record."""
 
 from __future__ import annotations
 
@@ -11,31 +11,45 @@ SUFFIXES = (".json", ".jsonl")
 
 
 class TextRecord(NamedTuple):
-    """One sample as text."""
+    """One sample as text.
+
+    >>> TextRecord("2 + 2 =", " 4").answer
+    ' 4'
+
+    :param prompt: the text that is given.
+    :param answer: the text to generate.
+    """
 
     prompt: str
     answer: str
 
 
 class Records(NamedTuple):
-    """The records of one file."""
+    """The records of one file.
+
+    >>> Records(Path("sums.json"), [TextRecord("1 + 1 =", " 2")]).first(0).records
+    []
+
+    :param file: the file, named by errors and log messages.
+    :param records: its records.
+    """
 
     file: Path
     records: list[TextRecord]
 
     def first(self, limit: int | None) -> Records:
-        """The first of them.
+        """Returns the first records.
 
-        :param limit: how many; None for all.
+        :param limit: their number; None for all.
         """
         return Records(self.file, self.records[:limit])
 
 
 def read_json(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSON file (a list of objects) or a JSONL file (one object per line).
+    """Returns the records of a JSON file (a list of objects) or a JSONL file (one per line).
 
     :param file: the file.
-    :raises FileNotFoundError: if there is none.
+    :raises FileNotFoundError: if it is missing.
     :raises ValueError: if it is not JSON, or holds anything but records.
     """
     if not file.is_file():
@@ -49,24 +63,24 @@ def read_json(file: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{file} is not valid {file.suffix[1:].upper()} ({error}).") from error
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{file} should hold a list of records, and holds none.")
+        raise ValueError(f"{file} should hold a list of records, but holds none.")
     for number, record in enumerate(found):
         if not isinstance(record, dict):
             raise ValueError(
-                f"record {number} of {file} is a {type(record).__name__}; it should be an object "
-                "such as {'prompt': ..., 'answer': ...}."
+                f"record {number} of {file} should be an object such as {{'prompt': ..., "
+                f"'answer': ...}}, but is a {type(record).__name__}."
             )
     return found
 
 
 def text_of(record: Mapping[str, Any], key: str, file: Path, number: int) -> str:
-    """One text of a record.
+    """Returns one text of a record.
 
     :param record: the record.
-    :param key: the text's name.
-    :param file: where it is from.
-    :param number: its place there, from 0.
-    :raises ValueError: if there is none, or it is empty.
+    :param key: the key of the text.
+    :param file: the file of the record, for errors.
+    :param number: its position in the file, from 0.
+    :raises ValueError: if there is no such text, or it is empty.
     """
     if key not in record:
         known = ", ".join(map(repr, record)) or "nothing"
@@ -74,22 +88,23 @@ def text_of(record: Mapping[str, Any], key: str, file: Path, number: int) -> str
     text = record[key]
     if not isinstance(text, str):
         raise ValueError(
-            f"{key!r} of record {number} of {file} is a {type(text).__name__}; make it a text."
+            f"{key!r} of record {number} of {file} should be a text, but is a "
+            f"{type(text).__name__}."
         )
     if not text.strip():
         raise ValueError(
             f"{key!r} of record {number} of {file} is empty, so that there is nothing to learn; "
-            "complete the record or take it out."
+            "complete the record or remove it."
         )
     return text
 
 
 def read_records(file: Path) -> Records:
-    """The records of a file of ``{"prompt": ..., "answer": ...}``.
+    """Returns the records of a file of ``{"prompt": ..., "answer": ...}``.
 
     :param file: a JSON or JSONL file.
-    :raises FileNotFoundError: if there is none.
-    :raises ValueError: if it does not hold such records; file and record are named.
+    :raises FileNotFoundError: if it is missing.
+    :raises ValueError: if it does not hold such records; the error names file and record.
     """
     return Records(
         file,

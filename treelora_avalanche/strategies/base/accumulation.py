@@ -1,4 +1,4 @@
-"""Steps of the optimizer that several batches share."""
+"""Gradient accumulation: several mini-batches per optimizer step."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from treelora_avalanche.models.token_loss import IGNORED
 
 
 class GradientAccumulation:
-    """Mixin for strategies: the gradients of several batches make one step of the optimizer.
+    """Mixin for strategies: accumulates the gradients of several mini-batches before each step.
 
-    The step is that of one batch of all their samples: every batch weighs by its number of targets
-    (of a language model, the tokens of its answers), as the mean over all of them does. The hooks
-    around an iteration and an update are called once per step, those around forward and backward
-    once per batch.
+    The step equals that of one batch of all samples: with n_i targets in mini-batch i (for language
+    models, the tokens of the answers), the gradient is that of ``sum_i n_i loss_i / sum_i n_i``.
+    Hooks around an iteration and an update are called once per step, hooks around forward and
+    backward once per mini-batch.
 
-    :attr:`accumulation_steps` is the number of batches; the last step of an epoch may have fewer.
+    Example::
+
+        SeqLoRA(model, train_mb_size=8, accumulation_steps=4)  # steps of 32 samples
+
+    :ivar accumulation_steps: mini-batches per step; the last step of an epoch may have fewer.
     """
 
     accumulation_steps = 1
 
     def training_epoch(self: Any, **kwargs: Any) -> None:
-        """One pass over the data.
+        """Trains for one pass over the data.
 
-        :param kwargs: handed on to the hooks.
+        :param kwargs: passed to the hooks.
         """
         if self.accumulation_steps == 1:
             super().training_epoch(**kwargs)  # type: ignore[misc]
@@ -67,18 +71,29 @@ class GradientAccumulation:
 
 
 def check_accumulation(steps: int, plugins: Sequence[SupervisedPlugin]) -> None:
-    """Raise an error if batches cannot share a step.
+    """Raises an error if mini-batches cannot share a step.
 
-    :param steps: batches per step.
+    A plugin that needs the gradient of a whole step in every backward pass declares
+    ``supports_accumulation = False``.
+
+    :param steps: mini-batches per step.
     :param plugins: the strategy's plugins.
-    :raises ValueError: if there are too few, or a plugin edits the gradient as a whole.
+    :raises ValueError: if ``steps`` is below 1, or a plugin does not support accumulation.
     """
     if steps < 1:
-        raise ValueError(f"`accumulation_steps` must be at least 1, and is {steps}.")
+        raise ValueError(
+            f"`accumulation_steps` should be at least 1, but is {steps}. Use 1 for a step per "
+            "mini-batch."
+        )
     for plugin in plugins:
-        if steps > 1 and isinstance(plugin, (GEMPlugin, AGEMPlugin)):
+        if steps > 1 and not _supports_accumulation(plugin):
             raise ValueError(
-                f"`accumulation_steps` is {steps}, and {type(plugin).__name__} compares the "
-                "gradient of one batch with those of past tasks, which a part of a sum is not; use "
+                f"`accumulation_steps` should be 1 with {type(plugin).__name__}, which compares "
+                f"the gradient of a whole step with those of past tasks, but is {steps}. Use "
                 "accumulation_steps=1 with a larger train_mb_size."
             )
+
+
+def _supports_accumulation(plugin: SupervisedPlugin) -> bool:
+    avalanches = not isinstance(plugin, (GEMPlugin, AGEMPlugin))  # which declare nothing
+    return bool(getattr(plugin, "supports_accumulation", avalanches))

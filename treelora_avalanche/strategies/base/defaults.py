@@ -21,7 +21,9 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class Training(NamedTuple):
-    """How one kind of model is trained by default.
+    """Default optimizer, criterion and evaluator for one kind of model.
+
+    >>> VISION.optimizer(lr=0.001)(model.parameters())  # Adam
 
     :param numbers: the hyper-parameters.
     :param criterion: constructor of the loss.
@@ -45,7 +47,7 @@ class Training(NamedTuple):
 def language_evaluator() -> EvaluationPlugin:
     """Returns the default evaluator for language models, which logs losses and times.
 
-    Accuracy, which is part of Avalanche's own, does not take the logits of tokens.
+    Avalanche's own includes accuracy, which does not accept token logits.
     """
     return EvaluationPlugin(
         loss_metrics(minibatch=False, epoch=True, experience=True, stream=True),

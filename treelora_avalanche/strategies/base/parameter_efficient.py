@@ -1,4 +1,4 @@
-"""What the strategies share that train a small part of a frozen backbone."""
+"""Base of the strategies that train a small part of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import TrainableView, find_host
 from treelora_avalanche.adapters.classifier import check_classes
@@ -20,62 +21,73 @@ from treelora_avalanche.choices import HEADS, PRECISIONS, SCHEDULES, check_known
 from treelora_avalanche.models.views.precision import set_precision
 from treelora_avalanche.plugins import (
     CosineSchedulePlugin,
-    DataParallelPlugin,
     FiniteLossPlugin,
     TaskAdaptiveHeadPlugin,
 )
 from treelora_avalanche.strategies.base.accumulation import GradientAccumulation, check_accumulation
-from treelora_avalanche.strategies.base.defaults import (
-    LANGUAGE,
-    VISION,
-    OptimizerFactory,
-)
+from treelora_avalanche.strategies.base.arguments import NamedArguments, TemplateOptions
+from treelora_avalanche.strategies.base.defaults import LANGUAGE, VISION, OptimizerFactory, Training
+from treelora_avalanche.strategies.base.summary import StrategySummary
 from treelora_avalanche.strategies.base.token_batches import TokenBatches
 
 logger = logging.getLogger(__name__)
 
 
-class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, SupervisedTemplate):
-    """Trains what a view of a model shows, on one experience after the other.
+class ParameterEfficientStrategy(
+    NamedArguments,
+    StrategySummary,
+    GradientAccumulation,
+    TokenBatches,
+    Resumable,
+    SupervisedTemplate,
+):
+    """Trains the parameters that a view of a model exposes, one experience after the other.
 
-    The base of the strategies with LoRA (:class:`SeqLoRA` and its heirs) and of those with prompts.
+    Base of the LoRA strategies (:class:`SeqLoRA` and its subclasses) and of the prompt strategies.
     Task labels are not used.
 
-    What is not given is chosen for the kind of model, as in the TreeLoRA paper: for images, Adam at
-    0.005, batches of 192, 20 epochs; for a :class:`~treelora_avalanche.models.LanguageModel`, AdamW
-    at 1e-4 along a cosine, batches of 4, one epoch (the paper's numbers for TRACE differ from task
-    to task: ``strategy.train_epochs`` may be set before each), the loss over the tokens of the
-    answers, and batches of samples of similar length.
+    Defaults depend on the kind of model and follow the TreeLoRA paper (Appendix A.3). Image models:
+    Adam at 0.005, batches of 192, 20 epochs. A :class:`~treelora_avalanche.models.LanguageModel`:
+    AdamW at 1e-4 with a cosine schedule, batches of 4 sequences of similar length, one epoch, the
+    loss over the tokens of the answers. The paper's epochs for TRACE differ between tasks:
+    ``strategy.train_epochs`` may be set before each.
 
-    :param model: the view of a model whose small part is to be trained.
+    Example::
+
+        strategy = SeqLoRA(model, lr=0.001, train_epochs=5, precision="bf16", device="cuda")
+
+    :param model: a view of the model that exposes its trainable parameters.
     :param optimizer: an optimizer, or a callable that makes one from parameters, such as
-        ``functools.partial(torch.optim.Adam, lr=1e-3)``.
+        ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)``.
+    :param lr: learning rate of the default optimizer; set it in ``optimizer`` if that is given.
     :param criterion: the loss, of logits ``(batch, n_classes)`` and targets ``(batch,)``.
     :param train_mb_size: mini-batch size for training.
     :param train_epochs: epochs per experience.
     :param eval_mb_size: mini-batch size for evaluation.
-    :param accumulation_steps: mini-batches whose gradients make one step of the optimizer; the step
-        is that of one batch of all their samples.
-    :param schedule: ``"constant"`` or ``"cosine"``, the learning rate within an experience; see
+    :param accumulation_steps: mini-batches per optimizer step, see
+        :class:`~treelora_avalanche.strategies.base.accumulation.GradientAccumulation`.
+    :param schedule: learning rate within an experience, ``"constant"`` or ``"cosine"``, see
         :class:`~treelora_avalanche.plugins.CosineSchedulePlugin`.
-    :param precision: of the forward pass, ``"fp32"``, ``"bf16"`` or ``"auto"``: see
+    :param precision: of the forward pass, ``"fp32"``, ``"bf16"`` or ``"auto"``, see
         :func:`~treelora_avalanche.models.views.precision.autocast_dtype`.
     :param device: where to train.
-    :param head: ``"linear"``, a classifier trained by the loss alone; ``"task_adaptive"``, one that
-        is re-trained after every task, for class-incremental streams: see
+    :param head: ``"linear"``, a classifier trained by the loss alone; or ``"task_adaptive"``, a
+        classifier re-trained after every task, for class-incremental streams, see
         :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`.
     :param plugins: further plugins; the list is copied.
     :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
-    :param eval_every: see :class:`avalanche.training.templates.SupervisedTemplate`.
-    :param base_kwargs: further arguments of the template.
+    :param kwargs: ``eval_every`` and ``peval_mode``, see
+        :class:`avalanche.training.templates.SupervisedTemplate`.
+    :raises TypeError: for an unknown argument; the model is then unchanged.
     :raises ValueError: if an argument is out of range.
     """
 
     def __init__(
         self,
-        *,
         model: TrainableView,
+        *,
         optimizer: Optimizer | OptimizerFactory | None = None,
+        lr: float | None = None,
         criterion: nn.Module | Callable[..., torch.Tensor] | None = None,
         train_mb_size: int | None = None,
         train_epochs: int | None = None,
@@ -87,11 +99,12 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         head: str = "linear",
         plugins: Sequence[SupervisedPlugin] | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
-        eval_every: int = -1,
-        **base_kwargs: Any,
+        **kwargs: Unpack[TemplateOptions],
     ):
         check_training(
             model,
+            optimizer=optimizer,
+            lr=lr,
             head=head,
             schedule=schedule,
             precision=precision,
@@ -101,38 +114,22 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         defaults = LANGUAGE if find_host(model) else VISION
         schedule = schedule or defaults.numbers.schedule
         self.accumulation_steps = accumulation_steps
-        parallel = [p for p in plugins or () if isinstance(p, DataParallelPlugin)]
-        for plugin in parallel:
-            plugin.shard(model, device)
+        plugins = _sharded_first(model, plugins or (), device)
         set_precision(model, precision, device)
-        # On its device now: an optimizer made of parameters that move later would train copies.
+        # On its device now: an optimizer of parameters that move later would train copies.
         model.to(device)
-        if optimizer is None:
-            optimizer = defaults.optimizer()
-        if not isinstance(optimizer, Optimizer):
-            optimizer = optimizer(model.parameters())
-        if criterion is None:
-            criterion = defaults.criterion()
-        if evaluator is default_evaluator:
-            evaluator = defaults.evaluator
-        own: list[SupervisedPlugin] = [FiniteLossPlugin()]
-        if head == "task_adaptive":
-            own.insert(0, TaskAdaptiveHeadPlugin())
-        if schedule == "cosine":
-            own.append(CosineSchedulePlugin())
+        optimizer = _make_optimizer(optimizer, lr, defaults, model)
         super().__init__(
             model=model,
             optimizer=optimizer,
-            criterion=criterion,
+            criterion=defaults.criterion() if criterion is None else criterion,
             train_mb_size=train_mb_size or defaults.numbers.train_mb_size,
             train_epochs=defaults.numbers.train_epochs if train_epochs is None else train_epochs,
             eval_mb_size=eval_mb_size or defaults.numbers.eval_mb_size,
             device=device,
-            # Processes are alike, and gradients whole, before anything looks at them.
-            plugins=[*parallel, *(p for p in plugins or () if p not in parallel), *own],
-            evaluator=evaluator,
-            eval_every=eval_every,
-            **base_kwargs,
+            plugins=[*plugins, *_own_plugins(head, schedule)],
+            evaluator=defaults.evaluator if evaluator is default_evaluator else evaluator,
+            **kwargs,
         )
         logger.info(
             "%s, %s schedule; batches of %d, %d per step; %d epochs",
@@ -147,8 +144,8 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         experience = self.experience
         if len(experience.dataset) == 0:
             raise ValueError(
-                f"experience {experience.current_experience} has no samples; "
-                "leave it out of the stream."
+                f"`experiences` should hold samples, but experience {experience.current_experience}"
+                " has no samples. Leave it out of the stream."
             )
         check_classes(self.model, experience)
         super()._before_training_exp(**kwargs)
@@ -158,9 +155,43 @@ class ParameterEfficientStrategy(GradientAccumulation, TokenBatches, Resumable, 
         super()._before_eval_exp(**kwargs)
 
 
+def _sharded_first(
+    model: TrainableView, plugins: Sequence[SupervisedPlugin], device: str | torch.device
+) -> list[SupervisedPlugin]:
+    """The plugins in order, but those that distribute the model first; they do so here.
+
+    Parameters are then equal in all processes, and gradients whole, before a plugin reads them.
+    """
+    sharding = [p for p in plugins if hasattr(p, "shard")]
+    for plugin in sharding:
+        plugin.shard(model, device)
+    return [*sharding, *(p for p in plugins if p not in sharding)]
+
+
+def _make_optimizer(
+    optimizer: Optimizer | OptimizerFactory | None,
+    lr: float | None,
+    defaults: Training,
+    model: nn.Module,
+) -> Optimizer:
+    if optimizer is None:
+        optimizer = defaults.optimizer(lr)
+    return optimizer if isinstance(optimizer, Optimizer) else optimizer(model.parameters())
+
+
+def _own_plugins(head: str, schedule: str) -> list[SupervisedPlugin]:
+    return [
+        *([TaskAdaptiveHeadPlugin()] if head == "task_adaptive" else []),
+        FiniteLossPlugin(),
+        *([CosineSchedulePlugin()] if schedule == "cosine" else []),
+    ]
+
+
 def check_training(
     model: nn.Module,
     *,
+    optimizer: Optimizer | OptimizerFactory | None = None,
+    lr: float | None = None,
     head: str = "linear",
     schedule: str | None = None,
     precision: str = "fp32",
@@ -168,12 +199,20 @@ def check_training(
     plugins: Sequence[SupervisedPlugin] | None = None,
     **_: Any,
 ) -> None:
-    """Raise an error for what :class:`ParameterEfficientStrategy` cannot train with.
+    """Raises an error for arguments that :class:`ParameterEfficientStrategy` cannot train with.
 
-    The arguments are those of the strategy; others are not looked at.
+    The arguments are those of the strategy; others are ignored. Subclasses call this before they
+    change the model.
 
-    :raises ValueError: if an argument is out of range, or does not go with the model.
+    :raises ValueError: if an argument is out of range, or does not fit the model.
     """
+    if lr is not None and optimizer is not None:
+        raise ValueError(
+            f"`lr` should be left out where `optimizer` is given, but is {lr}. Set the learning "
+            "rate in the optimizer, such as functools.partial(torch.optim.Adam, lr=0.001)."
+        )
+    if lr is not None and not lr > 0:
+        raise ValueError(f"`lr` should be above 0, but is {lr}. Leave it out for the default.")
     check_known("`head`", head, HEADS)
     check_known("`precision`", precision, PRECISIONS)
     if schedule is not None:
@@ -181,6 +220,6 @@ def check_training(
     check_accumulation(accumulation_steps, plugins or ())
     if head != "linear" and find_host(model) is not None:
         raise ValueError(
-            f"`head` is {head!r}, which re-trains a classifier, and a language model has none; use "
-            "head='linear'."
+            f"`head` should be 'linear' for a language model, which has no classifier to re-train, "
+            f"but is {head!r}. Leave it out."
         )

@@ -1,27 +1,28 @@
-"""Strategies whose batches of rows of tokens hold samples of similar length."""
+"""Loaders and forward passes for token sequences."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from avalanche.training.plugins import LwFPlugin
+from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 
 from treelora_avalanche.models.token_batches import token_loader
 
 
 class TokenBatches:
-    """Mixin for strategies: rows of tokens come in batches of similar length.
+    """Mixin for strategies: batches token sequences by length, and computes only needed logits.
 
-    Datasets without ``lengths`` are loaded as Avalanche loads them.
+    Datasets without ``lengths`` are loaded as Avalanche loads them. A plugin that needs the logits
+    of every position declares ``needs_all_logits = True``.
     """
 
     def make_train_dataloader(
         self: Any, shuffle: bool = True, drop_last: bool = False, **kwargs: Any
     ) -> None:
-        """The loader of an experience that is trained.
+        """Makes the loader for training on an experience.
 
         :param shuffle: whether the samples are shuffled.
-        :param drop_last: whether to leave out a batch that is not full.
+        :param drop_last: whether an incomplete last batch is dropped.
         :param kwargs: ``num_workers``, ``pin_memory``, ``persistent_workers``.
         """
         if hasattr(self.adapted_dataset, "lengths"):
@@ -38,7 +39,7 @@ class TokenBatches:
             )
 
     def make_eval_dataloader(self: Any, shuffle: bool = False, **kwargs: Any) -> None:
-        """The loader of an experience that is evaluated.
+        """Makes the loader for evaluating an experience.
 
         :param shuffle: whether the samples are shuffled.
         :param kwargs: see :meth:`make_train_dataloader`.
@@ -54,13 +55,16 @@ class TokenBatches:
             super().make_eval_dataloader(shuffle=shuffle, **kwargs)  # type: ignore[misc]
 
     def forward(self: Any) -> Any:
-        """The answer to the current batch; of a language model, where there are targets alone."""
+        """Returns the logits of the current batch; for token sequences, where there are targets."""
         x, y = self.mb_x, self.mb_y
-        # LwF compares these logits with those of another model for the whole of the batch.
-        compared = any(isinstance(plugin, LwFPlugin) for plugin in self.plugins)
-        if y.ndim == 2 and y.shape[1] < x.shape[1] and not compared:
+        if y.ndim == 2 and y.shape[1] < x.shape[1] and not any(map(_needs_all, self.plugins)):
             return self.model(x, last=y.shape[1])
         return super().forward()  # type: ignore[misc]
+
+
+def _needs_all(plugin: SupervisedPlugin) -> bool:
+    # LwF compares the logits of the whole batch with those of another model.
+    return bool(getattr(plugin, "needs_all_logits", isinstance(plugin, LwFPlugin)))
 
 
 def _loader_options(

@@ -1,4 +1,4 @@
-"""Memory footprint of a strategy: bytes stored between tasks, and numbers of parameters."""
+"""Counts the bytes that a method stores, and the parameters that it trains."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from treelora_avalanche.runs.monitors import ProgressPlugin
-
 _CODE = (type, FunctionType, MethodType, ModuleType)
 
 
 def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Tensor]:
-    """Yields all tensors reachable from a value."""
+    """All tensors reachable from a plugin's state."""
     if id(value) in visited or depth > 12:
         return
     visited.add(id(value))
@@ -37,16 +35,14 @@ def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Te
 
 
 def stored_bytes(strategy: Any) -> int:
-    """Returns the bytes that a strategy stores between tasks in addition to its model.
+    """Returns the bytes of the tensors that a strategy's plugins keep between tasks.
 
-    Counts the tensors in the ``state_dict`` of each plugin; of a plugin without one, all tensors
-    that it refers to. Stored samples count as the tensors that the model receives, although
-    Avalanche keeps references into the benchmark's data. Evaluation and counters are excluded.
+    Of a plugin with a ``state_dict``, these are the tensors in it; of others, all that it refers
+    to. Parameters and buffers of the model do not count. Stored samples count as the tensors that
+    the model receives, though Avalanche keeps references into the benchmark's own data. Evaluation
+    and counters do not count, nor does a plugin with ``is_stored = False``.
 
-    >>> stored_bytes(Naive(model=model, optimizer=optimizer, evaluator=None))
-    0
-
-    :param strategy: an Avalanche strategy, between two tasks.
+    :param strategy: an Avalanche strategy between two tasks.
     """
 
     def storage(tensor: Tensor) -> tuple[int, int]:
@@ -56,17 +52,18 @@ def stored_bytes(strategy: Any) -> int:
         return memory.data_ptr(), memory.nbytes()
 
     def view(tensor: Tensor) -> tuple[int, int]:
-        # Not its storage, which may be over-allocated for the tasks to come.
+        # Its storage may be larger, where it grows from task to task.
         return tensor.data_ptr(), tensor.nbytes
 
-    own = (EvaluationPlugin, ProgressPlugin)
     plugins = [
         plugin
         for plugin in strategy.plugins
-        if not isinstance(plugin, own) and plugin is not strategy.clock
+        if getattr(plugin, "is_stored", True)
+        and not isinstance(plugin, EvaluationPlugin)
+        and plugin is not strategy.clock
     ]
     model = getattr(strategy.model, "module", strategy.model)
-    # The content of a checkpoint: buffers that are not in it belong to a plugin (past adapters).
+    # A checkpoint of the model holds these; buffers outside it are a plugin's (past adapters).
     of_model = {storage(t)[0] for t in (*model.parameters(), *model.state_dict().values())}
     passing = ("loss", "mb_output")
     own_tensors = [
@@ -74,7 +71,7 @@ def stored_bytes(strategy: Any) -> int:
         for name, value in vars(strategy).items()
         if isinstance(value, Tensor) and name not in passing
     ]
-    # All states at once: if one were freed, the next could have the same address.
+    # All states at once: none may be freed, and its address used again, while others are counted.
     states = [plugin.state_dict() for plugin in plugins if hasattr(plugin, "state_dict")]
     others = [plugin for plugin in plugins if not hasattr(plugin, "state_dict")]
     kept = {storage(t) for t in _tensors_below([others, own_tensors], {id(strategy)})}
@@ -84,7 +81,7 @@ def stored_bytes(strategy: Any) -> int:
 
 
 def _stored_samples_bytes(strategy: Any) -> int:
-    """Returns the bytes of the samples in replay memories and cumulative training sets."""
+    """Bytes of the samples in a replay memory, or in a cumulative training set."""
     memories = [getattr(plugin, "storage_policy", None) for plugin in strategy.plugins]
     stores = [memory.buffer for memory in memories if memory is not None]
     if getattr(strategy, "dataset", None) is not None:
@@ -94,7 +91,7 @@ def _stored_samples_bytes(strategy: Any) -> int:
 
 def _samples_bytes(store: Any) -> int:
     first = store[0][0]
-    if first.ndim > 1:  # images: one shape, and slow to read one by one
+    if first.ndim > 1:  # images have one shape, and reading each would take its time
         return len(store) * int(first.nbytes)
     return sum(int(sample[0].nbytes + sample[1].nbytes) for sample in store)
 
@@ -102,10 +99,11 @@ def _samples_bytes(store: Any) -> int:
 def count_parameters(model: nn.Module, *, trained: bool = True) -> dict[str, int]:
     """Returns the numbers of trainable and of all parameters.
 
-    :param model: a strategy's model.
-    :param trained: whether parameters are trained by gradients at all.
+    :param model: a strategy's model, which may be a view that shows the trainable ones alone.
+    :param trained: False if no gradient updates any of them, as where a head is set from
+        statistics.
     """
-    # Not `model.parameters()`: a `TrainableView` overrides it to yield the trainable ones only.
+    # Not `model.parameters()`, which a view restricts to the trainable ones.
     parameters = [parameter for _, parameter in nn.Module.named_parameters(model)]
     return {
         "trainable": sum(p.numel() for p in parameters if p.requires_grad and trained),
