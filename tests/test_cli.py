@@ -192,7 +192,7 @@ def test_non_finite_loss_gives_exit_code_one(tmp_path, capsys):
         (["train", "--layers", "frist:2"], "frist"),
         (["train", "--target_modules", "[qkw]"], "qkw"),
         (["train", "--output", "."], "is not empty"),
-        (["compare", "--methods", "Naive", "TreeLoRA", "--depth", "50"], "`depth` is 50"),
+        (["compare", "--methods", "Naive", "TreeLoRA", "--depth", "50"], "matrices, 5, but is 50"),
         (["compare", "--methods", "Naive", "SeqLoRA", "--layers", "frist:2"], "frist"),
         (
             ["train", "--scenario", "domains", "--data", ".", "--n_experiences", "4"],
