@@ -388,7 +388,10 @@ def test_compare(settings, tmp_path, capsys):
         (["--methods", "FrozenNCM"], "FrozenNCM is not defined for them. Possible: TreeLoRA,"),
         (["--methods", "TreeLoRA-routed"], "TreeLoRA-routed is not defined for them"),
         (["--methods", "SeqLoRA", "--depth", "99"], None),  # SeqLoRA does not read it
-        (["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"], "`depth` is 99"),
+        (
+            ["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"],
+            "`depth` should be at most the number of adapted matrices, 4, but is 99",
+        ),
         (["--methods", "SeqLoRA", "--target_modules", "[q_prj]"], "q_prj"),
         (["--methods", "SeqLoRA", "--tasks", "[eco]"], "Did you mean 'echo'?"),
         (
