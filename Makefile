@@ -1,8 +1,8 @@
-# Everything runs in a virtual environment of its own, made on first use.
+# All targets run in a virtual environment, made on first use.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Threads that spin while they wait slow each other down where cores are few or busy.
+# Spinning OpenMP threads slow each other down on few or busy cores.
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: install demo test lint bench clean
@@ -14,11 +14,11 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
-demo: install  ## TreeLoRA beside plain LoRA and an Avalanche built-in, on embedded data
+demo: install  ## compares TreeLoRA with plain LoRA and an Avalanche strategy, on embedded data
 	$(BIN)/treelora compare
 
-# A file stays in one process: its tests share what they have trained.
-test: install  ## the whole test suite, on all cores
+# One process per file: its tests share trained models.
+test: install  ## runs the test suite on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install
@@ -26,7 +26,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## how fast a stream is learned, beside the contenders; rewrites docs/performance.md
+bench: install  ## measures training speed against the baselines; rewrites docs/performance.md
 	$(BIN)/python benchmarks/stream_speed.py --check --write docs/performance.md
 
 clean:

@@ -1,9 +1,9 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by test files."""
 
 import os
 
-# Before torch is imported, and for the processes that tests start: with several threads the CPU
-# libraries split sums differently from process to process, and nothing is equal bit for bit.
+# Set before torch is imported, and inherited by subprocesses: with several threads, sums are split
+# differently in each process, and results are not equal bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import logging
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def log_levels() -> Iterator[None]:
-    """Undoes what the command line sets for its own process."""
+    """Restores the log levels that the command line sets."""
     loggers = [logging.getLogger(name) for name in (None, "treelora_avalanche")]
     before = [logger.level for logger in loggers]
     yield
@@ -30,13 +30,13 @@ def log_levels() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
-    """The root of the repository."""
+    """Returns the root of the repository."""
     return REPOSITORY
 
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The folder of real data and pretrained weights; skips the test where it is missing."""
+    """Returns the folder of real data and pretrained weights; skips the test if it is missing."""
     root = Path(os.environ.get("TREELORA_DATA", REPOSITORY.parent / "shared" / "data"))
     if not root.is_dir():
         pytest.skip(f"no data: {root} is not a folder (set TREELORA_DATA)")
@@ -45,7 +45,7 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def o_lora(data_root: Path) -> Path:
-    """The folder of O-LoRA's text classifications; skips the test where it is missing."""
+    """Returns the folder of O-LoRA's text classifications; skips the test if it is missing."""
     folder = data_root / "CL_Benchmark"
     if not folder.is_dir():
         pytest.skip(f"{folder} is missing")
@@ -54,7 +54,7 @@ def o_lora(data_root: Path) -> Path:
 
 @pytest.fixture
 def tiny_vit() -> Callable[..., VisionTransformer]:
-    """Makes a timm ViT of three blocks, with the same random weights at every call."""
+    """Returns a factory of timm ViTs with three blocks and the same random weights."""
     from treelora_avalanche import testing
 
     return testing.tiny_vit
@@ -62,7 +62,7 @@ def tiny_vit() -> Callable[..., VisionTransformer]:
 
 @pytest.fixture(scope="session")
 def tiny_benchmark() -> Any:
-    """Three experiences of two classes; the images of a class are noise around its own pattern."""
+    """Returns a benchmark of three experiences of two classes: a pattern per class, plus noise."""
     from treelora_avalanche import testing
 
     return testing.tiny_benchmark()
@@ -70,7 +70,7 @@ def tiny_benchmark() -> Any:
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., Any]:
-    """Makes tokenizers of one token per printable ASCII character; ids 0, 96, 97 are special."""
+    """Returns a factory of tokenizers, one token per ASCII character; ids 0, 96, 97 are special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,7 +89,7 @@ def make_tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_language_model(make_tokenizer) -> Callable[..., Any]:
-    """Makes a Llama that reads characters, with the same random weights at every call."""
+    """Returns a factory of Llamas on characters, with the same random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from treelora_avalanche.models import LanguageModel
@@ -120,7 +120,7 @@ def make_language_model(make_tokenizer) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_texts(make_language_model, tmp_path_factory) -> Any:
-    """A stream of three tasks of texts, eight samples each, told apart by how they begin."""
+    """Returns a stream of three tasks of text, eight samples each, with distinct first words."""
     import json
 
     from treelora_avalanche.scenarios import TextTasks

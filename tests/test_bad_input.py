@@ -1,9 +1,8 @@
-"""Streams, states and files that are not as they should be: a clear error, or the right result.
+"""Unusual and invalid streams, states and files: a clear error, or the right result.
 
-Beside these: damaged and altered states, of other layers, other arguments or another backbone, in
-`test_state.py` and `test_resume.py`; checkpoints with missing or extra keys in
-`test_models_vision.py` and `test_ibot.py`; images of every mode, broken images and data sets that
-are not whole in `test_scenarios.py` and `test_published_scenarios.py`.
+See also: damaged states and states of other layers, arguments or backbones in `checkpoint/`;
+checkpoints with missing or extra keys in `models/`; broken images and incomplete data sets in
+`scenarios/`.
 """
 
 import shutil
@@ -54,7 +53,7 @@ PATTERNS = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def stream(*tasks, noise=0.5, n_test=8, seed=0):
-    """A benchmark; every task is given as how many training images it has of each class."""
+    """Returns a benchmark; each task is a dict of the number of training images by class."""
     generator = torch.Generator().manual_seed(seed)
 
     def dataset(counts):
@@ -144,14 +143,14 @@ def features_of(model, benchmark):
 # ----------------------------------------------------------------------- a class in several tasks
 
 
-def test_an_order_that_names_a_class_twice_is_refused():
+def test_class_order_with_a_duplicate_is_refused():
     order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
     with pytest.raises(ValueError, match=r"`fixed_class_order` .*every label from 0 to 9 once"):
         SplitDigits(5, fixed_class_order=order)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_class_of_two_tasks_is_counted_within_each(tiny_vit, method):
+def test_within_task_accuracy_of_a_class_in_two_tasks(tiny_vit, method):
     benchmark = stream({0: 16, 1: 16}, {1: 16, 2: 16}, {0: 16, 3: 16})
     matrix = AccuracyMatrix(within_task=True)
     strategy = train(build(method, tiny_vit(), matrix), benchmark)
@@ -174,7 +173,7 @@ def test_a_class_of_two_tasks_is_counted_within_each(tiny_vit, method):
 
 
 @pytest.mark.parametrize("method", ["FrozenNCM", "StreamingLDA"])
-def test_the_mean_of_a_class_runs_over_all_its_tasks(tiny_vit, method):
+def test_class_mean_covers_all_tasks_of_the_class(tiny_vit, method):
     benchmark = stream({0: 16, 1: 3}, {1: 16, 2: 16}, {0: 5, 3: 16})
     features, targets = features_of(tiny_vit(), benchmark)
     strategy = train(build(method, tiny_vit()), benchmark)
@@ -183,19 +182,19 @@ def test_the_mean_of_a_class_runs_over_all_its_tasks(tiny_vit, method):
         torch.testing.assert_close(found[label], features[targets == label].mean(0))
 
 
-def test_statistics_of_a_class_are_kept_by_task(tiny_vit):
+def test_class_statistics_are_stored_by_task(tiny_vit):
     strategy = train(build("FrozenGaussian", tiny_vit()), stream({0: 9, 1: 9}, {1: 9, 2: 9}))
     head = next(p for p in strategy.plugins if isinstance(p, TaskAdaptiveHeadPlugin))
     assert [(s.label, s.task) for s in head.statistics] == [(0, 0), (1, 0), (1, 1), (2, 1)]
 
 
-def test_the_router_knows_both_adapters_of_a_class(tiny_vit):
+def test_router_has_both_adapters_of_a_class(tiny_vit):
     strategy = train(build("TreeLoRA-routed", tiny_vit()), stream({0: 9, 1: 9}, {1: 9, 2: 9}))
     assert strategy.model.router.adapter.tolist() == [0, 0, 1, 1]
 
 
-def test_a_class_of_several_tasks_weighs_no_more_than_others():
-    """Two classes alike but for their place: the boundary lies between them, at 0."""
+def test_class_in_several_tasks_has_the_weight_of_one():
+    """Checks that the boundary between N(-1, 1) and N(1, 1) lies at 0."""
     factor = torch.ones(1, 1)
     once = ClassStatistics(0, 0, torch.tensor([-1.0]), factor)
     often = [ClassStatistics(1, task, torch.tensor([1.0]), factor) for task in range(4)]
@@ -216,11 +215,11 @@ def test_a_class_of_several_tasks_weighs_no_more_than_others():
     assert bias.item() == pytest.approx(0.0, abs=0.1)
 
 
-# ------------------------------------------------------------------- few samples, or all the same
+# ------------------------------------------------------------------ few samples, identical samples
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_classes_and_tasks_of_a_single_sample(tiny_vit, method):
+def test_classes_and_tasks_with_a_single_sample(tiny_vit, method):
     benchmark = stream({0: 16, 1: 1}, {2: 1}, {3: 16, 4: 16}, noise=0.2)
     matrix = AccuracyMatrix()
     strategy = train(build(method, tiny_vit(), matrix), benchmark)
@@ -234,7 +233,7 @@ def test_classes_and_tasks_of_a_single_sample(tiny_vit, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_covariances_are_singular_where_all_images_of_a_class_are_the_same(tiny_vit, method):
+def test_singular_covariances_of_identical_images(tiny_vit, method):
     benchmark = stream({0: 8, 1: 8}, {2: 8}, {3: 1, 4: 8}, noise=0.0)
     matrix = AccuracyMatrix(), AccuracyMatrix(within_task=True)
     strategy = train(build(method, tiny_vit(), *matrix), benchmark)
@@ -246,7 +245,7 @@ def test_covariances_are_singular_where_all_images_of_a_class_are_the_same(tiny_
 
 
 @pytest.mark.parametrize("kind", [Gaussians(), Centroids()])
-def test_classes_without_any_spread_are_drawn_as_they_are(kind):
+def test_classes_without_variance_are_drawn_exactly(kind):
     features = torch.randn(2, 4).repeat_interleave(3, dim=0)
     targets = torch.tensor([0, 0, 0, 1, 1, 1])
     source = kind.draws(kind.of(features, targets, task=0))
@@ -256,8 +255,8 @@ def test_classes_without_any_spread_are_drawn_as_they_are(kind):
 
 @given(n=st.integers(1, 40), seed=st.integers(0, 10_000))
 @settings(max_examples=100, deadline=None)
-def test_drift_read_from_images_all_alike_is_a_shift(n, seed):
-    """Their features differ by rounding alone: nothing says where another feature would go."""
+def test_drift_estimated_from_identical_images_is_a_shift(n, seed):
+    """Checks the bias: features that differ only by rounding do not determine a linear map."""
     generator = torch.Generator().manual_seed(seed)
     before = 10 * torch.randn(1, 6, generator=generator).expand(n, 6)
     before = before + 1e-6 * torch.randn(n, 6, generator=generator)
@@ -267,11 +266,11 @@ def test_drift_read_from_images_all_alike_is_a_shift(n, seed):
     torch.testing.assert_close(old + old @ weight + bias, old + shift, atol=1e-3, rtol=0)
 
 
-# ------------------------------------------------------------------------ a model of another kind
+# ------------------------------------------------------------------- a model of another modality
 
 
 @pytest.mark.parametrize("strategy_class", [FrozenNCM, FrozenGaussian, HiDePrompt])
-def test_what_takes_images_alone_refuses_a_language_model(make_language_model, strategy_class):
+def test_image_strategies_refuse_a_language_model(make_language_model, strategy_class):
     model = make_language_model()
     takes = rf"^`model` (?=.*is a LanguageModel)(?=.*{strategy_class.__name__}).*vit_base_patch16"
     with pytest.raises(ValueError, match=takes):
@@ -298,7 +297,7 @@ def test_more_classes_than_the_head_has(tiny_vit, method):
 
 
 @pytest.mark.parametrize("method", ["Naive", "StreamingLDA", "LwF"])
-def test_a_run_whose_backbone_has_too_few_outputs_does_not_begin(tiny_vit, tmp_path, method):
+def test_run_with_too_few_outputs_does_not_start(tiny_vit, tmp_path, method):
     ingredients = Ingredients(0, stream({0: 8, 1: 8}, {2: 8, 6: 8}), tiny_vit(num_classes=6))
     with pytest.raises(ValueError, match=TOO_MANY):
         run(method, 0, RunSettings(device="cpu"), tmp_path / "run", ingredients=ingredients)
@@ -309,7 +308,7 @@ def test_a_run_whose_backbone_has_too_few_outputs_does_not_begin(tiny_vit, tmp_p
 
 
 @pytest.mark.parametrize("method", ["FrozenNCM", "FrozenGaussian", "StreamingLDA"])
-def test_what_a_frozen_backbone_has_shown_goes_with_no_other(tiny_vit, tmp_path, method):
+def test_state_of_a_frozen_backbone_is_refused_by_another(tiny_vit, tmp_path, method):
     benchmark = stream({0: 8, 1: 8}, {2: 8, 3: 8})
     save_strategy(train(build(method, tiny_vit()), benchmark), tmp_path / "state")
     other = tiny_vit()
@@ -331,7 +330,7 @@ def test_what_a_frozen_backbone_has_shown_goes_with_no_other(tiny_vit, tmp_path,
     assert torch.equal(*outputs)
 
 
-def test_a_lda_of_other_classes_is_refused(tiny_vit, tmp_path):
+def test_lda_state_with_other_classes_is_refused(tiny_vit, tmp_path):
     fewer = tiny_vit()
     fewer.num_classes = 5
     save_strategy(build("StreamingLDA", fewer), tmp_path / "state")
@@ -340,7 +339,7 @@ def test_a_lda_of_other_classes_is_refused(tiny_vit, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Gaussians(), Centroids()])
-def test_statistics_loaded_into_a_plugin_beside_another_backbone(tiny_vit, kind):
+def test_statistics_are_refused_with_another_backbone(tiny_vit, kind):
     benchmark = stream({0: 8, 1: 8}, {2: 8, 3: 8})
 
     def naive(model):
@@ -371,7 +370,7 @@ def test_statistics_loaded_into_a_plugin_beside_another_backbone(tiny_vit, kind)
 
 
 @pytest.mark.parametrize("kind", [Gaussians(), Centroids()])
-def test_statistics_that_are_not_as_they_should_be_name_their_keys(kind):
+def test_malformed_statistics_are_refused_with_their_keys(kind):
     features, targets = torch.randn(8, 4), torch.tensor([0, 1] * 4)
     plugin = TaskAdaptiveHeadPlugin(kind=kind)
     plugin.statistics, plugin.n_tasks = kind.of(features, targets, 0), 1
@@ -392,12 +391,12 @@ def test_statistics_that_are_not_as_they_should_be_name_their_keys(kind):
     assert other.n_tasks == 0
 
 
-# ---------------------------------------------------------------------------- on the command line
+# ------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory):
-    """Four folders of images of several modes, and the weights of a small ViT."""
+    """Returns a folder with images of several modes in four classes, and weights of a small ViT."""
     root = tmp_path_factory.mktemp("pets")
     generator = np.random.default_rng(0)
     for name in ("ant", "bee", "cat", "dog"):
@@ -430,7 +429,7 @@ def treelora(pets, tmp_path, **options):
     return main(["train", *(f"--{name}={value}" for name, value in arguments.items())])
 
 
-def test_images_of_all_modes_can_be_trained_on(pets, tmp_path, capsys):
+def test_training_on_images_of_all_modes(pets, tmp_path, capsys):
     assert treelora(pets, tmp_path, head="task_adaptive") == 0
     assert (tmp_path / "run" / "results.json").exists()
 
@@ -444,7 +443,7 @@ def refused(capsys, status, *words):
         assert word in error
 
 
-def test_keys_of_a_checkpoint_are_named(pets, tmp_path, capsys):
+def test_mismatched_checkpoint_is_refused_with_its_keys(pets, tmp_path, capsys):
     weights = safetensors.torch.load_file(pets / "weights.safetensors")
     del weights["blocks.3.mlp.fc1.weight"]
     weights["adapter.gate"] = torch.ones(2)
@@ -456,7 +455,7 @@ def test_keys_of_a_checkpoint_are_named(pets, tmp_path, capsys):
     refused(capsys, treelora(pets, tmp_path, checkpoint=file), "damaged or incomplete")
 
 
-def test_a_class_of_one_image_and_a_class_twice(pets, tmp_path, capsys):
+def test_class_with_one_image_and_duplicate_class_are_refused(pets, tmp_path, capsys):
     images = tmp_path / "images"
     shutil.copytree(pets / "images", images)
     for file in sorted((images / "bee").iterdir())[1:]:
@@ -478,7 +477,7 @@ def test_a_class_of_one_image_and_a_class_twice(pets, tmp_path, capsys):
         ),
     ],
 )
-def test_a_data_set_that_is_half_there(pets, tmp_path, capsys, scenario, there, words):
+def test_incomplete_data_set_is_refused(pets, tmp_path, capsys, scenario, there, words):
     file = tmp_path / "data" / there
     file.parent.mkdir(parents=True)
     shutil.copy(pets / "images" / "ant" / "0.png", file)

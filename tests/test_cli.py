@@ -1,4 +1,4 @@
-"""The command line, from arguments to files, messages and exit codes."""
+"""Command line: arguments, files, messages and exit codes."""
 
 import json
 import subprocess
@@ -16,14 +16,14 @@ QUICK = ["--epochs", "1", "--n_experiences", "2", "--layers", "last:1", "--devic
 
 @pytest.fixture
 def unpretrained(monkeypatch):
-    """Spares the pretraining of the digits' backbone where accuracy is not the point."""
+    """Skips the pretraining of the digits' backbone, where accuracy is not tested."""
     from treelora_avalanche import models
 
     monkeypatch.setattr(models, "pretrained_digits_vit", lambda seed: models.digits_vit())
 
 
 def call(*arguments):
-    """Exit code of `treelora ...`, however it ends."""
+    """Returns the exit code of ``treelora ...``."""
     try:
         return main([str(argument) for argument in arguments])
     except SystemExit as end:
@@ -101,7 +101,7 @@ def test_compare_on_digits(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("unpretrained")
-def test_train_takes_a_runs_config(tmp_path, capsys):
+def test_train_accepts_the_config_of_a_run(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert call("train", "--method", "TreeLoRA", "--seed", 0, "--output", first, *QUICK) == 0
     assert str(first) in capsys.readouterr().out
@@ -115,13 +115,13 @@ def test_train_takes_a_runs_config(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("unpretrained")
-def test_verbose_is_avalanches_own_logger(tmp_path, capsys):
+def test_verbose_attaches_the_interactive_logger(tmp_path, capsys):
     arguments = ["train", "--method", "Naive", "--output", tmp_path / "run", "--verbose", *QUICK]
     assert call(*arguments) == 0
     assert "OverallPerformance/eval_phase/test_stream = " in capsys.readouterr().out
 
 
-def test_print_config_is_a_config(tmp_path, capsys):
+def test_printed_config_can_be_loaded(tmp_path, capsys):
     assert call("compare", "--methods", "Naive", "--layers", "[0,1]", "--print_config") == 0
     printed = capsys.readouterr().out
     config = yaml.safe_load(printed)
@@ -134,7 +134,7 @@ def test_print_config_is_a_config(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("unpretrained")
-def test_a_failed_run_gives_exit_code_one(tmp_path, capsys, monkeypatch):
+def test_failed_run_gives_exit_code_one(tmp_path, capsys, monkeypatch):
     def build(*args):
         raise RuntimeError("out of luck")
 
@@ -153,7 +153,7 @@ def test_a_failed_run_gives_exit_code_one(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("unpretrained")
-def test_a_loss_that_is_no_number(tmp_path, capsys):
+def test_non_finite_loss_gives_exit_code_one(tmp_path, capsys):
     arguments = ["train", "--method", "SeqLoRA", "--lr", "1e30", "--output", tmp_path / "run"]
     assert call(*arguments, *QUICK) == 1
     message = one_line(capsys.readouterr().err)
@@ -177,11 +177,17 @@ def test_a_loss_that_is_no_number(tmp_path, capsys):
         (["compare", "--methods", "Naive", "naiv"], "Did you mean 'Naive'?"),
         (["compare", "--scenario", "digit"], "Did you mean 'digits'?"),
         (["compare", "--selection", "nearst"], "Did you mean 'nearest'?"),
-        (["compare", "--scenario", "image_folder"], "needs `--data FOLDER`"),
+        (["compare", "--scenario", "image_folder"], "Pass `--data FOLDER`"),
         (["compare", "--scenario", "image_folder", "--data", "nowhere"], "nowhere is not a folder"),
         (["compare", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["compare", "--device", "abacus"], "`--device` is 'abacus'"),
-        (["train", "--device", "cuda:77"], "`--device` is 'cuda:77'"),
+        (
+            ["compare", "--device", "abacus"],
+            "`--device` should be a device of torch, but is 'abacus'",
+        ),
+        (
+            ["train", "--device", "cuda:77"],
+            "`--device` should be cpu where torch sees no GPU, but is 'cuda:77'",
+        ),
         (["compare", "--n_experiences", "3"], "10"),
         (["train", "--layers", "frist:2"], "frist"),
         (["train", "--target_modules", "[qkw]"], "qkw"),
@@ -201,7 +207,7 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, capsys, tmp
     (tmp_path / "something").write_text("")
     assert call(*arguments) == 2
     assert message in one_line(capsys.readouterr().err)
-    # Nothing was begun, so nothing is left that looks like a run.
+    # No run was started, so no results may be left.
     assert not list(tmp_path.rglob("results.json"))
 
 

@@ -79,14 +79,11 @@ def arguments_of_treelora(command):
 def help_of(script):
     """What a script prints for ``--help``; in this process, which has imported torch already."""
     printed = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(printed),
-        pytest.raises(SystemExit) as stopped,
-    ):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", [script, "--help"])
         patch.syspath_prepend(str((REPOSITORY / script).parent))
-        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
     assert not stopped.value.code
     return printed.getvalue()
 

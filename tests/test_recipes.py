@@ -1,4 +1,4 @@
-"""The shipped recipes: each can be run as it is, once its weights are there."""
+"""Shipped recipes: each is complete and runs as it is, given its weights."""
 
 import subprocess
 import sys
@@ -14,8 +14,7 @@ from treelora_avalanche.runs.config import resolve_config
 
 SETTINGS = set(RunSettings.__dataclass_fields__)
 
-# In one process, since importing torch and Avalanche takes seconds; offline, so that nothing is
-# waited for.
+# One process for all recipes, since imports take seconds.
 ASK_FOR_WEIGHTS = """
 import sys
 from treelora_avalanche.cli import main
@@ -35,7 +34,7 @@ def settings(name):
     return RunSettings(**{k: v for k, v in read(name).items() if k in SETTINGS})
 
 
-def test_every_table_of_language_models_has_its_recipe():
+def test_every_table_of_language_models_has_a_recipe():
     models = {read(name)["model"] for name in RECIPES if name.startswith("table_03")}
     assert models == {
         "mistralai/Mistral-7B-Instruct-v0.3",
@@ -48,7 +47,7 @@ def test_every_table_of_language_models_has_its_recipe():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_a_comparison_that_can_be_run(name):
+def test_recipe_is_a_valid_comparison(name):
     recipe = read(name)
     options = build_parser().parse_args(["compare", "--config", str(RECIPES[name])])["compare"]
     assert {key: options[key] for key in recipe} == recipe
@@ -56,7 +55,7 @@ def test_recipe_is_a_comparison_that_can_be_run(name):
     assert SCENARIOS[recipe["scenario"]].language
     assert "TreeLoRA" in recipe["methods"]
     assert recipe["output"] == f"runs/{name}"
-    # What the paper gives for language models (A.3).
+    # Hyper-parameters of language models in the paper (A.3).
     for method in recipe["methods"]:
         config = resolve_config(method, 0, settings(name))
         assert config["max_length"] == 1024
@@ -68,13 +67,13 @@ def test_recipe_is_a_comparison_that_can_be_run(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_says_what_it_reproduces(name):
+def test_recipe_states_its_table(name):
     comment = [line for line in RECIPES[name].read_text().splitlines() if line.startswith("#")]
     assert describe_recipe(RECIPES[name]) == comment[0].lstrip("# ")
     assert comment[0].startswith(f"# Table {int(name.split('_')[1])}")
 
 
-def test_recipes_ask_for_their_weights(tmp_path, monkeypatch):
+def test_recipes_name_missing_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     done = subprocess.run(
@@ -114,6 +113,6 @@ def test_recipes_are_known_by_name(tmp_path, monkeypatch, capsys):
         config = resolved(*arguments, "--layers", "last:4")
         assert config["model"] == "meta-llama/Llama-2-7b-chat-hf"
         assert config["layers"] == "last:4"
-    # A file of the user's own comes first.
+    # A file of this name takes precedence.
     (tmp_path / "table_04_depth").write_text("rank: 3\n")
     assert resolved("--config", "table_04_depth")["rank"] == 3

@@ -1,7 +1,13 @@
 """Continual fine-tuning of pretrained transformers, as Avalanche strategies.
 
-The names of ``__init__.pyi`` are loaded when they are first used: importing torch and Avalanche
-takes seconds, and ``treelora --help`` needs neither.
+The names of ``__init__.pyi`` are imported on first access: torch and Avalanche take seconds to
+import, and ``treelora --help`` needs neither. Example::
+
+    from treelora_avalanche import TreeLoRAStrategy
+
+    strategy = TreeLoRAStrategy(model, train_epochs=4, device="cuda")
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
 """
 
 import lazy_loader

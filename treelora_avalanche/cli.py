@@ -1,4 +1,7 @@
-"""The command line: parses, then calls the rest. Nothing heavy is imported before that."""
+"""Command line ``treelora``: parses arguments, then calls :mod:`treelora_avalanche.compare`.
+
+torch and Avalanche are imported after parsing, so that ``--help`` is immediate.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ DEFAULT_SEEDS = [0, 1, 2]
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Errors are one line: what is wrong and where, without the list of all options."""
+    """Parser whose errors are one line, without the list of all options."""
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """What the arguments say; the names of recipes stand for their files.
+        """Returns the parsed arguments; names of recipes stand for their files.
 
-        :param args: by default those of the process.
-        :param others: handed on.
-        :param kwargs: handed on.
+        :param args: the arguments; by default those of the process.
+        :param others: further arguments of jsonargparse.
+        :param kwargs: further arguments of jsonargparse.
         """
         given = _with_recipes(sys.argv[1:] if args is None else args)
         return super().parse_args(given, *others, **kwargs)
@@ -48,11 +51,11 @@ def _complain(message: object) -> None:
 
 
 def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
-    """Adds the flags of a run, in groups."""
+    """Adds the fields of :class:`RunSettings` as flags, in groups."""
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML file with any of these options, or the name of a recipe (treelora list recipes)",
+        help="YAML file of these options, or name of a recipe (see treelora list recipes)",
     )
     types = typing.get_type_hints(RunSettings)
     groups: dict[str, Any] = {}
@@ -69,68 +72,85 @@ def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of `treelora`, all subcommands included."""
+    """Returns the parser of ``treelora`` with its subcommands."""
     parser = _Parser(
         prog="treelora",
-        description="TreeLoRA and the methods it is compared with: continual fine-tuning on "
-        "Avalanche.",
+        description="Continual fine-tuning on Avalanche: TreeLoRA and its baselines.",
         version=__version__,
     )
     commands = parser.add_subcommands(dest="command", required=True)
+    commands.add_subcommand("list", _list_parser(), help="show methods, scenarios and recipes")
+    commands.add_subcommand("train", _train_parser(), help="train one method with one seed")
+    commands.add_subcommand("compare", _compare_parser(), help="train and compare methods")
+    return parser
 
-    shown = _Parser(description="Show the names that the other commands know, or options of one.")
-    shown.add_argument(
+
+def _list_parser() -> _Parser:
+    parser = _Parser(description="Show known names, or the options of a method or scenario.")
+    parser.add_argument(
         "what",
         type=str | None,
         nargs="?",
-        help=f"{', '.join(LISTS)}; or the name of a method or scenario, to show its own options; "
+        help=f"{', '.join(LISTS)}, or the name of a method or scenario, to show its options; "
         "default: all names",
     )
-    commands.add_subcommand("list", shown, help="show methods, scenarios and recipes")
+    return parser
 
-    train = _Parser(description="Train one method on one stream, into a run folder.")
-    train.add_argument("--method", type=str, default="TreeLoRA", help=", ".join(METHODS))
-    train.add_argument("--seed", type=int, default=0, help="seeds everything")
-    train.add_argument(
-        "--output", type=str | None, default=None, help="run folder; default: one below runs/train"
+
+def _train_parser() -> _Parser:
+    parser = _Parser(description="Train one method on one stream, and write a run folder.")
+    parser.add_argument("--method", type=str, default="TreeLoRA", help=", ".join(METHODS))
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random generators")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="run folder; default: a new one in runs/train",
     )
-    train.add_argument(
-        "--verbose", action="store_true", help="Avalanche's InteractiveLogger in place of the line"
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show Avalanche's InteractiveLogger instead of the progress line",
     )
-    train.add_argument(
+    parser.add_argument(
         "--shard_backbone",
         action="store_true",
-        help="divide the frozen weights among the processes of torchrun (FSDP2), for models that "
-        "do not fit",
+        help="shard the frozen weights over the processes of torchrun (FSDP2), for models larger "
+        "than one GPU",
     )
-    _add_settings(train)
-    commands.add_subcommand("train", train, help="train one method with one seed")
+    _add_settings(parser)
+    return parser
 
-    compare = _Parser(
-        description="Train methods side by side; without arguments, on a small embedded stream. "
-        "Cells that are finished in the output folder are not run again."
+
+def _compare_parser() -> _Parser:
+    parser = _Parser(
+        description="Train methods on the same streams and compare them; by default on a small "
+        "embedded stream. Finished runs in the output folder are not run again."
     )
-    compare.add_argument(
+    parser.add_argument(
         "--methods", type=str, default=DEFAULT_METHODS, nargs="+", help=", ".join(METHODS)
     )
-    compare.add_argument("--seeds", type=int, default=DEFAULT_SEEDS, nargs="+", help="one run each")
-    compare.add_argument("--output", type=str, default="runs/compare", help="folder of the runs")
-    compare.add_argument(
+    parser.add_argument(
+        "--seeds", type=int, default=DEFAULT_SEEDS, nargs="+", help="each method runs once per seed"
+    )
+    parser.add_argument(
+        "--output", type=str, default="runs/compare", help="folder of the run folders and the table"
+    )
+    parser.add_argument(
         "--executor",
         type=str | None,
         default=None,
-        help="run several cells at a time: processes (one for each GPU), or slurm (a job for each "
-        "cell; needs the extra `slurm`); default: one after the other",
+        help="run cells in parallel: processes (one per GPU) or slurm (one job per cell; needs the "
+        "extra `slurm`); default: sequentially",
     )
-    compare.add_argument(
+    parser.add_argument(
         "--executor_options",
         type=dict[str, typing.Any] | None,
         default=None,
-        help="of slurm {partition: gpu, time: 240, gpus_per_job: 1}, time in minutes, and what "
-        "else submitit takes; of processes {workers: 2}",
+        help="of slurm: {partition: gpu, time: 240, gpus_per_job: 1}, time in minutes, and other "
+        "parameters of submitit; of processes: {workers: 2}",
     )
-    _add_settings(compare)
-    commands.add_subcommand("compare", compare, help="train methods side by side")
+    _add_settings(parser)
     return parser
 
 
@@ -139,28 +159,28 @@ def _settings(options: Any) -> RunSettings:
 
 
 def _quieten() -> None:
-    """Silences other libraries, before they are imported; what the user has set stays."""
-    # Third parties warn about what a user cannot change; the terminal is for our own lines.
+    """Silences other libraries before they are imported; values set by the user stay."""
+    # Their warnings concern what a user cannot change.
     warnings.filterwarnings("ignore")
-    warnings.showwarning = lambda *_, **__: None  # Avalanche sets filters of its own
+    warnings.showwarning = lambda *_, **__: None  # Avalanche resets the filters
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger(__package__).setLevel(logging.WARNING)  # our own warnings are meant
+    logging.getLogger(__package__).setLevel(logging.WARNING)
 
 
 def _before_heavy_imports(settings: RunSettings) -> None:
-    """Sets what must be set before torch is imported; what the user has set stays."""
+    """Sets the environment variables that torch reads on import; values set by the user stay."""
     _quieten()
-    # OpenMP's threads spin while they wait. Where other programs want the cores as well, small
-    # operations then take 30 times as long (measured on two cores).
+    # OpenMP's threads spin while they wait: on cores shared with other programs, small operations
+    # took 30 times as long (measured on two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if settings.scenario == "digits":  # too small to gain from a second thread
+    if settings.scenario == "digits":  # too small for a second thread
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _with_recipes(argv: Sequence[str]) -> list[str]:
-    """The arguments, the names of recipes replaced by their files."""
+    """Returns the arguments with names of recipes replaced by their files."""
     arguments = list(argv)
     for k, argument in enumerate(arguments):
         prefix = "--config=" if argument.startswith("--config=") else ""
@@ -169,6 +189,21 @@ def _with_recipes(argv: Sequence[str]) -> list[str]:
         if is_config and name in RECIPES and not Path(name).exists():
             arguments[k] = prefix + str(RECIPES[name])
     return arguments
+
+
+def _tables() -> dict[str, Sequence[tuple[str, ...]]]:
+    """Returns the rows of ``treelora list``, by table."""
+    return {
+        "methods": [
+            (name, entry.kind, ", ".join(sorted(entry.models, reverse=True)), entry.description)
+            for name, entry in METHODS.loadable()
+        ],
+        "scenarios": [
+            (name, "language" if entry.language else "vision", entry.description)
+            for name, entry in SCENARIOS.loadable()
+        ],
+        "recipes": [(name, describe_recipe(path)) for name, path in RECIPES.items()],
+    }
 
 
 def _list(options: Any) -> int:
@@ -180,25 +215,14 @@ def _list(options: Any) -> int:
         return 0
     if options.what is not None:
         check_known("list", options.what, (*LISTS, *METHODS, *SCENARIOS))
-    tables: dict[str, Sequence[tuple[str, ...]]] = {
-        "methods": [
-            (name, entry.kind, ", ".join(sorted(entry.models, reverse=True)), entry.description)
-            for name, entry in METHODS.loadable()
-        ],
-        "scenarios": [
-            (name, "language" if entry.language else "vision", entry.description)
-            for name, entry in SCENARIOS.loadable()
-        ],
-        "recipes": [(name, describe_recipe(path)) for name, path in RECIPES.items()],
-    }
-    for title, rows in tables.items():
+    for title, rows in _tables().items():
         if options.what not in (None, title):
             continue
         _print_rows(console, title.capitalize(), rows)
         if title == "recipes":
             folder = next(iter(RECIPES.values())).parent
             console.print(
-                f"Files in {folder}; to run one: treelora compare --config NAME",
+                f"Files in {folder}. Run one with treelora compare --config NAME",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -221,7 +245,7 @@ def _print_rows(console: Any, title: str, rows: Sequence[tuple[str, ...]]) -> No
 
 
 def _list_options(name: str, console: Any) -> None:
-    """Shows the options that a method or scenario has of its own."""
+    """Prints the options of a method or scenario, and the flags that it reads."""
     _quieten()
     from treelora_avalanche.registry.options import show_default
     from treelora_avalanche.registry.streams import scenario_options
@@ -245,9 +269,9 @@ def _list_options(name: str, console: Any) -> None:
         closing = "}}'" if name in METHODS else "}'"
         console.print(f"Set by {flag}{rows[0][0]}: ...{closing}", highlight=False, markup=False)
     else:
-        console.print("It has no options of its own.")
+        console.print("No options of its own.")
     if shared:
-        console.print(f"Flags that it reads: {', '.join(sorted(shared))}", highlight=False)
+        console.print(f"Flags it reads: {', '.join(sorted(shared))}", highlight=False)
 
 
 def _train(options: Any) -> int:
@@ -272,7 +296,7 @@ def _train(options: Any) -> int:
                 shard_backbone=options.shard_backbone,
             )
     except NonFiniteLossError as error:
-        _complain(f"{error} What was learned before is saved in the run folder.")
+        _complain(f"{error} Finished tasks are saved in the run folder.")
         return 1
     assert cell.results is not None
     if not is_first():
@@ -311,14 +335,14 @@ def _compare(options: Any) -> int:
         console.print(rich_table(results, console.width))
         console.print(
             f"Written to {output}: table.md, comparison.json, figures/ ({len(figures)} figures), "
-            "a folder for every run.",
+            "one folder per run.",
             highlight=False,
             soft_wrap=True,
         )
     failed = [cell for cell in cells if cell.results is None]
     if failed:
         console.print(
-            f"{len(failed)} of {len(cells)} runs failed, see error.txt in their folders.",
+            f"{len(failed)} of {len(cells)} runs failed. See error.txt in their folders.",
             style="red",
             highlight=False,
         )
@@ -326,10 +350,13 @@ def _compare(options: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `treelora`.
+    """Runs ``treelora``.
+
+    >>> main(["compare", "--methods", "TreeLoRA", "SeqLoRA", "--seeds", "0"])
+    0
 
     :param argv: arguments; by default those of the process.
-    :return: 0; 1 if a run of a comparison failed; 2 for wrong input; 130 if interrupted.
+    :return: the exit code: 0; 1 if a run failed; 2 for wrong input; 130 if interrupted.
     """
     options = build_parser().parse_args(argv)
     try:
@@ -338,12 +365,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_command = {"train": _train, "compare": _compare}[options.command]
         return run_command(options[options.command])
     except (ValueError, OSError) as error:
-        # OSError: missing folders and files, weights that cannot be fetched.
+        # OSError: missing files and folders, failed downloads of weights.
         _complain(error)
         return 2
     except KeyboardInterrupt:
         print(
-            "interrupted; what is finished is kept, and the same command continues",
+            "treelora: interrupted. Finished tasks are kept; the same command continues.",
             file=sys.stderr,
         )
         return 130

@@ -1,4 +1,4 @@
-"""Processes that divide work and gather its results."""
+"""Processes that share passes without gradients, and gather the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 class Processes:
     """Divides a list of items between processes, and gathers their results.
 
-    Collective: every process calls each method, in the same order. Example::
+    All methods that gather are collective: every process calls them, in the same order. Example::
 
         processes = Processes(accelerator)
         rows = processes.part(len(x))  # of this process
@@ -30,7 +30,7 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        # Processes of one machine share what lies in a file.
+        # Only processes of one machine can share a memory-mapped file.
         machines: list[str] = self.of_all(socket.gethostname())
         here = [rank for rank, name in enumerate(machines) if name == socket.gethostname()]
         self._first_here = here[0]
@@ -40,10 +40,10 @@ class Processes:
     def part(self, n: int, unit: int = 1) -> list[int]:
         """Returns the indices of the items of this process; the last one may get fewer.
 
-        :param n: number of items, at least one.
-        :param unit: items that stay together, such as a batch: in the same batches, sums are
-            rounded as in one process.
-        :return: of a process without items, the last item alone, which belongs to another.
+        :param n: number of items, at least 1.
+        :param unit: number of items that stay together, such as a batch: in the same batches, sums
+            are rounded as in one process.
+        :return: the indices; a process without items gets the last one, which is another's too.
         """
         size = self._size(n, unit)
         start = self.accelerator.process_index * size
@@ -53,9 +53,9 @@ class Processes:
         return math.ceil(n / unit / self.accelerator.num_processes) * unit
 
     def whole(self, part: Tensor, n: int, unit: int = 1) -> Tensor:
-        """Returns the results of all processes, in order.
+        """Returns the results of all processes, in order, ``(n, ...)``.
 
-        :param part: results of this process, one row per item.
+        :param part: results of this process, ``(len(part), ...)``.
         :param n: see :meth:`part`.
         :param unit: see :meth:`part`.
         """
@@ -74,7 +74,7 @@ class Processes:
         return gathered[:n]
 
     def of_all(self, item: Item) -> list[Item]:
-        """Returns one item from each process. Waits for all of them.
+        """Returns one item of each process, by rank; waits for all of them.
 
         :param item: the item of this process.
         """
@@ -82,19 +82,19 @@ class Processes:
         return gathered
 
     def part_here(self, n: int) -> list[int]:
-        """Returns the indices of the items that only this process of its machine computes.
+        """Returns the indices of this process, where each machine computes all items.
 
         :param n: number of items.
         """
         return list(range(self._place_here, n, self._n_here))
 
     def tensor_here(self, shape: tuple[int, ...], dtype: torch.dtype, room: bool) -> Tensor | None:
-        """Returns a tensor shared by the processes of this machine, in a memory-mapped file.
+        """Returns a memory-mapped tensor that the processes of this machine share.
 
         :param shape: shape of the tensor.
         :param dtype: dtype of the tensor.
         :param room: whether this process finds enough disk space for it.
-        :return: None if any process finds too little.
+        :return: the tensor; None if any process finds too little space.
         """
         if not all(self.of_all(room)):
             return None
@@ -108,7 +108,7 @@ class Processes:
 
 
 def whole_batches(loader: Any) -> None:
-    """Stops Avalanche from dividing the data of a loader itself, which repeats samples at the end.
+    """Turns off Avalanche's own division of a loader's data, which repeats samples at the end.
 
     :param loader: any loader.
     """
@@ -117,7 +117,7 @@ def whole_batches(loader: Any) -> None:
 
 
 def shared_work(strategy: Any) -> Processes | None:
-    """Returns the processes that divide a strategy's passes without gradients; None with only one.
+    """Returns the processes that share a strategy's passes without gradients; None if it is alone.
 
     :param strategy: a strategy.
     """

@@ -1,4 +1,4 @@
-"""Versions, git hash and hardware: where a result comes from."""
+"""Provenance of a result: versions, git hash and hardware."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSIONED = ("torch", "avalanche-lib", "timm", "peft", "transformers", "numpy")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, of this package and of what it stands on; None where not installed."""
+    """Returns the versions of Python, of this package and of its dependencies; None if absent."""
 
     def version_of(package: str) -> str | None:
         try:
@@ -35,7 +35,7 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def git_hash() -> str | None:
-    """The commit of this package's checkout; None where it was installed otherwise."""
+    """Returns the commit of this package's git checkout; None outside of one."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -56,9 +56,9 @@ def git_hash() -> str | None:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """On what a run ran.
+    """Returns the hardware of a run.
 
-    :param device: where the model was.
+    :param device: device of the model.
     """
     return {
         "device": str(device),

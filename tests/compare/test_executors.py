@@ -1,4 +1,4 @@
-"""The cells of a comparison in processes of their own and as jobs, without SLURM."""
+"""Cells of a comparison in processes and as jobs, without SLURM."""
 
 import io
 import queue
@@ -12,7 +12,7 @@ from treelora_avalanche.compare import compare, executors
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, single
 
-HERE = {"cluster": "debug", "gpus_per_job": 0, "time": 60}  # submitit runs jobs in this process
+HERE = {"cluster": "debug", "gpus_per_job": 0, "time": 60}  # jobs run in this process
 SETTINGS = RunSettings(epochs=1, batch_size=8, rank=2, layers="all")
 
 
@@ -24,7 +24,7 @@ def quiet_compare(*args, **kwargs):
 
 @pytest.fixture
 def prepared(monkeypatch, tiny_benchmark, tiny_vit):
-    """Runs on the tiny stream; the seeds for which it was prepared."""
+    """Replaces the stream by a tiny one; returns the list of prepared seeds."""
     seeds = []
 
     def prepare(seed, settings):
@@ -35,7 +35,7 @@ def prepared(monkeypatch, tiny_benchmark, tiny_vit):
     return seeds
 
 
-def test_every_cell_is_a_job_and_finished_ones_are_not_run_again(prepared, tmp_path):
+def test_every_unfinished_cell_is_a_job(prepared, tmp_path):
     options = {"executor": "slurm", "executor_options": HERE}
     cells, printed = quiet_compare(["SeqLoRA", "Naive"], [0], SETTINGS, tmp_path, **options)
     assert prepared == [0, 0]
@@ -44,7 +44,7 @@ def test_every_cell_is_a_job_and_finished_ones_are_not_run_again(prepared, tmp_p
     assert prepared == [0, 0, 1, 1]
     assert printed.count("finished before") == 2
     assert [cell.results for cell in again if cell.seed == 0] == [cell.results for cell in cells]
-    # What a job writes is what the run writes where it is called.
+    # A sequential comparison reuses the results of jobs.
     alone, _ = quiet_compare(["SeqLoRA", "Naive"], [0], changed_device(), tmp_path)
     assert all(cell.reused for cell in alone)
 
@@ -57,7 +57,7 @@ def changed_device():
     ("executor", "options"),
     [("processes", {"workers": 2}), ("slurm", {**HERE, "cluster": "local"})],
 )
-def test_what_fails_in_another_process_is_told_here(executor, options, tmp_path):
+def test_failure_in_another_process_is_reported(executor, options, tmp_path):
     settings = RunSettings(scenario="image_folder", data=str(tmp_path / "nowhere"), device="cpu")
     cells, printed = quiet_compare(
         ["SeqLoRA"], [0], settings, tmp_path, executor=executor, executor_options=options
@@ -67,20 +67,20 @@ def test_what_fails_in_another_process_is_told_here(executor, options, tmp_path)
     assert "failed  SeqLoRA, seed 0: FileNotFoundError" in printed
 
 
-def test_processes_are_spread_over_the_gpus_that_are_visible(monkeypatch):
+def test_processes_are_spread_over_visible_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert executors._visible_gpus("auto") == ["0", "1"]
-    assert executors._visible_gpus("cpu") == executors._visible_gpus("cuda:1") == []
+    assert executors.visible_gpus("auto") == ["0", "1"]
+    assert executors.visible_gpus("cpu") == executors.visible_gpus("cuda:1") == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert executors._visible_gpus("cuda") == ["5", "3"]
+    assert executors.visible_gpus("cuda") == ["5", "3"]
     free = queue.Queue()
     free.put("3")
-    executors._take_gpu(free)
+    executors.take_gpu(free)
     assert executors.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-def test_the_device_of_a_job_is_not_that_of_the_machine_that_submits_it():
+def test_device_of_a_job_does_not_depend_on_the_submitting_machine():
     assert executors.settings_of_jobs(SETTINGS, "slurm", {}).device == "cuda"
     assert executors.settings_of_jobs(SETTINGS, "slurm", {"gpus_per_job": 0}).device == "cpu"
     assert executors.settings_of_jobs(SETTINGS, "processes", {}).device == "auto"
@@ -88,7 +88,7 @@ def test_the_device_of_a_job_is_not_that_of_the_machine_that_submits_it():
     assert executors.settings_of_jobs(named, "slurm", {}) == named
 
 
-def test_without_submitit_the_extra_is_named(monkeypatch, tmp_path):
+def test_missing_submitit_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match=r"pip install 'treelora-avalanche\[slurm\]'"):
         quiet_compare(["Naive"], [0], SETTINGS, tmp_path, executor="slurm")
@@ -98,11 +98,14 @@ def test_without_submitit_the_extra_is_named(monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         ({"executor": "slrum"}, r"`--executor`.*slurm"),
-        ({"executor_options": {"workers": 2}}, r"no `--executor`"),
+        (
+            {"executor_options": {"workers": 2}},
+            r"`--executor_options` should come with `--executor`",
+        ),
         ({"executor": "processes", "executor_options": {"time": 2}}, r"executor_options.*workers"),
         ({"executor": "processes", "executor_options": {"workers": 0}}, r"`workers` should be"),
         ({"executor": "slurm", "executor_options": {"time": 9}}, r"cannot be used here"),
-        ({"executor": "slurm"}, r"`--executor_options` has no `time`"),
+        ({"executor": "slurm"}, r"`--executor_options` should have `time`.* but has none"),
         ({"executor": "slurm", "executor_options": {**HERE, "tiem": 3}}, r"here:.*tiem"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Runs and comparisons on streams of texts: folders, tables, interruptions, and what is refused."""
+"""Runs and comparisons on streams of texts: folders, tables, resumption and errors."""
 
 import json
 import math
@@ -33,7 +33,7 @@ WORDS = ("a", "bc", "def", "g", "hi", "j", "kl")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_tokenizer):
-    """A small Llama with random weights, a token for every character, and two tasks."""
+    """Returns a folder with a small random Llama on characters, and two tasks."""
     root = tmp_path_factory.mktemp("language")
     config = LlamaConfig(
         vocab_size=98,
@@ -42,7 +42,7 @@ def folder(tmp_path_factory, make_tokenizer):
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
-        tie_word_embeddings=True,  # untrained it repeats the last token, which earns a score
+        tie_word_embeddings=True,  # untrained, it repeats the last token: a score above 0
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ def folder(tmp_path_factory, make_tokenizer):
 
 @pytest.fixture(scope="module")
 def settings(folder):
-    """Makes settings of a run on the two tasks."""
+    """Returns a factory of settings for the two tasks."""
 
     def make(**changes):
         given = {
@@ -89,7 +89,7 @@ def json_lines(path):
 # ------------------------------------------------------------------------------------------ one run
 
 
-# DualPrompt has prompts in five layers, and the model of the tests two.
+# DualPrompt has prompts in five layers; the model has two.
 @pytest.mark.parametrize("method", [name for name in LANGUAGE if name != "DualPrompt"])
 def test_run_folder(method, settings, ingredients, folder, tmp_path):
     results = run(method, 0, settings(), tmp_path, ingredients=ingredients)
@@ -98,7 +98,7 @@ def test_run_folder(method, settings, ingredients, folder, tmp_path):
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert config == results["config"] == resolve_config(method, 0, settings())
 
-    # The scores are those of the texts that were kept.
+    # The scores match the stored texts.
     texts = json_lines(tmp_path / "generated.jsonl")
     matrix = results["accuracy_matrix"]["generated"]
     for after, row in enumerate(matrix):
@@ -121,7 +121,7 @@ def test_run_folder(method, settings, ingredients, folder, tmp_path):
     assert results["epochs"] == [epochs, epochs]
     stream = results["stream"]
     assert (stream["task_names"], stream["train_samples"]) == (["echo", "shout"], [7, 7])
-    # A character is a token, and the end token has no successor.
+    # One token per character; the end token is predicted but not read.
     tokens = [sum(len(p.format(w)) + len(w) for w in WORDS) for p in TASKS.values()]
     assert stream["train_tokens"] == tokens
     timings = results["timings"]
@@ -138,7 +138,7 @@ def test_run_folder(method, settings, ingredients, folder, tmp_path):
     names = sorted(path.name for path in tmp_path.glob("adapters/*"))
     assert names == ([] if not entry.uses_lora else ["task_001"] if entry.joint else names)
     assert results["parameters"]["trainable"] <= results["parameters"]["total"]
-    if method in ("SeqLoRA", "TreeLoRA", "Replay"):  # of others, earlier adapters answer as well
+    if method in ("SeqLoRA", "TreeLoRA", "Replay"):  # other methods use earlier adapters
         network = AutoModelForCausalLM.from_pretrained(folder / "model")
         restored = PeftModel.from_pretrained(network, str(tmp_path / "adapters" / "task_001"))
         model = LanguageModel(restored, ingredients.backbone.tokenizer, max_length=32)
@@ -146,7 +146,7 @@ def test_run_folder(method, settings, ingredients, folder, tmp_path):
         assert again == [t["generated"] for t in texts[-3:]]
 
 
-def test_the_tree_is_shown_after_every_task(settings, ingredients, tmp_path):
+def test_tree_is_noted_after_every_task(settings, ingredients, tmp_path):
     notes = []
     run("TreeLoRA", 0, settings(), tmp_path, ingredients=ingredients, note=notes.append)
     assert [note.splitlines()[0] for note in notes] == [
@@ -174,8 +174,8 @@ class PowerCutError(Exception):
 
 
 @pytest.mark.parametrize("method", CONTINUES)
-def test_continued_is_uninterrupted(method, settings, ingredients, tmp_path):
-    """A stream that was cut in its second task keeps the first, and comes to the same end."""
+def test_resumed_run_equals_uninterrupted_run(method, settings, ingredients, tmp_path):
+    """Checks that a run interrupted in its second task resumes after the first."""
 
     def cut(now):
         if (now.task, now.step) == (2, 6):
@@ -227,8 +227,8 @@ def test_epochs_of_each_task(settings, ingredients, tmp_path):
         )
 
 
-def test_the_papers_epochs():
-    """Appendix A.3: fewer for TreeLoRA, others with LoRA, those that train every weight."""
+def test_epochs_of_the_paper():
+    """Checks Appendix A.3: TreeLoRA, other methods with LoRA, full fine-tuning."""
     treelora, lora, full = (
         (2, 1, 3, 2, 1, 2, 2, 3),
         (5, 3, 7, 5, 3, 5, 5, 7),
@@ -241,19 +241,22 @@ def test_the_papers_epochs():
     assert epochs_per_task(METHODS["SeqLoRA"], "paper", two) == [5, 5]
 
 
-def test_steps_that_several_batches_share(settings, ingredients, tmp_path):
+def test_gradient_accumulation(settings, ingredients, tmp_path):
     shared = settings(batch_size=2, accumulation_steps=3)
     results = run("SeqLoRA", 0, shared, tmp_path, ingredients=ingredients)
-    # 7 samples are 4 batches are 2 steps; two tasks, two epochs.
+    # 7 samples: 4 batches, 2 steps; two tasks, two epochs.
     assert results["timings"]["steps"] == 2 * 2 * 2
-    with pytest.raises(ValueError, match="Avalanche's Replay updates after every batch"):
+    with pytest.raises(
+        ValueError,
+        match="should be 1, since Avalanche's Replay updates after every batch, but is 3",
+    ):
         run("Replay", 0, shared, tmp_path / "other", ingredients=ingredients)
 
 
 # ----------------------------------------------------------------------------------------- settings
 
 
-def test_what_a_config_holds(settings):
+def test_resolved_config(settings):
     config = resolve_config("SeqLoRA", 0, settings())
     assert (config["rank"], config["alpha"], config["layers"]) == (8, 32, "all")
     assert (config["batch_size"], config["eval_batch_size"], config["epochs"]) == (4, 16, 2)
@@ -265,8 +268,8 @@ def test_what_a_config_holds(settings):
     assert "epochs" not in config
 
 
-def test_runs_on_images_are_the_runs_they_were():
-    """What a finished cell is recognised by has not changed."""
+def test_config_of_image_runs_is_stable():
+    """Checks the configuration, by which finished runs are recognised."""
     images = RunSettings(scenario="image_folder", data="d", head="task_adaptive", epochs=3)
     assert resolve_config("TreeLoRA", 1, images) == {
         "method": "TreeLoRA",
@@ -287,7 +290,7 @@ def test_runs_on_images_are_the_runs_they_were():
         "alpha": 10.0,
         "layers": "first:5",
         "target_modules": None,
-        "tree_lambda": None,  # what the strategy takes, by the kind of inference
+        "tree_lambda": None,  # the strategy's default, by inference mode
         "selection": "lcb",
         "head": "task_adaptive",
         "depth": None,
@@ -302,8 +305,11 @@ def test_runs_on_images_are_the_runs_they_were():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": None}, "`--scenario text_tasks` needs `--model`"),
-        ({"data": None}, "`--scenario text_tasks` needs `--data FOLDER`"),
+        ({"model": None}, "`--model` should be a language model for `--scenario text_tasks`"),
+        (
+            {"data": None},
+            "`--data` should be a folder for `--scenario text_tasks`, but is not given",
+        ),
         (
             {"head": "task_adaptive"},
             "`--head` is 'task_adaptive', but `--scenario text_tasks` does not use it",
@@ -336,7 +342,7 @@ def test_wrong_settings_are_named_as_flags(changes, message, settings):
 
 
 @pytest.mark.parametrize("option", ["limit", "tasks", "max_length", "accumulation_steps", "dtype"])
-def test_options_of_texts_mean_nothing_for_images(option):
+def test_settings_of_texts_are_refused_for_images(option):
     value = {"tasks": ["a"], "dtype": "bfloat16"}.get(option, 3)
     with pytest.raises(ValueError, match=f"`--{option}` is .* does not use it"):
         RunSettings(scenario="image_folder", data="d", **{option: value})
@@ -381,11 +387,17 @@ def test_compare(settings, tmp_path, capsys):
     [
         (["--methods", "FrozenNCM"], "FrozenNCM is not defined for them. Possible: TreeLoRA,"),
         (["--methods", "TreeLoRA-routed"], "TreeLoRA-routed is not defined for them"),
-        (["--methods", "SeqLoRA", "--depth", "99"], None),  # of no consequence without a tree
-        (["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"], "is 99."),
+        (["--methods", "SeqLoRA", "--depth", "99"], None),  # SeqLoRA does not read it
+        (
+            ["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"],
+            "`depth` should be at most the number of adapted matrices, 4, but is 99",
+        ),
         (["--methods", "SeqLoRA", "--target_modules", "[q_prj]"], "q_prj"),
         (["--methods", "SeqLoRA", "--tasks", "[eco]"], "Did you mean 'echo'?"),
-        (["--methods", "SeqLoRA", "--data", "nowhere"], "`--data` nowhere is not a folder"),
+        (
+            ["--methods", "SeqLoRA", "--data", "nowhere"],
+            "`--data` should be a folder, but nowhere is not a folder",
+        ),
         (
             ["--methods", "SeqLoRA", "--model", "./nowhere"],
             "a folder, but './nowhere' is none",
@@ -408,7 +420,7 @@ def test_bad_input_is_one_line(changes, message, settings, tmp_path, capsys, mon
     assert not list(tmp_path.rglob("results.json"))
 
 
-def test_trace_itself(data_root, tmp_path, capsys):
+def test_compare_on_trace(data_root, tmp_path, capsys):
     arguments = [
         "compare",
         "--scenario=trace",

@@ -1,4 +1,4 @@
-"""Interrupted runs: they continue at the last task that was finished, to the same results."""
+"""Resumption: interrupted runs continue after the last finished task, to the same results."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ SETTINGS = RunSettings(
 CONTINUES = [
     name for name, entry in METHODS.items() if "vision" in entry.models and not entry.joint
 ]
-# The images of the stream's three tasks, by eights: steps of the last task, counted from 1.
+# Steps of the last of three tasks, in batches of eight, from 1.
 LAST_STEPS = {"Cumulative": range(13, 25), "FrozenNCM": (), "FrozenGaussian": ()}
 
 
@@ -38,12 +38,12 @@ class PowerCutError(Exception):
 
 @pytest.fixture
 def ingredients(tiny_benchmark, tiny_vit):
-    # Five blocks, as deep as the prompts of DualPrompt and HiDe-Prompt.
+    # Five blocks: DualPrompt and HiDe-Prompt have prompts in five.
     return Ingredients(0, tiny_benchmark, tiny_vit(depth=5))
 
 
 def outcome(results):
-    """Everything of a run that does not depend on the clock or the machine's load."""
+    """Returns the results that do not depend on time or load."""
     left_out = ("timings", "finished", "memory", "git_hash")
     kept = {key: value for key, value in results.items() if key not in left_out}
     return {
@@ -73,18 +73,18 @@ def interrupt(method, ingredients, folder, task=3):
             raise PowerCutError
 
     with pytest.MonkeyPatch.context() as patch:
-        if not LAST_STEPS.get(method, True):  # there is no step to cut in
+        if not LAST_STEPS.get(method, True):  # no step to interrupt
             patch.setattr(training, "save_progress", cut_after_saving)
         with pytest.raises(PowerCutError):
             run(method, 0, SETTINGS, folder, ingredients=ingredients, progress=cut_in_task(task))
 
 
 @pytest.mark.parametrize("method", CONTINUES)
-def test_continued_is_uninterrupted_bit_for_bit(method, ingredients, tmp_path):
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(method, ingredients, tmp_path):
     whole = run(method, 0, SETTINGS, tmp_path / "whole", ingredients=ingredients)
     folder, notes = tmp_path / "cut", []
     interrupt(method, ingredients, folder)
-    # A line of the task that was cut short, which the continued run writes again.
+    # A line of the interrupted task, which the resumed run writes again.
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"event": "epoch", "experience": 2, "epoch": 1}\n')
     steps = []
@@ -109,7 +109,7 @@ def test_continued_is_uninterrupted_bit_for_bit(method, ingredients, tmp_path):
     assert not list(folder.glob("state*"))
 
 
-def test_what_cannot_be_saved_starts_again_and_says_so(ingredients, tmp_path, monkeypatch):
+def test_run_without_saved_state_restarts_with_a_note(ingredients, tmp_path, monkeypatch):
     method, notes = "MAS", []
     row = Method(
         "avalanche.training:MAS", "MAS", AVALANCHE, options={"lambda_reg": 1.0, "alpha": 0.5}
@@ -125,7 +125,7 @@ def test_what_cannot_be_saved_starts_again_and_says_so(ingredients, tmp_path, mo
 
 
 def wide_benchmark():
-    """Four tasks of eight classes each, whose labels lie far apart."""
+    """Returns a benchmark of four tasks with eight classes each, with scattered labels."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randperm(400, generator=generator)[:32].reshape(4, 8)
 
@@ -146,7 +146,7 @@ def wide_benchmark():
         (Cumulative, {}),
     ],
 )
-def test_what_is_kept_of_the_past_is_taken_again_from_the_stream(strategy_class, options, tmp_path):
+def test_past_data_are_restored_from_the_stream(strategy_class, options, tmp_path):
     def build(seed):
         torch.manual_seed(seed)
         model = torch.nn.Linear(8, 400)
@@ -169,20 +169,20 @@ def test_what_is_kept_of_the_past_is_taken_again_from_the_stream(strategy_class,
         load_strategy(resumed, tmp_path / "state", stream[:2])
     assert torch.equal(resumed.model.weight, before)
     weights = []
-    for strategy in (whole, resumed):  # also back into the one it came from
+    for strategy in (whole, resumed):  # also into the strategy that saved it
         load_strategy(strategy, tmp_path / "state", stream[:3])
         strategy.train(stream[3])
         weights.append(strategy.model.weight)
     assert torch.equal(*weights)
     without = build(1)
     load_strategy(without, tmp_path / "state", stream[:3])
-    forget(without)
+    drop_past_data(without)
     without.train(stream[3])
-    assert not torch.equal(without.model.weight, weights[0]), "what is taken again matters"
+    assert not torch.equal(without.model.weight, weights[0]), "the restored data matter"
 
 
-def forget(strategy):
-    """Undo what is taken again, whatever it is."""
+def drop_past_data(strategy):
+    """Deletes the data and model that were restored."""
     strategy.dataset = None
     for plugin in strategy.plugins:
         if isinstance(plugin, LwFPlugin):
@@ -191,7 +191,7 @@ def forget(strategy):
             plugin.storage_policy.buffer_groups.clear()
 
 
-def test_a_replay_memory_whose_draws_are_not_known_is_named(tmp_path):
+def test_replay_without_recorded_draws_is_refused(tmp_path):
     model = torch.nn.Linear(8, 400)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     strategy = Replay(model=model, optimizer=optimizer, criterion=None, evaluator=None)
@@ -201,7 +201,7 @@ def test_a_replay_memory_whose_draws_are_not_known_is_named(tmp_path):
         save_strategy(strategy, tmp_path / "state")
 
 
-def test_a_damaged_state_starts_again_and_says_so(ingredients, tmp_path):
+def test_damaged_state_restarts_with_a_note(ingredients, tmp_path):
     whole = run("SeqLoRA", 0, SETTINGS, tmp_path / "whole", ingredients=ingredients)
     folder, notes = tmp_path / "cut", []
     interrupt("SeqLoRA", ingredients, folder)
@@ -215,7 +215,7 @@ def test_a_damaged_state_starts_again_and_says_so(ingredients, tmp_path):
     assert losses(folder) == losses(tmp_path / "whole")
 
 
-def test_a_state_of_another_backbone_starts_again_and_says_so(ingredients, tmp_path, tiny_vit):
+def test_state_of_another_backbone_restarts_with_a_note(ingredients, tmp_path, tiny_vit):
     folder, notes = tmp_path / "cut", []
     interrupt("SeqLoRA", ingredients, folder)
     other = Ingredients(0, ingredients.benchmark, tiny_vit(depth=5))
@@ -226,7 +226,7 @@ def test_a_state_of_another_backbone_starts_again_and_says_so(ingredients, tmp_p
     assert len(losses(folder)) == 6
 
 
-def test_another_configuration_does_not_continue(ingredients, tmp_path):
+def test_another_configuration_does_not_resume(ingredients, tmp_path):
     interrupt("SeqLoRA", ingredients, tmp_path)
     notes = []
     results = run("Naive", 0, SETTINGS, tmp_path, ingredients=ingredients, note=notes.append)
@@ -243,7 +243,7 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.005)
 
 
-# Pretraining the digits' backbone takes seconds, and is not what is tested.
+# Skips the pretraining of the digits' backbone, which takes seconds.
 UNPRETRAINED_TRAINING = """
 import sys
 from treelora_avalanche import models
@@ -253,8 +253,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_killed_and_started_again(tmp_path, capfd, monkeypatch):
-    """By SIGKILL, which no program can prepare for, and by the command line of a user."""
+def test_killed_run_is_resumed(tmp_path, capfd, monkeypatch):
+    """Checks resumption on the command line after SIGKILL, which a process cannot handle."""
 
     def command(folder):
         options = {"epochs": 1, "n_experiences": 5, "head": "task_adaptive", "output": folder}
@@ -263,7 +263,7 @@ def test_killed_and_started_again(tmp_path, capfd, monkeypatch):
     folder = tmp_path / "killed"
 
     def after_task_two():
-        # Written after the task's evaluation, and whole at every moment.
+        # Written atomically after the task's evaluation.
         try:
             text = (folder / "state" / "state.json").read_text()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Runs and comparisons: what a run folder holds, what is run again, what a failure leaves."""
+"""Runs and comparisons: run folders, reuse of finished runs, failures, tables and figures."""
 
 import inspect
 import io
@@ -55,7 +55,7 @@ def ingredients(tiny_benchmark, tiny_vit):
 
 @pytest.fixture
 def five_blocks(tiny_benchmark, tiny_vit):
-    """For all methods: some have their prompts in the first five blocks."""
+    """Returns ingredients for all methods: some have prompts in the first five blocks."""
     return Ingredients(0, tiny_benchmark, tiny_vit(depth=5))
 
 
@@ -67,7 +67,7 @@ def json_lines(folder):
 
 
 def as_tensor(matrix):
-    """A matrix of `results.json`, whose nulls are accuracies that were not measured."""
+    """Returns a matrix of ``results.json`` with NaN for null."""
     return torch.tensor([[math.nan if a is None else a for a in row] for row in matrix])
 
 
@@ -99,8 +99,8 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
     assert results["stream"]["trained"] == [0, 1, 2]
     assert results["stream"]["classes"] == [[0, 1], [2, 3], [4, 5]]
     assert results["stream"]["train_samples"] == [32, 32, 32]
-    # 4 batches per task and epoch; our frozen methods have no steps, and Cumulative trains on past
-    # tasks again.
+    # 4 batches per task and epoch; FrozenNCM and FrozenGaussian have no steps, Cumulative repeats
+    # past tasks.
     steps = {"StreamingLDA": 12, "FrozenNCM": 0, "FrozenGaussian": 0, "Cumulative": 2 * 24}
     assert results["timings"]["steps"] == steps.get(method, 24)
     assert (results["timings"]["ms_per_step"] is None) == (steps.get(method) == 0)
@@ -119,7 +119,7 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
         1 if entry.joint else 3
     )
     losses = [line["loss"] for line in lines if line["event"] == "epoch"]
-    # That of HiDe has a term below 0.
+    # The loss of HiDe can be negative.
     assert all(math.isfinite(loss) if "HiDe" in method else loss > 0 for loss in losses)
     last = lines[-1]
     assert last["class_incremental"] == results["metrics"]["class_incremental"]
@@ -127,14 +127,17 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
     assert list((folder / "tensorboard").glob("events.*"))
     evaluated = 3 if entry.joint else 1 + 2 + 3
     assert len((folder / "eval_results.csv").read_text().splitlines()) == 1 + evaluated
-    assert not (folder / "state").exists(), "a finished run does not continue"
+    assert not (folder / "state").exists(), "a finished run keeps no state"
 
     names = sorted(path.name for path in folder.glob("adapters/*"))
     if not entry.uses_lora:
         assert not names
     else:
         assert names == ["task_002"] if entry.joint else ["task_000", "task_001", "task_002"]
-    if entry.uses_lora and method not in ("TreeLoRA-routed", "HiDeLoRA"):  # all adapters answer
+    if entry.uses_lora and method not in (
+        "TreeLoRA-routed",
+        "HiDeLoRA",
+    ):  # predictions use all adapters
         restored = PeftModel.from_pretrained(
             tiny_vit(depth=5), str(folder / "adapters" / "task_002")
         )
@@ -159,7 +162,7 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_the_same_run_twice_is_the_same(ingredients, tmp_path):
+def test_runs_are_reproducible(ingredients, tmp_path):
     before = {k: v.clone() for k, v in ingredients.backbone.state_dict().items()}
     first, second = (
         run("TreeLoRA", 0, SETTINGS, tmp_path / name, ingredients=ingredients) for name in "ab"
@@ -171,10 +174,10 @@ def test_the_same_run_twice_is_the_same(ingredients, tmp_path):
     ]
     assert losses[0] == losses[1]
     for name, value in ingredients.backbone.state_dict().items():
-        assert torch.equal(value, before[name]), "the next method starts from the same backbone"
+        assert torch.equal(value, before[name]), "the shared backbone is unchanged"
 
 
-def test_config_comes_first(ingredients, tmp_path, monkeypatch):
+def test_config_is_written_first(ingredients, tmp_path, monkeypatch):
     def build(*args):
         assert (tmp_path / "config.yaml").is_file()
         raise RuntimeError("no such luck")
@@ -187,7 +190,7 @@ def test_config_comes_first(ingredients, tmp_path, monkeypatch):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_what_was_learned_before_a_crash_is_kept(ingredients, tmp_path):
+def test_finished_tasks_survive_a_crash(ingredients, tmp_path):
     def crash_in_task_two(now):
         if now.task == 2:
             raise RuntimeError("power cut")
@@ -198,13 +201,13 @@ def test_what_was_learned_before_a_crash_is_kept(ingredients, tmp_path):
     assert (tmp_path / "tree.json").is_file()
     assert [line["event"] for line in json_lines(tmp_path)] == ["epoch", "epoch", "task"]
     assert not (tmp_path / "results.json").exists()
-    # Run again with other settings: nothing of the first attempt is left over.
+    # A run with other settings replaces all files.
     run("TreeLoRA", 0, changed(epochs=1), tmp_path, ingredients=ingredients)
     assert len(json_lines(tmp_path)) == 6
 
 
 @pytest.mark.parametrize("method", [name for name in VISION if not METHODS[name].frozen])
-def test_a_loss_that_is_no_number_stops_the_run(method, five_blocks, tmp_path):
+def test_non_finite_loss_stops_the_run(method, five_blocks, tmp_path):
     with pytest.raises(NonFiniteLossError, match="step"):
         run(method, 0, changed(lr=1e30), tmp_path, ingredients=five_blocks)
     assert not (tmp_path / "results.json").exists()
@@ -221,11 +224,11 @@ def test_progress_counts_to_the_end(ingredients, tmp_path):
 
 
 def test_ingredients_of_another_seed_are_refused(ingredients, tmp_path):
-    with pytest.raises(ValueError, match="prepared for seed 0, not 1"):
+    with pytest.raises(ValueError, match="prepared for seed 1, but are for seed 0"):
         run("SeqLoRA", 1, SETTINGS, tmp_path, ingredients=ingredients)
 
 
-def test_other_peoples_files_are_left_alone(ingredients, tmp_path):
+def test_foreign_files_are_not_deleted(ingredients, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         run("SeqLoRA", 0, SETTINGS, tmp_path, ingredients=ingredients)
@@ -241,7 +244,7 @@ def test_another_finished_run_is_not_overwritten(ingredients, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == first
 
 
-def test_files_are_replaced_whole(tmp_path):
+def test_files_are_written_atomically(tmp_path):
     path = tmp_path / "file"
     write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
@@ -249,7 +252,7 @@ def test_files_are_replaced_whole(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_only_what_matters_makes_another_run():
+def test_run_name_depends_on_settings_that_the_method_reads():
     def name(method, **changes):
         return run_name(resolve_config(method, 0, changed(**changes)))
 
@@ -261,7 +264,7 @@ def test_only_what_matters_makes_another_run():
     assert name("Naive", lr=METHODS["Naive"].family.rates.digits) == name("Naive", lr=None)
 
 
-def test_finished_means_this_configuration_and_version(ingredients, tmp_path):
+def test_finished_results_match_configuration_and_version(ingredients, tmp_path):
     config = resolve_config("SeqLoRA", 0, SETTINGS)
     assert finished_results(tmp_path, config) is None
     results = run("SeqLoRA", 0, SETTINGS, tmp_path, ingredients=ingredients)
@@ -273,7 +276,7 @@ def test_finished_means_this_configuration_and_version(ingredients, tmp_path):
         assert finished_results(tmp_path, config) is None
 
 
-def test_stored_bytes_counts_what_plugins_keep():
+def test_stored_bytes_counts_tensors_of_plugins():
     model = nn.Linear(4, 2)
 
     class Keeper(SupervisedPlugin):
@@ -292,7 +295,7 @@ def test_stored_bytes_counts_what_plugins_keep():
     assert stored_bytes(strategy) == 40 + 12
 
 
-def test_git_hash_is_that_of_a_checkout():
+def test_git_hash_of_a_checkout():
     assert git_hash() is None or re.fullmatch("[0-9a-f]{40}", git_hash())
 
 
@@ -317,11 +320,11 @@ def test_git_hash_is_that_of_a_checkout():
             {"selection": "nearst"},
             "`--selection` should be one of .* but is 'nearst'.*Did you mean 'nearest'",
         ),
-        ({"scenario": "image_folder"}, "needs `--data FOLDER`"),
+        ({"scenario": "image_folder"}, "Pass `--data FOLDER`"),
         ({"data": "x"}, "`--data` is 'x', but digits brings its own data"),
         ({"model": "deit_tiny_patch16_224"}, "`--model` is 'deit_tiny_patch16_224', but digits"),
         ({"head": "gaussian"}, "`--head` should be one of .* but is 'gaussian'"),
-        ({"scenario": "cub200"}, "`--scenario cub200` needs `--data FOLDER`"),
+        ({"scenario": "cub200"}, "`--data` should be a folder for `--scenario cub200`"),
         (
             {"scenario": "domains", "data": "x", "n_experiences": 4},
             "`--n_experiences` is 4, but `--scenario domains` does not use it",
@@ -357,7 +360,7 @@ def test_wrong_settings_are_named_as_flags(changes, message):
     ],
 )
 def test_scenarios_by_name(scenario, generator, given, expected, tmp_path, monkeypatch):
-    """Every name builds its benchmark, from what the user gave or from the scenario's defaults."""
+    """Checks that each scenario passes given and default settings to its generator."""
     from treelora_avalanche import models, scenarios
 
     asked = {}
@@ -384,7 +387,7 @@ def test_scenarios_by_name(scenario, generator, given, expected, tmp_path, monke
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_scenario_passes_on_what_it_takes(name):
-    """A setting that a scenario takes is a parameter of its generator, or one of the model's."""
+    """Checks that settings of a scenario are parameters of its generator, or of the model."""
     scenario = SCENARIOS[name]
     of_model = {"model", "checkpoint", "img_size", "max_length", "dtype", "gradient_checkpointing"}
     of_training = {"head", "epochs_per_task", "accumulation_steps"}
@@ -397,7 +400,7 @@ def test_every_scenario_passes_on_what_it_takes(name):
         assert "seed" in parameters
 
 
-def test_config_has_what_the_scenario_looks_at():
+def test_config_has_the_settings_that_the_scenario_reads():
     digits = resolve_config("SeqLoRA", 0, SETTINGS)
     assert digits["n_experiences"] == 5
     assert not {"data", "domains", "download"} & set(digits)
@@ -409,7 +412,7 @@ def test_config_has_what_the_scenario_looks_at():
 
 @pytest.fixture
 def pacs(tmp_path):
-    """Two domains of two classes, as PACS lies on disk."""
+    """Returns a folder of two domains with three classes, in the layout of PACS."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
@@ -426,7 +429,7 @@ def pacs(tmp_path):
 
 @pytest.mark.parametrize("method", ["TreeLoRA-routed", "FrozenNCM", "JointTraining"])
 def test_domains_from_folders(method, pacs, tmp_path, tiny_vit):
-    """The same classes in every task, down to the names in the results."""
+    """Checks a domain-incremental run, down to the names in the results."""
     settings = changed(
         scenario="domains",
         data=str(pacs),
@@ -447,7 +450,7 @@ def test_domains_from_folders(method, pacs, tmp_path, tiny_vit):
     assert results["stream"]["classes"] == [[0, 1], [0, 1]]
     assert results["stream"]["train_samples"] == [8, 8]
     matrices = results["accuracy_matrix"]
-    # All classes are those of the task.
+    # Each task has all classes.
     assert matrices["class_incremental"] == matrices["within_task"]
 
 
@@ -456,7 +459,7 @@ def test_domains_from_folders(method, pacs, tmp_path, tiny_vit):
 
 @pytest.fixture
 def counted(monkeypatch, tiny_benchmark, tiny_vit):
-    """Comparisons on the tiny stream; yields the lists of preparations and trainings."""
+    """Replaces the stream by a tiny one; returns lists of prepared seeds and trained cells."""
     calls = {"prepared": [], "trained": []}
 
     def prepare(seed, settings):
@@ -497,7 +500,7 @@ def test_finished_cells_are_not_run_again(counted, tmp_path):
     assert [cell.results for cell in again] == [cell.results for cell in cells]
     assert printed.count("finished before") == 4
 
-    # A wider comparison runs what is new; changed settings run where they matter.
+    # New cells run; after a change of settings, only cells that read them.
     quiet_compare(["SeqLoRA", "Naive"], [0, 1, 2], one_epoch, tmp_path)
     assert counted["trained"][4:] == [("SeqLoRA", 2), ("Naive", 2)]
     quiet_compare(["SeqLoRA", "Naive"], [0], changed(epochs=1, rank=1), tmp_path)
@@ -511,7 +514,7 @@ def test_unfinished_cells_are_run_again(counted, tmp_path):
     assert len(counted["trained"]) == 2
 
 
-def test_a_failing_method_leaves_the_others(counted, tmp_path, monkeypatch):
+def test_failing_method_does_not_stop_the_others(counted, tmp_path, monkeypatch):
     def build(*args):
         raise RuntimeError("first line\nsecond line")
 
@@ -527,7 +530,7 @@ def test_a_failing_method_leaves_the_others(counted, tmp_path, monkeypatch):
     assert naive.results is not None
 
 
-def test_names_are_checked_before_anything_is_run(counted, tmp_path):
+def test_names_are_checked_before_any_run(counted, tmp_path):
     with pytest.raises(
         ValueError, match=r"method should be one of .* but is 'TreeLora'.*Did you mean 'TreeLoRA'"
     ):
@@ -541,7 +544,7 @@ def test_names_are_checked_before_anything_is_run(counted, tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_live_lines(counted, tmp_path, terminal):
+def test_progress_lines(counted, tmp_path, terminal):
     stream = io.StringIO()
     console = Console(file=stream, width=100, force_terminal=terminal)
     compare(["Naive", "SeqLoRA"], [0], changed(epochs=1), tmp_path, console=console)
@@ -574,7 +577,7 @@ def test_table(results, tmp_path):
     assert written["rows"][1]["mean"]["accuracy"] == pytest.approx(0.2)
 
 
-def test_one_seed_has_no_deviation(results, tmp_path):
+def test_one_seed_has_no_standard_deviation(results, tmp_path):
     write_table(results[:1], tmp_path)
     assert "±" not in (tmp_path / "table.md").read_text()
     assert (
@@ -582,7 +585,7 @@ def test_one_seed_has_no_deviation(results, tmp_path):
     )
 
 
-def test_a_number_that_no_seed_has_is_a_dash_over_many_seeds(results, tmp_path):
+def test_undefined_number_of_several_seeds_is_a_dash(results, tmp_path):
     for result in results[:2]:
         result["timings"]["ms_per_step"] = None
     row = summarise(results)[0]
@@ -593,7 +596,7 @@ def test_a_number_that_no_seed_has_is_a_dash_over_many_seeds(results, tmp_path):
     assert " – |" in (tmp_path / "table.md").read_text().splitlines()[2]
 
 
-def test_what_is_not_defined_is_a_dash(ingredients, tmp_path):
+def test_undefined_number_is_a_dash(ingredients, tmp_path):
     result = run("JointTraining", 0, changed(epochs=1), tmp_path / "run", ingredients=ingredients)
     write_table([result], tmp_path)
     row = (tmp_path / "table.md").read_text().splitlines()[2]
@@ -604,7 +607,7 @@ def test_what_is_not_defined_is_a_dash(ingredients, tmp_path):
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 40])
-def test_tree_of_any_number_of_tasks(n_tasks):
+def test_tree_figure_of_any_number_of_tasks(n_tasks):
     def node(tasks, level=0):
         half = len(tasks) // 2
         parts = [tasks[:half], tasks[half:]] if len(tasks) > 2 else []
@@ -628,7 +631,7 @@ def test_tree_of_any_number_of_tasks(n_tasks):
     }
     figure = tree_growth([{"trees": None}, result])
     assert len(figure.axes) == 1 + min(n_tasks - 1, 12)
-    # A dot for every adapter of the last tree, and nothing beyond the paper.
+    # One dot for every adapter of the last tree.
     assert len(figure.axes[0].collections) == n_tasks
     figure.canvas.draw()
 
@@ -652,7 +655,7 @@ def test_figures(ingredients, results, tmp_path):
     ]
     paths = write_figures([*results, *more], tmp_path / "figures")
     assert [path.name for path in paths] == list(FIGURES)
-    # Without a tree there is no figure of one, nor one that is left over.
+    # Without a tree, the figure of an earlier comparison is deleted.
     paths_without = write_figures(results, tmp_path / "figures")
     assert [path.name for path in paths_without] == [name for name in FIGURES if name != "tree.png"]
     assert not (tmp_path / "figures" / "tree.png").exists()

@@ -1,4 +1,10 @@
-"""Many methods and seeds side by side, on the same streams and backbones."""
+"""Comparisons: methods × seeds, on the same streams and backbones. Example::
+
+from treelora_avalanche.compare import compare
+from treelora_avalanche.registry import RunSettings
+
+cells = compare(["TreeLoRA", "SeqLoRA"], [0, 1, 2], RunSettings(), "runs/compare")
+"""
 
 from treelora_avalanche.compare.cells import Cell
 from treelora_avalanche.compare.comparison import compare, train

@@ -1,4 +1,4 @@
-"""Cells of a comparison, and their live lines."""
+"""Cells of a comparison, and their progress lines."""
 
 from __future__ import annotations
 
@@ -18,22 +18,42 @@ from treelora_avalanche.runs import Progress
 
 @dataclass
 class Cell:
-    """One run of a comparison."""
+    """One run of a comparison.
+
+    >>> for cell in compare(["TreeLoRA"], [0, 1], settings, "runs/compare"):
+    ...     print(cell.method, cell.seed, cell.folder, cell.error)
+
+    :param method: name of the method.
+    :param seed: the run's seed.
+    :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
+    :param folder: the run folder.
+    :param results: content of ``results.json``; None if the run failed.
+    :param error: one line on the error, if the run failed.
+    :param reused: whether the run was finished before.
+    """
 
     method: str
     seed: int
     config: dict[str, Any]
     folder: Path
     results: dict[str, Any] | None = None
-    """ What its `results.json` holds; None where it failed. """
     error: str | None = None
-    """ One line, where it failed. """
     reused: bool = False
-    """ Whether it was finished before. """
 
 
 class MethodLines:
-    """One live line per method; where there is no terminal, one line per finished run."""
+    """Progress lines, one per method; outside of a terminal, one printed line per finished run.
+
+    >>> lines = MethodLines(["TreeLoRA", "SeqLoRA"], n_seeds=3, console=Console(stderr=True))
+    >>> with lines.live:
+    ...     lines.begin("TreeLoRA", "starting")
+
+    :param methods: names of the methods.
+    :param n_seeds: number of runs per method.
+    :param console: the console to print to.
+    :param live: whether to show progress during runs.
+    :param measure: short name of the final score.
+    """
 
     def __init__(
         self,
@@ -66,13 +86,21 @@ class MethodLines:
             )
 
     def begin(self, method: str, state: str) -> None:
-        """Say what happens on a line from now on."""
-        # Its own clock: between two seeds of a method the others have their turn.
+        """Starts the clock of a method, and shows a state.
+
+        :param method: name of the method.
+        :param state: short text.
+        """
+        # One clock per method: between two seeds of one, the other methods run.
         self.begun = time.monotonic() - self.busy[method]
         self.live.update(self.lines[method], state=state)
 
     def step(self, method: str, now: Progress) -> None:
-        """Move a line on; called at every training step."""
+        """Shows the progress of a run; called after every training step.
+
+        :param method: name of the method.
+        :param now: progress of the run.
+        """
         if self.live.disable:
             return
         percent = "" if now.accuracy is None else f"  {self.measure} {100 * now.accuracy:5.1f} %"
@@ -88,13 +116,20 @@ class MethodLines:
         )
 
     def note(self, cell: Cell, text: str) -> None:
-        """Say something of a cell that stays on the screen."""
+        """Prints a permanent line about a cell.
+
+        :param cell: the cell.
+        :param text: the line.
+        """
         self.console.print(
             f"{cell.method}, seed {cell.seed}: {escape(text)}", soft_wrap=True, highlight=False
         )
 
     def finish(self, cell: Cell) -> None:
-        """Close one cell of a line."""
+        """Shows the result of a cell.
+
+        :param cell: the finished or failed cell.
+        """
         self.done[cell.method] += 1
         line = self.lines[cell.method]
         if cell.results is None:

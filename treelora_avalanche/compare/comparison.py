@@ -1,7 +1,7 @@
-"""Many methods and seeds side by side, on the same streams and backbones.
+"""Trains methods × seeds on the same streams and backbones.
 
-Every cell (method, seed) has its run folder, named after its configuration. Cells that are finished
-are not run again, and an interrupted one continues; a cell that fails leaves the others alone.
+Each cell (method, seed) has a run folder named after its configuration. Finished cells are not run
+again, an interrupted cell is resumed, and a failing cell does not stop the others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from treelora_avalanche.choices import EXECUTORS
 from treelora_avalanche.compare.cells import Cell, MethodLines
 from treelora_avalanche.compare.executors import attempt, attempt_all, settings_of_jobs
 from treelora_avalanche.registry import METHODS, RegistrationError, RunSettings, check_models
@@ -37,80 +38,112 @@ def compare(
     executor: str | None = None,
     executor_options: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
-    """Run every method with every seed, or take what is finished.
+    """Runs every method with every seed, except for finished runs.
+
+    >>> cells = compare(["TreeLoRA", "SeqLoRA"], [0, 1, 2], RunSettings(epochs=2), "runs/compare")
 
     :param methods: names of the methods, in the order of the table.
-    :param seeds: seeds; all methods meet the same stream and the same backbone under a seed.
-    :param settings: the settings, the same for all methods.
+    :param seeds: the seeds; under one seed, all methods have the same stream and backbone.
+    :param settings: the settings of all methods.
     :param output: folder of the run folders.
-    :param console: where the live lines go; by default to standard error.
-    :param executor: where cells run, several at a time: ``"processes"`` or ``"slurm"``, see
-        :func:`~treelora_avalanche.compare.executors.attempt_all`; by default one after the other.
-    :param executor_options: of the executor.
+    :param console: console of the progress lines; by default standard error.
+    :param executor: runs cells in parallel: ``"processes"`` or ``"slurm"``, see
+        :func:`~treelora_avalanche.compare.executors.attempt_all`; by default they run sequentially.
+    :param executor_options: options of the executor.
     :return: one cell per method and seed, failed ones included.
-    :raises ValueError: before anything is run, if a name is unknown, the data cannot be used, or a
-        method cannot be built with these settings.
+    :raises ValueError: before any training, if a name is unknown, the data cannot be used, or the
+        settings do not fit a method.
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     if not methods or not seeds:
-        raise ValueError("`--methods` and `--seeds` should name at least one each")
+        raise ValueError(
+            "`--methods` and `--seeds` should have at least 1 value each, but are "
+            f"{methods} and {seeds}. Name a method and a seed."
+        )
     broken = _broken(methods)
     usable = [method for method in methods if method not in broken]
     check_models(usable, settings)
     output = Path(output)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"`--output` should be a folder, but {output} is a file")
-
-    executor_options = executor_options or {}
+        raise ValueError(
+            f"`--output` should be a folder, but {output} is a file. Choose another path."
+        )
+    options = executor_options or {}
     if executor is not None:
-        settings = settings_of_jobs(settings, executor, executor_options)
-    elif executor_options:
-        raise ValueError("`--executor_options` are given, but no `--executor`; choose one")
+        settings = settings_of_jobs(settings, executor, options)
+    elif options:
+        raise ValueError(
+            "`--executor_options` should come with `--executor`, but no executor is given. Pass "
+            f"`--executor` {' or '.join(EXECUTORS)}."
+        )
 
+    cells = _cells(usable, seeds, settings, output, elsewhere=executor == "slurm")
+    console = console or Console(stderr=True)
+    failed = _failed_cells(broken, seeds, output, console)
+    if not usable:
+        return failed
+    lines = MethodLines(usable, len(seeds), console, measure=_measure(settings))
+    with lines.live:
+        if executor is not None:
+            _run_elsewhere(cells, settings, executor, options, output, lines)
+        else:
+            _run_here(cells, seeds, settings, lines)
+    return cells + failed
+
+
+def _cells(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    settings: RunSettings,
+    output: Path,
+    *,
+    elsewhere: bool,
+) -> list[Cell]:
     def cell_of(method: str, seed: int) -> Cell:
-        config = resolve_config(method, seed, settings, elsewhere=executor == "slurm")
+        config = resolve_config(method, seed, settings, elsewhere=elsewhere)
         return Cell(method, seed, config, output / run_name(config))
 
-    cells = [cell_of(method, seed) for method in usable for seed in seeds]
-    console = console or Console(stderr=True)
+    return [cell_of(method, seed) for method in methods for seed in seeds]
+
+
+def _failed_cells(
+    broken: Mapping[str, str], seeds: Sequence[int], output: Path, console: Console
+) -> list[Cell]:
+    """Prints why methods cannot be loaded, and returns their cells."""
     for reason in broken.values():
         console.print(f"failed  {escape(reason)}", soft_wrap=True, highlight=False)
-    failed = [
+    return [
         Cell(method, seed, {}, output, error=reason)
         for method, reason in broken.items()
         for seed in seeds
     ]
-    if not usable:
-        return failed
-    lines = MethodLines(usable, len(seeds), console, measure=_measure(settings))
-    if executor is not None:
-        with lines.live:
-            _run_elsewhere(cells, settings, executor, executor_options, output, lines)
-        return cells + failed
+
+
+def _run_here(
+    cells: Sequence[Cell], seeds: Sequence[int], settings: RunSettings, lines: MethodLines
+) -> None:
+    """Runs cells seed by seed, so that only one stream and backbone is in memory."""
     checked = False
-    with lines.live:
-        # Seed by seed, so that one stream and backbone at a time is in memory.
-        for seed in seeds:
-            ingredients: Ingredients | None = None
-            for cell in (cell for cell in cells if cell.seed == seed):
-                cell.results = finished_results(cell.folder, cell.config)
-                cell.reused = cell.results is not None
-                if cell.results is None:
-                    if ingredients is None:
-                        lines.begin(cell.method, "preparing data and backbone")
-                        ingredients = prepare(seed, settings)
-                        if not checked:
-                            missing = [c.method for c in cells if not _is_finished(c)]
-                            check_arguments(list(dict.fromkeys(missing)), settings, ingredients)
-                            checked = True
-                    lines.begin(cell.method, "starting")
-                    _run_cell(cell, settings, ingredients, lines)
-                lines.finish(cell)
-    return cells + failed
+    for seed in seeds:
+        ingredients: Ingredients | None = None
+        for cell in (cell for cell in cells if cell.seed == seed):
+            cell.results = finished_results(cell.folder, cell.config)
+            cell.reused = cell.results is not None
+            if cell.results is None:
+                if ingredients is None:
+                    lines.begin(cell.method, "preparing data and backbone")
+                    ingredients = prepare(seed, settings)
+                    if not checked:
+                        missing = [c.method for c in cells if not _is_finished(c)]
+                        check_arguments(list(dict.fromkeys(missing)), settings, ingredients)
+                        checked = True
+                lines.begin(cell.method, "starting")
+                _run_cell(cell, settings, ingredients, lines)
+            lines.finish(cell)
 
 
 def _broken(methods: Sequence[str]) -> dict[str, str]:
-    """Methods of other packages that cannot be loaded, and why."""
+    """Returns the methods of other packages that cannot be loaded, with the reasons."""
     reasons = {}
     for method in methods:
         try:
@@ -121,7 +154,7 @@ def _broken(methods: Sequence[str]) -> dict[str, str]:
 
 
 def _measure(settings: RunSettings) -> str:
-    """What a run is judged by, in short."""
+    """Returns the short name of the score that runs are ranked by."""
     return "Op" if settings.on_language else "acc"
 
 
@@ -179,14 +212,16 @@ def train(
     verbose: bool = False,
     shard_backbone: bool = False,
 ) -> Cell:
-    """One run with a live line; errors are the caller's.
+    """Makes one run with a progress line; its errors are raised.
+
+    >>> train("TreeLoRA", 0, RunSettings(epochs=2)).folder
 
     :param method: name of the method.
     :param seed: the run's seed.
-    :param settings: everything else.
-    :param output: the run folder; by default one below `runs/train`, named after the run.
-    :param console: where the live line goes; by default to standard error.
-    :param verbose: Avalanche's `InteractiveLogger` in place of the live line.
+    :param settings: the settings.
+    :param output: the run folder; by default a new one in ``runs/train``, named after the run.
+    :param console: console of the progress line; by default standard error.
+    :param verbose: whether to show Avalanche's ``InteractiveLogger`` instead of the progress line.
     :param shard_backbone: see :func:`~treelora_avalanche.runs.run`.
     """
     check_models([method], settings)

@@ -1,4 +1,4 @@
-"""Where the cells of a comparison run other than one after the other: processes, jobs of SLURM."""
+"""Executors: run the cells of a comparison in parallel, in processes or as SLURM jobs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Task = tuple[str, int, RunSettings, Path]
 def attempt(
     method: str, seed: int, settings: RunSettings, folder: Path, **options: Any
 ) -> str | None:
-    """Make one run, whatever goes wrong: it must not cost the hours that others take.
+    """Makes one run and catches its errors, so that they do not stop other runs.
 
     :param method: name of the method.
     :param seed: the run's seed.
-    :param settings: everything else.
-    :param folder: the run folder; ``error.txt`` is written there if the run fails.
+    :param settings: the settings.
+    :param folder: the run folder; if the run fails, ``error.txt`` there has the traceback.
     :param options: further arguments of :func:`~treelora_avalanche.runs.run`.
-    :return: one line that says what went wrong; None if nothing did.
+    :return: the error as one line; None if there was none.
     """
     try:
         run(method, seed, settings, folder, **options)
@@ -46,10 +46,10 @@ def attempt(
 def settings_of_jobs(
     settings: RunSettings, executor: str, options: Mapping[str, Any]
 ) -> RunSettings:
-    """The settings with a device that does not depend on the machine that submits.
+    """Returns the settings with a device that does not depend on the submitting machine.
 
     :param settings: the settings.
-    :param executor: a name in :data:`~treelora_avalanche.choices.EXECUTORS`.
+    :param executor: one of :data:`~treelora_avalanche.choices.EXECUTORS`.
     :param options: see :func:`attempt_all`.
     :raises ValueError: if there is no such executor.
     """
@@ -62,18 +62,18 @@ def settings_of_jobs(
 def attempt_all(
     tasks: Sequence[Task], executor: str, options: Mapping[str, Any], output: Path
 ) -> Iterator[tuple[int, str | None]]:
-    """Make many runs, several at a time.
+    """Makes many runs in parallel.
 
-    :param tasks: the arguments of :func:`attempt`, one tuple for each run.
-    :param executor: ``"processes"``, on this machine, each with a GPU of its own where there are
-        several; or ``"slurm"``, one job each.
-    :param options: of processes: ``workers``, how many at a time, by default as many as there are
-        GPUs, or one. Of SLURM: ``time``, the minutes after which a job is ended, which must be
-        given; ``partition``, ``gpus_per_job`` (1), and whatever else submitit's
-        ``update_parameters`` takes; ``cluster: local`` runs jobs without SLURM.
-    :param output: folder of the run folders; submitit's own files go to ``jobs`` there.
-    :return: the number of a task and what :func:`attempt` returns, as they end.
-    :raises ValueError: if the executor cannot be used, or does not know an option.
+    :param tasks: the arguments of :func:`attempt`, one tuple per run.
+    :param executor: ``"processes"``, on this machine, spread over its GPUs; or ``"slurm"``, one job
+        per run.
+    :param options: of processes: ``workers``, the number of processes (default: one per GPU, at
+        least 1). Of SLURM: ``time``, the time limit of a job in minutes (required);
+        ``partition``, ``gpus_per_job`` (1), and other parameters of submitit's
+        ``update_parameters``; ``cluster: local`` runs jobs without SLURM.
+    :param output: folder of the run folders; submitit's files go to ``jobs`` in it.
+    :return: iterator of the index of a task and the result of :func:`attempt`, as runs end.
+    :raises ValueError: if the executor cannot be used, or an option is unknown.
     """
     check_known("`--executor`", executor, EXECUTORS)
     if executor == "slurm":
@@ -86,30 +86,36 @@ def _process_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         check_known("`--executor_options`", name, ("workers",))
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`workers` should be at least 1, but it is {value!r}")
+            raise ValueError(
+                f"`workers` should be an integer of at least 1, but is {value!r}. Correct "
+                "`--executor_options`."
+            )
     return dict(options)
 
 
 def _in_processes(
     tasks: Sequence[Task], workers: int | None = None
 ) -> Iterator[tuple[int, str | None]]:
-    gpus = _visible_gpus(tasks[0][2].device)
+    gpus = visible_gpus(tasks[0][2].device)
     workers = min(workers or max(1, len(gpus)), len(tasks))
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for worker in range(workers):
         free.put(gpus[worker % len(gpus)] if gpus else None)
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_take_gpu, initargs=(free,)
+        workers, mp_context=context, initializer=take_gpu, initargs=(free,)
     ) as pool:
         runs = {pool.submit(attempt, *task): number for number, task in enumerate(tasks)}
         for done in as_completed(runs):
-            error = done.exception()  # the process itself has died
+            error = done.exception()  # of the process itself
             yield runs[done], done.result() if error is None else f"{type(error).__name__}: {error}"
 
 
-def _visible_gpus(device: str) -> list[str]:
-    """The GPUs among which runs are spread; none if the settings name one, or the CPU."""
+def visible_gpus(device: str) -> list[str]:
+    """Returns the GPUs to spread runs over; none if the device names one, or the CPU.
+
+    :param device: the device of the settings.
+    """
     if device not in ("auto", "cuda"):
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -117,10 +123,14 @@ def _visible_gpus(device: str) -> list[str]:
     return named.split(",")[:n_gpus] if named else [str(number) for number in range(n_gpus)]
 
 
-def _take_gpu(free: Any) -> None:
+def take_gpu(free: Any) -> None:
+    """Makes one GPU the only visible one of this process.
+
+    :param free: queue of free GPUs; None in it stands for no GPU.
+    """
     gpu = free.get()
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before this process asks for one
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialised here
 
 
 def _as_jobs(
@@ -130,12 +140,13 @@ def _as_jobs(
         import submitit
     except ImportError as error:
         raise ValueError(
-            "`--executor slurm` needs submitit, which is not installed; install it with "
-            "pip install 'treelora-avalanche[slurm]'"
+            "`--executor` should be processes where submitit is not installed, but is slurm. Run "
+            "pip install 'treelora-avalanche[slurm]'."
         ) from error
     if "time" not in options:
         raise ValueError(
-            "`--executor_options` has no `time`, the minutes after which SLURM ends a job; give it"
+            "`--executor_options` should have `time`, the time limit of a job in minutes, but has "
+            f"{', '.join(options) or 'none'}. Add it, as in {{time: 240}}."
         )
     given = {"gpus_per_job": 1, **options}
     cluster = given.pop("cluster", "slurm")
@@ -152,4 +163,11 @@ def _as_jobs(
         yield number, job.result() if failure is None else f"{type(failure).__name__}: {failure}"
 
 
-__all__ = ["EXECUTORS", "attempt", "attempt_all", "settings_of_jobs"]
+__all__ = [
+    "EXECUTORS",
+    "attempt",
+    "attempt_all",
+    "settings_of_jobs",
+    "take_gpu",
+    "visible_gpus",
+]

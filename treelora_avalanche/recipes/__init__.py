@@ -1,6 +1,8 @@
-"""Configurations of `treelora compare` for the tables of the paper (arXiv 2506.10355).
+"""Recipes: configurations of ``treelora compare`` for the tables of the paper (arXiv 2506.10355).
 
-One YAML file each, whose first comment says what it reproduces and what is missing.
+One YAML file per table; its first comment states the table and departures from it. Example::
+
+    treelora compare --config table_05_ablation
 """
 
 from __future__ import annotations
@@ -8,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
-""" The files by their names, which `treelora compare --config` takes too. """
+"""YAML files by name, as accepted by ``treelora compare --config``."""
 
 
 def describe_recipe(path: Path) -> str:
-    """The first line of a recipe, which says what it reproduces.
+    """Returns the first line of a recipe, which states the table it reproduces.
 
     :param path: the YAML file.
     """

@@ -1,18 +1,18 @@
-"""Everything the command line knows, and how other packages add to it.
+"""Registry of methods, scenarios and settings, which other packages extend by entry points.
 
-A package of yours registers a method or a scenario with a row of these tables::
+A package registers a method or a scenario by a row of these tables::
 
     # my_package/registration.py
     from treelora_avalanche.registry import LORA, Method
 
-    MY_METHOD = Method("my_package.strategies:MyLoRA", "LoRA, but mine", family=LORA)
+    MY_METHOD = Method("my_package.strategies:MyLoRA", "LoRA with my penalty", family=LORA)
 
     # setup.cfg
     [options.entry_points]
     treelora_avalanche.methods =
         MyLoRA = my_package.registration:MY_METHOD
 
-Nothing heavy is imported here, and nothing of other packages before it is used.
+torch is not imported here, and other packages are imported on first use.
 """
 
 from treelora_avalanche.registry.entry_points import RegistrationError

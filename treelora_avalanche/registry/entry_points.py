@@ -1,4 +1,4 @@
-"""Tables of names that other packages extend through entry points."""
+"""Registries that other packages extend through entry points."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ Row = TypeVar("Row")
 
 
 class RegistrationError(ValueError):
-    """The row of another package cannot be loaded."""
+    """Raised if the row of another package cannot be loaded."""
 
 
 class Registry(UserDict[str, Row], Generic[Row]):
-    """Rows by name: the library's own, then those of installed packages.
+    """Mapping of names to rows: the built-in ones, then those of installed packages.
 
-    A package registers a row by an entry point, whose name is that of the row and whose object is
-    the row itself. Names are read from the metadata of the installed packages; a package is
-    imported when its row is asked for. A package that cannot be imported makes its own rows fail,
-    with a :class:`RegistrationError`, and no others.
+    An entry point registers a row: its name is that of the row, its object the row itself. Names
+    are read from the metadata of installed packages; a package is imported when its row is looked
+    up. A package that cannot be imported raises :class:`RegistrationError` for its own rows only.
 
-    :param what: what a row is, for errors.
+    >>> METHODS["TreeLoRA"].description
+    >>> METHODS["TreLoRA"]
+    Traceback (most recent call last):
+    ValueError: method should be one of TreeLoRA, ..., but is 'TreLoRA'. Did you mean 'TreeLoRA'?
+
+    :param what: name of a row in errors.
     :param group: group of the entry points.
     :param kind: class of the rows.
-    :param built_in: the library's own rows, which other packages cannot replace.
+    :param built_in: the built-in rows, which other packages cannot replace.
     """
 
     def __init__(self, what: str, group: str, kind: type[Row], built_in: Mapping[str, Row]):
@@ -43,7 +47,7 @@ class Registry(UserDict[str, Row], Generic[Row]):
 
     @cached_property
     def external(self) -> dict[str, EntryPoint]:
-        """Entry points of other packages, by the name of their row."""
+        """Entry points of other packages, by name of the row."""
         found = entry_points(group=self.group)
         taken = sorted({point.name for point in found} & set(self.data))
         if taken:
@@ -63,12 +67,16 @@ class Registry(UserDict[str, Row], Generic[Row]):
         return name in self.data or name in self.external
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Returns a row, or the default where there is none of that name."""
+        """Returns a row, or the default if the name is unknown.
+
+        :param name: name of the row.
+        :param default: the default.
+        """
         known = name in self
         return self[name] if known else default
 
     def __getitem__(self, name: str) -> Row:
-        # An error for users, who name rows on the command line: with the nearest match.
+        # Not a KeyError: users type names on the command line, and need the nearest match.
         check_known(self.what, name, self)
         if name not in self.data:
             self.data[name] = self._load(self.external[name])
@@ -78,21 +86,21 @@ class Registry(UserDict[str, Row], Generic[Row]):
         package = point.dist.name if point.dist else point.module
         try:
             row = point.load()
-        except Exception as error:  # whatever another package's import raises
+        except Exception as error:  # importing another package may raise anything
             raise RegistrationError(
                 f"{self.what} {point.name} of the package {package} cannot be loaded "
-                f"({type(error).__name__}: {error}). Mend or uninstall {package}."
+                f"({type(error).__name__}: {error}). Fix or uninstall {package}."
             ) from error
         if not isinstance(row, self.kind):
             raise RegistrationError(
                 f"{self.what} {point.name} of the package {package} should be a "
                 f"{self.kind.__name__}, but {point.value} is a {type(row).__name__}. "
-                f"Let the entry point name a `{self.kind.__name__}(...)`."
+                f"Point the entry point to a `{self.kind.__name__}(...)`."
             )
         return row
 
     def loadable(self) -> Iterator[tuple[str, Row]]:
-        """Yields name and row, without those that cannot be loaded."""
+        """Yields names and rows; rows that cannot be loaded are skipped with a warning."""
         for name in self:
             try:
                 yield name, self[name]
@@ -103,13 +111,16 @@ class Registry(UserDict[str, Row], Generic[Row]):
 def load_object(path: str) -> Any:
     """Imports an object of an installed package.
 
+    >>> load_object("treelora_avalanche.strategies:SeqLoRA")
+
     :param path: ``"package.module:name"``.
-    :raises RegistrationError: if it cannot be imported.
+    :raises RegistrationError: if the import fails.
     """
     module, _, name = path.partition(":")
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # whatever another package's import raises
+    except Exception as error:  # importing another package may raise anything
         raise RegistrationError(
-            f"{path} cannot be imported ({type(error).__name__}: {error})."
+            f"{path} cannot be imported ({type(error).__name__}: {error}). Fix or reinstall its "
+            "package."
         ) from error

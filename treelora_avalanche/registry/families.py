@@ -1,6 +1,6 @@
-"""Families of methods: what their strategies are built from, and their default learning rates.
+"""Families of methods: how strategies are built, and their default learning rates.
 
-Nothing heavy is imported until a strategy is built.
+torch is not imported until a strategy is built.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 
 class Rates(NamedTuple):
-    """Default learning rates; None where methods have none.
+    """Default learning rates; None if there is none.
 
-    :param vision: for vision transformers (Adam).
-    :param digits: for the digits, chosen by one rule: the best class-incremental accuracy on a
-        quarter of the training digits held out (three seeds, four epochs, batches of 24, which
-        keeps the number of steps). At the paper's rate, meant for large images and batches of 192,
-        every method forgets nearly everything there. The rule was applied to plain LoRA, TreeLoRA
-        and Naive; the other LoRA methods take plain LoRA's. None: that of ``vision``.
-    :param language: for language models (AdamW).
+    >>> Rates(vision=0.005, language=1e-4)
+
+    :param vision: rate for vision transformers (Adam).
+    :param digits: rate for the digits; None: that of ``vision``. Chosen by the best
+        class-incremental accuracy on a held-out quarter of the training digits (three seeds, four
+        epochs, batches of 24, which keeps the number of steps) for SeqLoRA, TreeLoRA and Naive; the
+        other LoRA methods use SeqLoRA's. At the paper's rate, meant for large images and batches
+        of 192, every method forgets nearly everything on the digits.
+    :param language: rate for language models (AdamW).
     """
 
     vision: float | None = None
@@ -38,12 +40,14 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class SharedArguments:
-    """Arguments that all strategies of a run share.
+    """Arguments that are common to the strategies of a run.
 
-    :param model: a copy of the backbone, for this strategy alone.
-    :param settings: of the method.
+    >>> arguments.optimizer()(model.parameters())  # Adam, AdamW for language models
+
+    :param model: the strategy's own copy of the backbone.
+    :param settings: settings of the method.
     :param lr: learning rate.
-    :param seed: of the run.
+    :param seed: seed of the run.
     :param options: the method's own options.
     :param shared: ``train_mb_size``, ``train_epochs``, ``eval_mb_size``, ``device``, ``plugins``
         and ``evaluator``.
@@ -57,7 +61,7 @@ class SharedArguments:
     shared: dict[str, Any]
 
     def optimizer(self) -> Callable[..., Optimizer]:
-        """Returns a constructor of the optimizer from parameters."""
+        """Returns a function from parameters to the optimizer."""
         import torch
 
         defaults = LANGUAGE_TRAINING if self.settings.on_language else VISION_TRAINING
@@ -65,16 +69,16 @@ class SharedArguments:
         return partial(kind, lr=self.lr, weight_decay=0.0)
 
     def lora(self, reads: frozenset[str]) -> dict[str, Any]:
-        """Returns the LoRA settings.
+        """Returns the LoRA settings that a method reads.
 
         :param reads: settings that the method reads.
         """
         return {name: getattr(self.settings, name) for name in sorted(LORA_SETTINGS & reads)}
 
     def plugins(self, reads: frozenset[str]) -> list[Any]:
-        """Returns the shared plugins, after the head where that is re-trained.
+        """Returns the shared plugins, with the task-adaptive head first if it is used.
 
-        The head comes first for all methods: it takes its statistics before anything else.
+        The head collects its statistics before any other plugin changes the model.
 
         :param reads: settings that the method reads.
         """
@@ -88,20 +92,22 @@ Build = Callable[
     ["type[SupervisedTemplate]", SharedArguments, frozenset[str], dict[str, Any]],
     "SupervisedTemplate",
 ]
-"""From a strategy's class, the shared arguments, the settings that the method reads and the
-method's own options to the strategy."""
+"""Function from a strategy class, the shared arguments, the settings that the method reads and its
+own options to the strategy."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What methods of one kind have in common.
+    """Properties that methods of one kind share.
+
+    >>> Method("my_package.strategies:MyLoRA", "LoRA with my penalty", family=LORA)
 
     :param build: builds a strategy.
-    :param reads: settings with a meaning for these methods, of those that not all methods read.
+    :param reads: settings that these methods read, of those that not all methods read.
     :param rates: default learning rates.
-    :param kind: ``"ours"``; ``"Avalanche's"`` (run unchanged); ``"frozen"`` (the backbone is not
-        trained); ``"upper bound"``; or what else :command:`treelora list` is to show.
-    :param uses_lora: whether an adapter is trained, to be stored after every task.
+    :param kind: ``"ours"``; ``"Avalanche's"`` (unchanged); ``"frozen"`` (the backbone is not
+        trained); ``"upper bound"``; or another word for :command:`treelora list` to show.
+    :param uses_lora: whether an adapter is trained, and saved after every task.
     """
 
     build: Build
@@ -117,7 +123,7 @@ def _build_with_factory(
     reads: frozenset[str],
     options: dict[str, Any],
 ) -> SupervisedTemplate:
-    """Strategies that attach the adapter, or prompts, themselves: all of ours."""
+    """Builds a strategy that attaches its adapter or prompts itself."""
     from treelora_avalanche.registry.options import parameters_of
 
     settings = given.settings
@@ -145,7 +151,7 @@ def _build_frozen(
     reads: frozenset[str],
     options: dict[str, Any],
 ) -> SupervisedTemplate:
-    """Strategies without an optimizer, and so without batches or epochs of training."""
+    """Builds a strategy without an optimizer, and so without training batches or epochs."""
     from treelora_avalanche.registry.options import parameters_of
 
     training = ("train_mb_size", "train_epochs")
@@ -161,10 +167,11 @@ def _build_on_view(
     reads: frozenset[str],
     options: dict[str, Any],
 ) -> SupervisedTemplate:
-    """Strategies that know no adapter, such as Avalanche's: they get a model with LoRA.
+    """Builds a strategy that does not attach adapters, such as Avalanche's, on a model with LoRA.
 
-    The view shows the trainable parameters alone; without LoRA these are all weights. Language
-    models are trained as by our strategies: with AdamW along a cosine.
+    A :class:`~treelora_avalanche.adapters.TrainableView` exposes only the trainable parameters:
+    without LoRA, all weights. Language models are trained with AdamW and a cosine schedule, as by
+    our strategies.
     """
     from treelora_avalanche.adapters import TrainableView, add_lora
     from treelora_avalanche.models.views.precision import set_precision
@@ -174,14 +181,14 @@ def _build_on_view(
     settings, device = given.settings, given.shared["device"]
     if settings.accumulation_steps > 1:
         raise ValueError(
-            f"`--accumulation_steps` is {settings.accumulation_steps}, but Avalanche's "
-            f"{strategy.__name__} updates after every batch. Leave it out, and raise "
-            "`--batch_size` as far as memory allows."
+            "`--accumulation_steps` should be 1, since Avalanche's "
+            f"{strategy.__name__} updates after every batch, but is "
+            f"{settings.accumulation_steps}. Leave it out, and raise `--batch_size` instead."
         )
     lora = given.lora(reads)
     view = TrainableView(add_lora(given.model, **lora) if lora else given.model)
     set_precision(view, settings.precision, device)
-    # On its device now: an optimizer made of parameters that move later would train copies.
+    # Before the optimizer is made: parameters that move later are no longer the optimizer's.
     view.to(device)
     plugins = [*given.plugins(reads), *options.pop("plugins", ()), FiniteLossPlugin()]
     defaults = LANGUAGE if settings.on_language else VISION
@@ -202,7 +209,7 @@ def _build_replay(
     reads: frozenset[str],
     options: dict[str, Any],
 ) -> SupervisedTemplate:
-    """Avalanche's Replay, whose random draws are recorded so that it can be resumed."""
+    """Builds Avalanche's Replay, with its random draws recorded so that it can be resumed."""
     from treelora_avalanche.plugins import MemoryDrawsPlugin
 
     return _build_on_view(strategy, given, reads, {**options, "plugins": [MemoryDrawsPlugin()]})
@@ -214,13 +221,13 @@ def _build_streaming_lda(
     reads: frozenset[str],
     options: dict[str, Any],
 ) -> SupervisedTemplate:
-    """Avalanche's StreamingLDA on the features of a timm model."""
+    """Builds Avalanche's StreamingLDA on the features of a timm model."""
     from torch.nn import CrossEntropyLoss
 
     model: Any = given.model
     n_classes = model.num_classes
-    model.reset_classifier(0)  # timm's way to a model that returns its features
-    # Frozen, as it is used: Avalanche trains nothing here, and would keep the graph all the same.
+    model.reset_classifier(0)  # timm: the model returns its features
+    # Avalanche trains nothing here, but would build the graph.
     model.requires_grad_(False)
     arguments: dict[str, Any] = {
         "slda_model": model,
@@ -235,28 +242,28 @@ _LORA_RATES = Rates(vision=VISION_TRAINING.lr, digits=0.0003, language=LANGUAGE_
 
 LORA = Family(_build_with_factory, rates=_LORA_RATES)
 """Strategies that attach LoRA themselves: subclasses of
-:class:`~treelora_avalanche.strategies.SeqLoRA`, or with its arguments."""
+:class:`~treelora_avalanche.strategies.SeqLoRA`, or with its signature."""
 
 PROMPTS = Family(
     _build_with_factory,
     TRAINING_SETTINGS,
-    # On text TRACE has no value; on four of its tasks (48 samples, two epochs, stories260K) the
-    # loss of the task just trained is lower than at a tenth of it (L2P) and at 0.005 (DualPrompt).
+    # TRACE gives no rate for text. On four of its tasks (48 samples, two epochs, stories260K),
+    # 0.03 has a lower loss on the present task than a tenth of it (L2P) and 0.005 (DualPrompt).
     Rates(vision=0.005, language=0.03),
     uses_lora=False,
 )
-"""Strategies that attach prompts to a frozen backbone; the rate is DualPrompt's and
-HiDe-Prompt's."""
+"""Strategies that attach prompts to a frozen backbone, with the learning rate of DualPrompt and
+HiDe-Prompt."""
 
 FROZEN = Family(_build_frozen, frozenset(), kind="frozen", uses_lora=False)
-"""Strategies that train nothing by gradients and pass over the data of a task once."""
+"""Strategies that train nothing by gradients, in one pass over the data of a task."""
 
 STREAMING_LDA = Family(_build_streaming_lda, frozenset(), kind="frozen", uses_lora=False)
 """Avalanche's StreamingLDA."""
 
 AVALANCHE = Family(_build_on_view, rates=_LORA_RATES, kind="Avalanche's")
-"""Avalanche's strategies, and others that know nothing of adapters: they get a model with LoRA, an
-optimizer and a loss."""
+"""Avalanche's strategies, and others that take a model, an optimizer and a loss; the model has
+LoRA."""
 
 REPLAY = Family(_build_replay, rates=_LORA_RATES, kind="Avalanche's")
 """Avalanche's Replay."""
@@ -264,11 +271,11 @@ REPLAY = Family(_build_replay, rates=_LORA_RATES, kind="Avalanche's")
 EVERY_WEIGHT = Family(
     _build_on_view,
     TRAINING_SETTINGS,
-    Rates(vision=0.0001, digits=0.00005, language=0.00001),  # language: TRACE's without LoRA
+    Rates(vision=0.0001, digits=0.00005, language=0.00001),  # language: TRACE's full fine-tuning
     kind="Avalanche's",
     uses_lora=False,
 )
-"""The same without LoRA."""
+"""The same without LoRA: full fine-tuning."""
 
 UPPER_BOUND = Family(
     _build_on_view,
@@ -276,4 +283,4 @@ UPPER_BOUND = Family(
     _LORA_RATES,
     kind="upper bound",
 )
-"""Strategies that train on the data of all tasks together, and so without a head of ours."""
+"""Strategies that train on the data of all tasks together, and so need no task-adaptive head."""

@@ -1,6 +1,6 @@
-"""The methods that the command line knows, as an explicit table.
+"""Table of methods.
 
-Nothing heavy is imported until a strategy is built.
+torch is not imported until a strategy is built.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ BOTH = VISION | LANGUAGE
 class Method:
     """One row of the table of methods.
 
-    >>> row = Method("my_package.strategies:MyLoRA", "LoRA, but mine", models=VISION)
+    >>> row = Method("my_package.strategies:MyLoRA", "LoRA with my penalty", models=VISION)
 
-    :param strategy: the strategy's class, ``"package.module:Class"``; imported when it is used. Its
-        constructor's parameters, beyond those that all strategies share, are the method's options.
+    :param strategy: class of the strategy, ``"package.module:Class"``; imported on first use. The
+        parameters of its constructor, beyond those common to all strategies, are the method's
+        options.
     :param description: one line.
-    :param family: supplies the optimizer, the learning rate and the shared arguments.
+    :param family: supplies the optimizer, the learning rate and the common arguments.
     :param models: kinds of models that the method is defined for.
-    :param options: values of options that make the row what it is.
-    :param aliases: names of options whose parameters are called like a setting: by the name of the
-        option that of the parameter.
-    :param also_reads: settings with a meaning for it beyond those of its family.
-    :param does_not_read: settings of its family without a meaning for it.
-    :param rates: default learning rates, where they are not its family's.
+    :param options: fixed values of options.
+    :param aliases: parameters by name of the option, where a parameter has the name of a setting.
+    :param also_reads: settings that it reads in addition to those of its family.
+    :param does_not_read: settings of its family that it does not read.
+    :param rates: default learning rates, if they differ from its family's.
     :param joint: whether it trains once, on all tasks together.
     """
 
@@ -74,41 +74,41 @@ class Method:
 
     @property
     def reads(self) -> frozenset[str]:
-        """Settings with a meaning for it, of those that not all methods read."""
+        """Settings that it reads, of those that not all methods read."""
         return (self.family.reads | self.also_reads) - self.does_not_read
 
     @property
     def ignores(self) -> frozenset[str]:
-        """Settings without a meaning for it."""
+        """Settings that it does not read."""
         return METHOD_SETTINGS - self.reads
 
     @property
     def kind(self) -> str:
-        """The kind of its family, see :class:`Family`."""
+        """Kind of its family, see :class:`Family`."""
         return self.family.kind
 
     @property
     def uses_lora(self) -> bool:
-        """Whether an adapter is trained, to be stored after every task."""
+        """Whether an adapter is trained, and saved after every task."""
         return self.family.uses_lora
 
     @property
     def on_all_seen(self) -> bool:
-        """Whether it trains on the data of past tasks as much as on that of the present one."""
+        """Whether it trains on all data seen so far."""
         return self.kind == UPPER_BOUND.kind
 
     @property
     def has_tree(self) -> bool:
-        """Whether it is a form of TreeLoRA."""
+        """Whether it is a variant of TreeLoRA."""
         return self.reads >= TREE_SETTINGS
 
     @property
     def frozen(self) -> bool:
-        """Whether it passes over the data of a task once and trains nothing by gradients."""
+        """Whether it trains nothing by gradients, in one pass over the data of a task."""
         return self.kind == FROZEN.kind
 
     def lr(self, settings: RunSettings) -> float | None:
-        """Returns the learning rate: the settings' or the default.
+        """Returns the learning rate of the settings, or the default.
 
         :param settings: the settings.
         """
@@ -120,12 +120,12 @@ class Method:
         return rates.digits if settings.on_digits and rates.digits else rates.vision
 
     def strategy_class(self) -> type[SupervisedTemplate]:
-        """Imports the strategy's class."""
+        """Imports and returns the strategy class."""
         found: type[SupervisedTemplate] = load_object(self.strategy)
         return found
 
     def own_options(self) -> dict[str, Option]:
-        """Returns the options of its strategy's constructor; imports the strategy."""
+        """Returns the options of the strategy's constructor; imports the strategy."""
         from treelora_avalanche.registry.options import own_options
 
         own = own_options(self.strategy_class(), SUPPLIED)
@@ -135,8 +135,8 @@ class Method:
     def build(self, given: SharedArguments) -> SupervisedTemplate:
         """Builds the strategy.
 
-        :param given: the arguments that all strategies of the run share, and the method's options.
-        :raises ValueError: if an argument is out of range or does not suit the model.
+        :param given: the common arguments of the run, and the method's options.
+        :raises ValueError: if an argument is out of range or does not fit the model.
         """
         from treelora_avalanche.registry.options import check_options
 
@@ -161,7 +161,7 @@ SUPPLIED = frozenset(
     | {"train_mb_size", "train_epochs", "eval_mb_size", "accumulation_steps", "base_kwargs"}
     | {"slda_model", "input_size", "num_classes"}
 )
-"""Arguments of strategies that a run fills in."""
+"""Arguments of strategies that a run supplies."""
 
 _OURS = "treelora_avalanche.strategies:"
 _AVALANCHES = "avalanche.training:"
@@ -173,77 +173,77 @@ METHODS: Registry[Method] = Registry(
     {
         "TreeLoRA": Method(
             _OURS + "TreeLoRAStrategy",
-            "LoRA pulled towards the adapter of the most similar past task, found in a tree",
+            "LoRA pulled towards the adapter of the most similar past task, found in a K-D tree",
             also_reads=TREE_SETTINGS,
         ),
         "TreeLoRA-last": Method(
             _OURS + "TreeLoRAStrategy",
-            "TreeLoRA with the adapter of the last task for inference, as in the paper",
+            "TreeLoRA that predicts with the adapter of the last task, as in the paper",
             models=VISION,
             options={"inference": "last"},
             also_reads=TREE_SETTINGS,
         ),
         "TreeLoRA-routed": Method(
             _OURS + "TreeLoRAStrategy",
-            "TreeLoRA with an adapter chosen for each sample by a router",
+            "TreeLoRA that predicts with the adapter a router selects for each sample",
             models=VISION,
             options={"inference": "routed"},
             also_reads=TREE_SETTINGS,
         ),
-        "SeqLoRA": Method(_OURS + "SeqLoRA", "plain LoRA, one adapter trained from task to task"),
-        "EWCLoRA": Method(_OURS + "EWCLoRA", "LoRA with elastic weight consolidation, online"),
+        "SeqLoRA": Method(_OURS + "SeqLoRA", "plain LoRA: one adapter, trained sequentially"),
+        "EWCLoRA": Method(_OURS + "EWCLoRA", "LoRA with online elastic weight consolidation"),
         "GEMLoRA": Method(_OURS + "GEMLoRA", "LoRA with gradient episodic memory"),
         "OGD": Method(
             _OURS + "OGD",
-            "LoRA with gradients projected off those of past samples",
+            "LoRA with gradients projected orthogonally to those of past samples",
         ),
         "OLoRA": Method(
             _OURS + "OLoRA",
-            "one LoRA per task, all in use, each orthogonal to those before",
+            "one LoRA per task, summed, each orthogonal to the earlier ones",
         ),
         "InfLoRA": Method(
             _OURS + "InfLoRA",
-            "one LoRA per task, all in use, each in the null space of past inputs",
+            "one LoRA per task, summed, each in the null space of past inputs",
         ),
         "L2P": Method(
             _OURS + "L2P",
-            "prompts from one pool before the tokens, chosen per sample by nearest key",
+            "prompts from a shared pool, selected per sample by the nearest keys",
             family=PROMPTS,
             rates=Rates(vision=L2P_LR, language=PROMPTS.rates.language),
         ),
         "DualPrompt": Method(
             _OURS + "DualPrompt",
-            "general prompts for all tasks and an expert prompt per task, chosen by nearest key",
+            "general prompts, and an expert prompt per task, selected by the nearest key",
             family=PROMPTS,
         ),
         "HiDePrompt": Method(
             _OURS + "HiDePrompt",
-            "a prompt per task, chosen by a classifier of frozen features; head on centroids",
+            "a prompt per task, selected by a classifier of frozen features; head on centroids",
             family=PROMPTS,
             models=VISION,
             does_not_read=frozenset({"head"}),
         ),
         "HiDeLoRA": Method(
             _OURS + "HiDeLoRA",
-            "a LoRA per task (keys, values), chosen by a classifier of frozen features",
+            "a LoRA per task (keys, values), selected by a classifier of frozen features",
             does_not_read=frozenset({"head", "target_modules"}),
         ),
         "SAPT": Method(
             _OURS + "SAPT",
-            "one LoRA per task, all in use, weighted by an attention of the prompt over the tasks",
+            "one LoRA per task, summed with weights from attention of the prompt over tasks",
             models=LANGUAGE,
         ),
         "TaSL": Method(
             _OURS + "TaSL",
-            "LoRA whose matrices are averaged with those before the task, by their importance",
+            "LoRA averaged with its state before the task, by the importance of its matrices",
             models=LANGUAGE,
         ),
         "L2Anchor": Method(
             _OURS + "L2Anchor",
-            "LoRA pulled, in squared L2, towards the adapter of the task before: a control",
+            "LoRA with a squared L2 penalty towards the previous task's adapter (a control)",
         ),
         "Naive": Method(
-            _AVALANCHES + "Naive", "fine-tuning of every weight, without LoRA", family=EVERY_WEIGHT
+            _AVALANCHES + "Naive", "full fine-tuning, without LoRA", family=EVERY_WEIGHT
         ),
         "LwF": Method(
             _AVALANCHES + "LwF",
@@ -254,53 +254,52 @@ METHODS: Registry[Method] = Registry(
         ),
         "Replay": Method(
             _AVALANCHES + "Replay",
-            "LoRA with stored samples, mixed into every batch",
+            "LoRA with a replay memory of past samples, mixed into every batch",
             family=REPLAY,
             options={"mem_size": 200},
         ),
         "FrozenNCM": Method(
             _OURS + "FrozenNCM",
-            "nearest class mean on the features of the untrained backbone",
+            "nearest class mean on features of the frozen backbone",
             family=FROZEN,
             models=VISION,
         ),
         "FrozenGaussian": Method(
             _OURS + "FrozenGaussian",
-            "the task-adaptive head on the features of the untrained backbone",
+            "task-adaptive head on features of the frozen backbone",
             family=FROZEN,
             models=VISION,
         ),
         "InContext": Method(
             _OURS + "InContext",
-            "demonstrations of the nearest task in the prompt of the untrained model (FIX)",
+            "demonstrations of the nearest task in the prompt of the frozen model (FIX)",
             family=FROZEN,
             models=LANGUAGE,
         ),
         "StreamingLDA": Method(
             _AVALANCHES + "StreamingLDA",
-            "Avalanche's streaming discriminant analysis on the untrained backbone",
+            "streaming linear discriminant analysis on features of the frozen backbone",
             family=STREAMING_LDA,
             models=VISION,
         ),
         "Cumulative": Method(
             _AVALANCHES + "Cumulative",
-            "LoRA trained on all data seen so far, again after every task",
+            "LoRA trained on all data seen so far, at every task",
             family=UPPER_BOUND,
         ),
         "JointTraining": Method(
             _AVALANCHES + "JointTraining",
-            "LoRA trained once, on the data of all tasks together",
+            "LoRA trained once on the data of all tasks together",
             family=UPPER_BOUND,
             joint=True,
         ),
     },
 )
-"""All methods by name; other packages add theirs by the entry points
-``treelora_avalanche.methods``."""
+"""Methods by name; other packages add theirs by entry points ``treelora_avalanche.methods``."""
 
 
 def check_models(methods: Iterable[str], settings: RunSettings) -> None:
-    """Raises an error if the scenario's kind of model is not one that a method is defined for.
+    """Checks that methods are defined for the scenario's kind of model.
 
     :param methods: names of the methods.
     :param settings: the settings.

@@ -1,4 +1,4 @@
-"""Options that methods and scenarios have of their own, read from signatures and docstrings."""
+"""Options of methods and scenarios, read from signatures and docstrings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from treelora_avalanche.choices import check_known
 
 @dataclass(frozen=True)
 class Option:
-    """One option.
+    """One option of a method or scenario.
 
-    :param name: of the parameter.
-    :param default: its default; ``inspect.Parameter.empty`` where it has none.
-    :param annotation: its type.
+    >>> METHODS["EWCLoRA"].own_options()["ewc_lambda"].default
+
+    :param name: name of the parameter.
+    :param default: default value; ``inspect.Parameter.empty`` if there is none.
+    :param annotation: type of the parameter.
     :param doc: first sentence of its documentation.
     """
 
@@ -44,7 +46,7 @@ def own_options(function: Callable[..., Any], supplied: Collection[str]) -> dict
     """Returns the options of a strategy or a benchmark generator.
 
     :param function: a class or function whose docstring has ``:param name:`` fields.
-    :param supplied: parameters that the caller fills in.
+    :param supplied: parameters that the caller supplies, which are no options.
     """
     docs = _documentation(function)
     hints = _hints(function)
@@ -58,7 +60,7 @@ def own_options(function: Callable[..., Any], supplied: Collection[str]) -> dict
 def _documentation(function: Callable[..., Any]) -> dict[str, str]:
     classes = function.__mro__ if inspect.isclass(function) else (function,)
     docs: dict[str, str] = {}
-    # Avalanche documents the parameters of a class at its constructor.
+    # Avalanche documents the parameters of a class in the docstring of __init__.
     texts = [text for c in classes for text in (c.__doc__, getattr(c.__init__, "__doc__", None))]
     for text in texts:
         for parameter in docstring_parser.parse(text or "").params:
@@ -67,7 +69,7 @@ def _documentation(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def _first_sentence(text: str) -> str:
-    """The first sentence without reStructuredText's markup and references."""
+    """Returns the first sentence without reStructuredText markup and references."""
     sentence = " ".join(text.split()).split(". ")[0]
     sentence = re.sub(r":\w+:`~?(?:[\w. ]*\.)?(\w+)`", r"\1", sentence).replace("``", "")
     return re.sub(r"[;:,]? see \w+$", "", sentence.rstrip(".;:"))
@@ -85,12 +87,12 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def check_options(
     what: str, given: Mapping[str, Any], options: Mapping[str, Option]
 ) -> dict[str, Any]:
-    """Returns the values of options, converted to their types as the command line converts flags.
+    """Returns the values of options, converted to their types as flags are.
 
-    :param what: whose options, for errors.
+    :param what: name of the method or scenario, for errors.
     :param given: values by name.
     :param options: the known options.
-    :raises ValueError: if a name is unknown, or a value is not of the option's type.
+    :raises ValueError: if a name is unknown, or a value does not have the option's type.
     """
     for name, value in given.items():
         check_known(f"option of {what}", name, options)
@@ -102,8 +104,15 @@ def check_options(
             given = {**given, name: parser.parse_object({name: value}, defaults=False)[name]}
         except jsonargparse.ArgumentError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"`{name}` of {what} is {value!r}: {reason}") from error
+            raise ValueError(
+                f"`{name}` of {what} should be of type {_type_name(annotation)}, but is "
+                f"{value!r} ({reason.rstrip('.')})."
+            ) from error
     return dict(given)
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if inspect.isclass(annotation) else str(annotation)
 
 
 def show_default(option: Option) -> str:

@@ -1,6 +1,6 @@
-"""The scenarios that the command line knows, as an explicit table.
+"""Table of scenarios.
 
-Nothing heavy is imported until a stream is built.
+torch is not imported until a stream is built.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCENARIO_SETTINGS = (
     | {"n_experiences", "exclude_classes", "domains", "download", "variant", "tasks", "order"}
     | {"skip_missing_tasks", "metric", "max_new_tokens"}
 )
-"""Settings that have a meaning for some scenarios alone."""
+"""Settings that not all scenarios read."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,22 @@ class Scenario:
 
     >>> row = Scenario("my_package.streams:MyStream", "my images", takes={"n_experiences"})
 
-    :param generator: the benchmark generator, ``"package.module:function"``; imported when it is
-        used. Of its parameters those get a value that are named in ``takes``; and ``seed``, the
+    :param generator: the benchmark generator, ``"package.module:function"``; imported on first use.
+        It is passed the settings in ``takes``, and, if it has these parameters: ``seed``, the
         run's; ``preprocessing``, the model's
         :class:`~treelora_avalanche.models.ImagePreprocessing`; ``model``, the language model;
-        ``dataset_root``, ``data_root`` or ``folder``, the folder of the data. The others are the
-        scenario's options.
+        ``dataset_root``, ``data_root`` or ``folder``, the folder of the data. Its other parameters
+        are the scenario's options.
     :param description: one line.
-    :param takes: settings with a meaning for it, of those that not all scenarios have.
-    :param language: whether it is a stream of texts for language models, and not of images.
-    :param backbone: of a scenario that brings its own pretrained model, the function that makes it
-        from the seed, ``"package.module:function"``.
-    :param n_experiences: number of tasks where the user gives none; None: the data tell.
-    :param class_folders: where classes can be excluded, the glob pattern of their folders below the
-        folder of the data.
-    :param optional_data: whether the generator knows where its data lie.
-    :param paper_epochs: whether the paper gives the epochs of each of its tasks.
+    :param takes: settings that it reads, of those that not all scenarios read.
+    :param language: whether it is a stream of texts for language models, not of images.
+    :param backbone: function from a seed to a pretrained model, ``"package.module:function"``, of a
+        scenario with a model of its own.
+    :param n_experiences: default number of tasks; None if the data determine it.
+    :param class_folders: glob pattern of the class folders in the folder of the data, if classes
+        can be excluded.
+    :param optional_data: whether the generator has a default folder.
+    :param paper_epochs: whether the paper gives the epochs of each task.
     :param seeded: whether the generator's ``seed`` is the run's seed.
     """
 
@@ -71,11 +71,11 @@ class Scenario:
 
     @property
     def needs_data(self) -> bool:
-        """Whether the folder of the data has to be given."""
+        """Whether the folder of the data is required."""
         return "data" in self.takes and not self.optional_data
 
     def load(self) -> Callable[..., Any]:
-        """Imports the benchmark generator."""
+        """Imports and returns the benchmark generator."""
         generator: Callable[..., Any] = load_object(self.generator)
         return generator
 
@@ -96,36 +96,36 @@ SCENARIOS: Registry[Scenario] = Registry(
         ),
         "image_folder": Scenario(
             _OURS + "SplitImageFolder",
-            "any folder with one folder of images per class",
+            "a folder with one folder of images per class",
             _IMAGES | {"n_experiences", "exclude_classes"},
             class_folders="*",
         ),
         "cifar100": Scenario(
             _OURS + "SplitCIFAR100",
-            "CIFAR-100; downloaded if wanted (169 MB)",
+            "CIFAR-100; 169 MB with --download",
             _IMAGES | {"n_experiences", "download"},
             optional_data=True,
         ),
         "imagenet_r": Scenario(
             _OURS + "SplitImageNetR",
-            "ImageNet-R, 200 classes; downloaded if wanted (2.2 GB)",
+            "ImageNet-R, 200 classes; 2.2 GB with --download",
             _IMAGES | {"n_experiences", "download"},
         ),
         "cub200": Scenario(
             _OURS + "SplitCUB200",
-            "CUB-200-2011, 200 species of birds; downloaded if wanted (1.2 GB)",
+            "CUB-200-2011, 200 species of birds; 1.2 GB with --download",
             _IMAGES | {"n_experiences", "download"},
         ),
         "domains": Scenario(
             _OURS + "DomainImageFolder",
-            "the same classes in several domains: a folder of folders of classes, such as PACS",
+            "domain-incremental: the same classes in several domains, such as PACS",
             _IMAGES | {"exclude_classes", "domains"},
             n_experiences=None,
             class_folders="*/*",
         ),
         "trace": Scenario(
             _OURS + "TRACE",
-            "TRACE: eight tasks of text, from stance detection in Chinese to mathematics",
+            "TRACE: eight tasks, from stance detection in Chinese to mathematics",
             _TEXTS | {"variant", "tasks"},
             language=True,
             n_experiences=None,
@@ -143,7 +143,7 @@ SCENARIOS: Registry[Scenario] = Registry(
         ),
         "long_sequence": Scenario(
             _OURS + "LongSequence",
-            "fifteen tasks of text: those of TRACE and seven text classifications",
+            "fifteen tasks: those of TRACE and seven text classifications",
             _TEXTS | {"variant", "skip_missing_tasks"},
             language=True,
             n_experiences=None,
@@ -159,7 +159,7 @@ SCENARIOS: Registry[Scenario] = Registry(
         ),
         "text_tasks": Scenario(
             _OURS + "TextTasks",
-            'your own tasks: a folder with one JSON or JSONL of {"prompt", "answer"} for each',
+            'your own tasks: a folder with one JSON or JSONL of {"prompt", "answer"} per task',
             _TEXTS | {"tasks", "metric", "max_new_tokens"},
             language=True,
             n_experiences=None,
@@ -167,8 +167,7 @@ SCENARIOS: Registry[Scenario] = Registry(
         ),
     },
 )
-"""All scenarios by name; other packages add theirs by the entry points
-``treelora_avalanche.scenarios``."""
+"""Scenarios by name; other packages add theirs by entry points ``treelora_avalanche.scenarios``."""
 
 
 __all__ = ["SCENARIOS", "SCENARIO_SETTINGS", "Scenario"]

@@ -1,4 +1,4 @@
-"""Everything of a run but its method and seed, as flags; torch is not imported."""
+"""Settings of a run, each a flag of the command line; torch is not imported."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TREE_SETTINGS = frozenset({"tree_lambda", "selection", "depth", "max_adapters"})
 LORA_SETTINGS = frozenset({"rank", "alpha", "layers", "target_modules"})
 TRAINING_SETTINGS = frozenset({"head", "epochs", "lr", "precision"})
 METHOD_SETTINGS = TREE_SETTINGS | LORA_SETTINGS | TRAINING_SETTINGS
-"""Settings that some methods do not read, and that may differ between methods."""
+"""Settings that not all methods read, and that may differ between methods."""
 
-# What a setting is where the user gives none; see RunSettings. The numbers of images are those of
-# the demonstration, far from the paper's.
+# Defaults by kind of model, see RunSettings. Those of images suit the small default stream and
+# differ from the paper's.
 VISION_DEFAULTS: dict[str, Any] = {
     "epochs": 4,
     "batch_size": 32,
@@ -83,176 +83,188 @@ def _about(group: str, text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Everything of a run but its method and its seed.
+    """Settings of a run, apart from its method and seed.
 
-    The defaults are the demonstration: a small stream that needs no download. Each field is a flag
-    of `treelora train` and `treelora compare`, and a key of their `--config` file. Where a default
-    depends on the kind of model (`VISION_DEFAULTS`, `LANGUAGE_DEFAULTS`), None stands for it until
-    the settings are made.
+    Each field is a flag of ``treelora train`` and ``treelora compare``, a key of their ``--config``
+    file, and documented in its ``help``. By default, the stream is a small one that needs no
+    download. Defaults that depend on the kind of model (``VISION_DEFAULTS``,
+    ``LANGUAGE_DEFAULTS``) replace None on construction.
+
+    >>> RunSettings(scenario="cifar100", download=True, epochs=5, rank=8)
+    >>> RunSettings(rank=0)
+    Traceback (most recent call last):
+    ValueError: `--rank` should be at least 1, but is 0.
+
+    :raises ValueError: if a value is out of range, a required one is missing, or one has no effect
+        on the scenario.
     """
 
     scenario: str = field(
         default="digits", metadata=_about("stream", f"stream of tasks: {', '.join(SCENARIOS)}")
     )
     data: str | None = field(
-        default=None, metadata=_about("stream", "folder of the images or texts (not for digits)")
+        default=None, metadata=_about("stream", "folder of the images or texts (not digits)")
     )
     download: bool = field(
         default=False,
-        metadata=_about("stream", "download what is missing there (cifar100, imagenet_r, cub200)"),
+        metadata=_about(
+            "stream", "download missing data to that folder (cifar100, imagenet_r, cub200)"
+        ),
     )
     classes: list[str] | None = field(
         default=None,
-        metadata=_about("stream", "use these classes only (streams of images but digits)"),
+        metadata=_about("stream", "classes to use (images, not digits); default: all"),
     )
     exclude_classes: list[str] | None = field(
-        default=None, metadata=_about("stream", "leave these classes out (image_folder, domains)")
+        default=None, metadata=_about("stream", "classes to leave out (image_folder, domains)")
     )
     domains: list[str] | None = field(
-        default=None, metadata=_about("stream", "use these domains, in this order (domains)")
+        default=None,
+        metadata=_about("stream", "domains in order of training (domains); default: all"),
     )
     n_experiences: int | None = field(
         default=None,
         metadata=_about(
             "stream",
-            "number of tasks that the classes are divided into; default: 5 for digits, else 10 "
-            "(domains: one for each)",
+            "number of experiences the classes are split into (images, not domains); default: 5 "
+            "for digits, else 10",
         ),
     )
     tasks: list[str] | None = field(
         default=None,
-        metadata=_about("stream", "use these tasks, in this order (trace, text_tasks)"),
+        metadata=_about("stream", "tasks in order of training (trace, text_tasks); default: all"),
     )
     variant: str = field(
         default="500",
         metadata=_about(
             "stream",
-            f"TRACE's samples per task: {', '.join(TRACE_VARIANTS)} (trace, math_llm, "
+            f"training samples per task of TRACE: {', '.join(TRACE_VARIANTS)} (trace, math_llm, "
             "long_sequence)",
         ),
     )
     order: int = field(
-        default=1, metadata=_about("stream", "O-LoRA's order of tasks, 1 to 6 (o_lora_order)")
+        default=1, metadata=_about("stream", "task order of O-LoRA, 1 to 6 (o_lora_order)")
     )
     skip_missing_tasks: bool = field(
         default=False,
         metadata=_about(
             "stream",
-            "go on without the tasks that the data lack, which is another benchmark then "
-            "(o_lora_order, long_sequence)",
+            "skip tasks whose data are missing, which changes the benchmark (o_lora_order, "
+            "long_sequence)",
         ),
     )
     metric: str = field(
         default="rouge_l",
         metadata=_about(
-            "stream", f"score of generated answers: {', '.join(TEXT_METRICS)} (text_tasks)"
+            "stream", f"score of generated texts: {', '.join(TEXT_METRICS)} (text_tasks)"
         ),
     )
     max_new_tokens: int = field(
-        default=128, metadata=_about("stream", "where a generated answer is stopped (text_tasks)")
+        default=128,
+        metadata=_about("stream", "maximum length of generated texts in tokens (text_tasks)"),
     )
     limit: int | None = field(
         default=None,
         metadata=_about(
-            "stream", "use the first samples only of each task's training and test texts"
+            "stream", "use only the first LIMIT training and test samples of each task (texts)"
         ),
     )
     model: str | None = field(
         default=None,
         metadata=_about(
             "model",
-            f"timm model, default: {IMAGE_MODEL}, or for digits a small ViT pretrained in the run; "
-            "for texts a folder with a language model, or its name on the Hugging Face hub",
+            f"timm model, default: {IMAGE_MODEL}, for digits a small ViT pretrained in the run; "
+            "for texts a folder of a language model, or its name on the Hugging Face hub",
         ),
     )
     checkpoint: str | None = field(
         default=None,
         metadata=_about(
-            "model", "file with a timm model's weights; default: timm's own, downloaded"
+            "model", "file with weights of the timm model; default: timm's, downloaded"
         ),
     )
     img_size: int | None = field(
         default=None,
-        metadata=_about("model", "side of the images in pixels; default: the model's own"),
+        metadata=_about("model", "image size in pixels; default: the model's"),
     )
     max_length: int = field(
-        default=1024, metadata=_about("model", "tokens of a prompt and its answer, at most (texts)")
+        default=1024,
+        metadata=_about("model", "maximum tokens of a sample, prompt and target (texts)"),
     )
     dtype: str | None = field(
         default=None,
         metadata=_about(
             "model",
-            f"of a language model's frozen weights: {', '.join(DTYPES)}; default: bfloat16 on a "
-            "GPU, else float32",
+            f"dtype of a language model's frozen weights: {', '.join(DTYPES)}; default: bfloat16 "
+            "on a GPU, else float32",
         ),
     )
     precision: str = field(
         default="fp32",
         metadata=_about(
             "model",
-            "of the forward pass: fp32, the weights' own; bf16, while weights and optimizer keep "
-            "theirs; auto, bf16 where the device has instructions for it",
+            "precision of the forward pass: fp32 (that of the weights), bf16 (autocast; weights "
+            "and optimizer keep theirs), auto (bf16 if the device supports it natively)",
         ),
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata=_about("model", "compute activations twice, to save memory (texts)")
+        default=False,
+        metadata=_about(
+            "model", "recompute activations in the backward pass to save memory (texts)"
+        ),
     )
     device: str = field(
         default="auto",
-        metadata=_about("model", "cpu, cuda, cuda:1, ...; auto: cuda where there is one"),
+        metadata=_about("model", "cpu, cuda, cuda:1, ..., or auto: cuda if available"),
     )
     accumulation_steps: int = field(
         default=1,
-        metadata=_about(
-            "training", "batches whose gradients make one step of the optimizer (texts)"
-        ),
+        metadata=_about("training", "batches per optimizer step (gradient accumulation; texts)"),
     )
     epochs: int | None = field(
         default=None,
-        metadata=_about("training", "epochs per task, for every method; default: 4, for texts 1"),
+        metadata=_about("training", "epochs per task of every method; default: 4, for texts 1"),
     )
     epochs_per_task: list[int] | str | None = field(
         default=None,
         metadata=_about(
             "training",
-            f"in place of --epochs, for texts: a number for each task; {EQUAL_EPOCHS}: the paper's "
-            f"for TreeLoRA, for every method (default of trace and math_llm); {PAPER_EPOCHS}: the "
-            "paper's for each method",
+            f"instead of --epochs, for texts: one number per task; {EQUAL_EPOCHS}: the paper's "
+            f"numbers for TreeLoRA, for every method (default of trace and math_llm); "
+            f"{PAPER_EPOCHS}: the paper's numbers for each method",
         ),
     )
     batch_size: int | None = field(
         default=None,
-        metadata=_about("training", "samples per training step; default: 32, for texts 4"),
+        metadata=_about("training", "training batch size; default: 32, for texts 4"),
     )
     eval_batch_size: int | None = field(
         default=None,
-        metadata=_about("training", "samples per evaluation step; default: 256, for texts 16"),
+        metadata=_about("training", "evaluation batch size; default: 256, for texts 16"),
     )
     lr: float | None = field(
-        default=None, metadata=_about("training", "learning rate; default: the method's own")
+        default=None, metadata=_about("training", "learning rate; default: the method's")
     )
     head: str = field(
         default="linear",
         metadata=_about(
             "training",
-            "linear, or task_adaptive: re-trained after every task on remembered class statistics "
-            "(images)",
+            "classification head: linear, or task_adaptive, retrained after every task on stored "
+            "class statistics (images)",
         ),
     )
     rank: int | None = field(
-        default=None, metadata=_about("LoRA", "rank of the LoRA factors; default: 10, for texts 8")
+        default=None, metadata=_about("LoRA", "rank of LoRA; default: 10, for texts 8")
     )
     alpha: float | None = field(
         default=None,
-        metadata=_about(
-            "LoRA", "LoRA's output is scaled by alpha / rank; default: 10, for texts 32"
-        ),
+        metadata=_about("LoRA", "scale of LoRA: ΔW = alpha / rank · BA; default: 10, for texts 32"),
     )
     layers: list[int] | str | None = field(
         default=None,
         metadata=_about(
             "LoRA",
-            "blocks with LoRA: first:k, last:k, all, or a list of numbers; default: first:5, for "
+            "blocks with LoRA: first:k, last:k, all, or a list of indices; default: first:5, for "
             "texts all",
         ),
     )
@@ -260,44 +272,45 @@ class RunSettings:
         default=None,
         metadata=_about(
             "LoRA",
-            "linear layers with LoRA inside a block, e.g. [qkv, attn.proj]; default: qkv, for "
-            "texts those of queries and values",
+            "linear layers with LoRA in a block, e.g. [qkv, attn.proj]; default: qkv, for texts "
+            "the query and value projections",
         ),
     )
     tree_lambda: float | None = field(
         default=None,
         metadata=_about(
             "TreeLoRA",
-            "strength of TreeLoRA's pull towards the picked task; default: 0.1 where the mean of "
-            "all adapters or one adapter per task answers, else 0.5",
+            "strength λ of the pull towards the selected adapter; default: 0.1 if predictions use "
+            "the mean of all adapters or a router, else 0.5",
         ),
     )
     selection: str = field(
         default="lcb",
-        metadata=_about("TreeLoRA", f"how TreeLoRA picks a past task: {', '.join(SELECTIONS)}"),
+        metadata=_about("TreeLoRA", f"selection of a past adapter: {', '.join(SELECTIONS)}"),
     )
     depth: int | None = field(
         default=None,
-        metadata=_about("TreeLoRA", "levels of TreeLoRA's tree; default: adapted matrices"),
+        metadata=_about("TreeLoRA", "depth of the tree; default: number of adapted matrices"),
     )
     max_adapters: int | None = field(
         default=None,
         metadata=_about(
             "TreeLoRA",
-            "stored adapters beyond which TreeLoRA merges the closest two; default: keep all",
+            "maximum number of stored adapters; beyond it the closest two are merged; default: no "
+            "limit",
         ),
     )
     method_options: dict[str, dict[str, Any]] | None = field(
         default=None,
         metadata=_about(
             "options",
-            "options of single methods, see treelora list METHOD: '{EWCLoRA: {ewc_lambda: 1.0e+5, "
-            "lr: 0.001}}'; those of training, LoRA and TreeLoRA above may be among them",
+            "options by method (see treelora list METHOD), also of the groups training, LoRA and "
+            "TreeLoRA: '{EWCLoRA: {ewc_lambda: 1.0e+5, lr: 0.001}}'",
         ),
     )
     scenario_options: dict[str, Any] | None = field(
         default=None,
-        metadata=_about("options", "options of the scenario, see treelora list SCENARIO"),
+        metadata=_about("options", "options of the scenario (see treelora list SCENARIO)"),
     )
 
     def __post_init__(self) -> None:
@@ -308,11 +321,15 @@ class RunSettings:
         self._check_ranges()
         self._check_meaning()
         if self._scenario.needs_data and self.data is None:
-            raise ValueError(f"`--scenario {self.scenario}` needs `--data FOLDER`")
+            raise ValueError(
+                f"`--data` should be a folder for `--scenario {self.scenario}`, but is not given. "
+                "Pass `--data FOLDER`."
+            )
         if self.on_language and self.model is None:
             raise ValueError(
-                f"`--scenario {self.scenario}` needs `--model`: a folder with a language model, or "
-                "its name on the Hugging Face hub, such as meta-llama/Llama-3.2-1B-Instruct"
+                f"`--model` should be a language model for `--scenario {self.scenario}`, but is "
+                "not given. Pass a folder, or a name on the Hugging Face hub, such as "
+                "meta-llama/Llama-3.2-1B-Instruct."
             )
         self._check_epochs()
         defaults = LANGUAGE_DEFAULTS if self.on_language else VISION_DEFAULTS
@@ -337,7 +354,7 @@ class RunSettings:
             raise ValueError(f"`--order` should be from 1 to 6, but is {self.order}.")
 
     def _check_meaning(self) -> None:
-        """Raises for a setting that would have no effect."""
+        """Raises an error for a setting without effect."""
         defaults = {f.name: f.default for f in fields(self)}
         for name in sorted(self.without_meaning):
             value = getattr(self, name)
@@ -370,9 +387,9 @@ class RunSettings:
             )
 
     def with_changes(self, **changes: Any) -> RunSettings:
-        """Returns the settings with some of them changed.
+        """Returns a copy with changed settings.
 
-        :param changes: the new values; ``epochs`` and ``epochs_per_task`` replace each other.
+        :param changes: new values; ``epochs`` and ``epochs_per_task`` replace each other.
         """
         for name, other in (("epochs", "epochs_per_task"), ("epochs_per_task", "epochs")):
             if changes.get(name) is not None:
@@ -385,12 +402,12 @@ class RunSettings:
 
     @property
     def on_digits(self) -> bool:
-        """Whether the stream is that of the demonstration."""
+        """Whether the stream is the digits."""
         return self.scenario == "digits"
 
     @property
     def on_language(self) -> bool:
-        """Whether a language model learns the stream."""
+        """Whether the model is a language model."""
         return self._scenario.language
 
     @property
@@ -405,7 +422,7 @@ class RunSettings:
 
     @property
     def model_name(self) -> str:
-        """The model, with the default filled in."""
+        """Name of the model, with the default filled in."""
         return self.model or IMAGE_MODEL
 
 

@@ -1,4 +1,4 @@
-"""Builds the stream of a scenario from the settings."""
+"""Builds the stream of a scenario from settings."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from treelora_avalanche.registry.settings import RunSettings
 
 DATA_FOLDERS = ("dataset_root", "data_root", "folder")
 SUPPLIED = SCENARIO_SETTINGS | {"seed", "preprocessing", *DATA_FOLDERS}
-"""Parameters of generators that a run fills in."""
+"""Parameters of generators that a run supplies."""
 
 
 def data_folder(settings: RunSettings) -> Path | None:
-    """Returns the folder of the data; None where none is given.
+    """Returns the folder of the data; None if it is not given.
 
     :param settings: the settings.
-    :raises FileNotFoundError: if there is no such folder, and nothing is to be downloaded.
+    :raises FileNotFoundError: if the folder does not exist, and the data cannot be downloaded.
     """
     if settings.data is None:
         return None
     folder = Path(settings.data).expanduser()
     if not folder.is_dir() and "download" not in SCENARIOS[settings.scenario].takes:
-        raise FileNotFoundError(f"`--data` {folder} is not a folder")
+        raise FileNotFoundError(
+            f"`--data` should be a folder, but {folder} is not a folder. Correct the path."
+        )
     return folder
 
 
 def scenario_options(scenario: Scenario) -> dict[str, Option]:
     """Returns the options of a scenario's generator; imports the generator.
 
-    :param scenario: the row.
+    :param scenario: the scenario.
     """
     return own_options(scenario.load(), SUPPLIED - {"seed"} if not scenario.seeded else SUPPLIED)
 
@@ -47,12 +49,14 @@ def build_stream(
 ) -> Any:
     """Builds the benchmark of a scenario.
 
+    >>> build_stream(RunSettings(scenario="digits"), seed=0).n_experiences
+
     :param settings: the settings.
     :param seed: the run's seed.
-    :param preprocessing: of images, that of the model.
-    :param model: of texts, the language model.
+    :param preprocessing: the model's preprocessing of images.
+    :param model: the language model, for texts.
     :raises ValueError: if an option is unknown or out of range.
-    :raises FileNotFoundError: if the data are not there.
+    :raises FileNotFoundError: if the data are missing.
     """
     scenario = SCENARIOS[settings.scenario]
     generator = scenario.load()
@@ -74,7 +78,7 @@ def build_stream(
 
 
 def _classes(settings: RunSettings, scenario: Scenario) -> list[str] | None:
-    """The classes without the excluded ones; None for all."""
+    """Returns the classes without the excluded ones; None for all."""
     if not settings.exclude_classes:
         return settings.classes
     names = settings.classes or _class_folders(settings, scenario)
@@ -85,7 +89,7 @@ def _classes(settings: RunSettings, scenario: Scenario) -> list[str] | None:
 
 def _class_folders(settings: RunSettings, scenario: Scenario) -> list[str]:
     folder = data_folder(settings)
-    assert folder is not None  # the scenario needs it
-    assert scenario.class_folders is not None  # or classes cannot be excluded
+    assert folder is not None  # required by such scenarios
+    assert scenario.class_folders is not None  # the scenario takes `exclude_classes`
     folder = folder / "train" if (folder / "train").is_dir() else folder
     return sorted({path.name for path in folder.glob(scenario.class_folders) if path.is_dir()})

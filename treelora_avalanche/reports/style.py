@@ -1,4 +1,4 @@
-"""What all figures share."""
+"""Style of all figures."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too.
+# Okabe and Ito's palette, safe for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 LINES = ("-", "--", ":")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure without pyplot: no global state, and no window system needed.
+    """Returns a figure that does not use pyplot, and so neither global state nor a display.
 
-    :param width: in inches.
-    :param height: in inches.
+    :param width: width in inches.
+    :param height: height in inches.
     """
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
@@ -24,9 +24,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def plain(axes: Axes) -> None:
-    """Two spines and a faint grid.
+    """Removes two spines and adds a faint grid.
 
-    :param axes: where.
+    :param axes: the axes.
     """
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

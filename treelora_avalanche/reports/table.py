@@ -1,4 +1,4 @@
-"""The end table of a comparison: for the terminal, for Markdown, for other programs."""
+"""Table of a comparison, for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ from treelora_avalanche.runs import to_json, write_text
 
 @dataclass(frozen=True)
 class Column:
-    """One number of the table."""
+    """One column of the table.
+
+    >>> Column("steps", ("Steps", ""), lambda result: result["timings"]["steps"], str)
+
+    :param key: name in ``comparison.json``.
+    :param header: two lines; an arrow points to the better values.
+    :param read: reads the number from the content of a ``results.json``; None where undefined.
+    :param show: formats the number.
+    :param spread: whether to show the deviation over seeds.
+    """
 
     key: str
     header: tuple[str, str]
-    """ Two lines; an arrow says what is better. """
     read: Callable[[dict[str, Any]], float | None]
-    """ From the content of a `results.json`; None where it is not defined. """
     show: Callable[[float], str]
     spread: bool = False
-    """ Whether the deviation over seeds is shown in the terminal. """
 
 
 def _percent(value: float) -> str:
@@ -40,7 +46,13 @@ def _three_digits(value: float) -> str:
 
 
 def short_bytes(value: float) -> str:
-    """Bytes for the eye: 1.2 MB (powers of ten)."""
+    """Returns bytes as a short text, in powers of ten.
+
+    >>> short_bytes(1_234_567)
+    '1.2 MB'
+
+    :param value: number of bytes.
+    """
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
             break
@@ -49,12 +61,21 @@ def short_bytes(value: float) -> str:
 
 
 def short_count(value: float) -> str:
-    """A count for the eye: 85.8 M."""
+    """Returns a count as a short text.
+
+    >>> short_count(85_800_000)
+    '85.8 M'
+
+    :param value: the count.
+    """
     return short_bytes(value).replace("kB", "k").replace("MB", "M").replace("GB", "G").rstrip(" B")
 
 
 def short_seconds(value: float) -> str:
-    """Seconds for the eye: 12.3 s, 4 min 05, 2 h 10."""
+    """Returns a duration as a short text: 12.3 s, 4 min 05, 2 h 10.
+
+    :param value: number of seconds.
+    """
     if value < 100:
         return f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)
@@ -64,12 +85,12 @@ def short_seconds(value: float) -> str:
 
 
 def _score(key: str, header: str, kind: str, name: str) -> Column:
-    """A number of an accuracy matrix.
+    """Returns a column of a score.
 
-    :param key: of the column.
-    :param header: its first line.
-    :param kind: of the matrix.
-    :param name: of the number.
+    :param key: key of the column.
+    :param header: first line of the header.
+    :param kind: kind of the accuracy matrix.
+    :param name: name of the score.
     """
 
     def read(result: dict[str, Any]) -> float | None:
@@ -94,7 +115,7 @@ _LANGUAGE = (
     _score("score", "Op ↑", "generated", "overall_performance"),
     _score("backward_transfer", "Bwt ↓", "generated", "backward_transfer"),
     _score("forgetting", "Forget ↓", "generated", "forgetting"),
-    # Of all tasks together: they may differ from task to task.
+    # The sum over tasks, which may differ in their epochs.
     Column("epochs", ("Epochs", "in all"), lambda r: sum(r["epochs"]), _integer),
     Column(
         "tokens_per_second",
@@ -124,36 +145,43 @@ _COST = (
 
 
 def columns_of(results: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
-    """The columns that fit the kind of stream.
+    """Returns the columns for the kind of stream, images or texts.
 
-    :param results: contents of `results.json` files, of one stream.
+    :param results: contents of ``results.json`` files, of one stream.
     """
     return (_LANGUAGE if is_language(results) else _VISION) + _COST
 
 
 def is_language(results: Sequence[dict[str, Any]]) -> bool:
-    """Whether the results are of language models, whose generated text is scored.
+    """Returns whether the results are of language models, with scores of generated texts.
 
-    :param results: contents of `results.json` files, of one stream.
+    :param results: contents of ``results.json`` files, of one stream.
     """
     return "generated" in results[0]["metrics"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method, over its seeds."""
+    """One row of the table: a method, over its seeds.
+
+    >>> [row.mean["accuracy"] for row in summarise(results)]
+
+    :param method: the method, with its options.
+    :param seeds: the seeds.
+    :param mean: mean over seeds, by the key of the column.
+    :param std: sample standard deviation over seeds, by key; NaN with fewer than two.
+    """
 
     method: str
     seeds: list[int]
     mean: dict[str, float]
     std: dict[str, float]
-    """ Sample deviation over seeds; NaN with fewer than two. """
 
 
 def label(result: dict[str, Any]) -> str:
-    """Returns the method of a run, with the options that were given to it.
+    """Returns the name of a run's method, with its options.
 
-    :param result: content of a `results.json`.
+    :param result: content of a ``results.json``.
     """
     method: str = result["method"]
     options = result["config"].get("method_options", {}).get(method, {})
@@ -162,9 +190,9 @@ def label(result: dict[str, Any]) -> str:
 
 
 def differing_settings(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the settings that differ between methods: of each setting the value by method.
+    """Returns the settings that differ between methods, each as values by method.
 
-    :param results: contents of `results.json` files.
+    :param results: contents of ``results.json`` files.
     """
     ignored = ("method", "seed", "device", "method_options")
     configs = {label(result): result["config"] for result in results}
@@ -182,9 +210,9 @@ def differing_settings(results: Sequence[dict[str, Any]]) -> dict[str, dict[str,
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
-    """One row per method, in the order of first appearance.
+    """Returns one row per method, in order of first appearance.
 
-    :param results: contents of `results.json` files.
+    :param results: contents of ``results.json`` files.
     """
     rows = []
     columns = columns_of(results)
@@ -203,7 +231,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def _deviation(values: list[float]) -> float:
-    # `statistics.stdev` fails on NaN, which stands for a number that a method does not have.
+    # `statistics.stdev` raises on NaN, which stands for an undefined number.
     defined = len(values) > 1 and not any(map(math.isnan, values))
     return statistics.stdev(values) if defined else math.nan
 
@@ -222,20 +250,20 @@ def _cell(row: Row, column: Column, plus_minus: str) -> str:
 
 
 def caption(results: Sequence[dict[str, Any]]) -> str:
-    """What the numbers mean, in one or two lines.
+    """Returns the definitions of the columns, and the settings that differ between methods.
 
-    :param results: contents of `results.json` files.
+    :param results: contents of ``results.json`` files.
     """
     first = results[0]
     stream, seeds = first["stream"], sorted({result["seed"] for result in results})
     if is_language(results):
         what = Path(first["config"]["model"]).name
-        scores = "Op: mean over tasks, after the last one, of each task's own score of what is "
-        scores += "generated, greedily. tokens: of the stream, without padding. "
+        scores = "Op: mean over tasks, after the last one, of each task's own score of greedily "
+        scores += "generated texts. tokens: of the stream, without padding. "
     else:
         what = f"{len(stream['class_names'])} classes"
-        scores = "Acc: mean over tasks after the last one, among all classes; in task: among its "
-        scores += "own. "
+        scores = "Acc: class-incremental accuracy, mean over tasks after the last one; in task: "
+        scores += "within-task accuracy. "
     return (
         f"{first['config']['scenario']}: {len(stream['trained'])} tasks, {what}, "
         f"{first['hardware']['device']}; "
@@ -243,13 +271,13 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n"
         f"{scores}Bwt = (1/n) Σ f_i(w_i) − f_i(w_n), positive is forgetting; "
         "Forget: the same over n − 1. "
-        f"Peak: {first['memory']['peak_kind']}. Stored: tensors kept apart from the model."
+        f"Peak: {first['memory']['peak_kind']}. Stored: tensors kept in addition to the model."
         f"{_differences(results)}"
     )
 
 
 def _differences(results: Sequence[dict[str, Any]]) -> str:
-    """A line on the settings that differ, the most frequent value of each first; or nothing."""
+    """Returns a line on differing settings, the most frequent value of each first; or nothing."""
     parts = []
     for name, of_method in differing_settings(results).items():
         by_value: dict[str, list[str]] = {}
@@ -263,10 +291,10 @@ def _differences(results: Sequence[dict[str, Any]]) -> str:
 
 
 def rich_table(results: Sequence[dict[str, Any]], width: int = 120) -> Group:
-    """The table for a terminal: in one piece, or in two where the terminal is narrow.
+    """Returns the table for a terminal, split into two where the terminal is narrow.
 
-    :param results: contents of `results.json` files.
-    :param width: columns of the terminal.
+    :param results: contents of ``results.json`` files.
+    :param width: width of the terminal in characters.
     """
     rows = summarise(results)
 
@@ -288,9 +316,9 @@ def rich_table(results: Sequence[dict[str, Any]], width: int = 120) -> Group:
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
-    """The table as Markdown, with its caption.
+    """Returns the table as Markdown, with its caption.
 
-    :param results: contents of `results.json` files.
+    :param results: contents of ``results.json`` files.
     """
     columns = columns_of(results)
     headers = ["Method", *(" ".join(column.header).strip() for column in columns)]
@@ -302,9 +330,9 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def write_table(results: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write `table.md` and `comparison.json`.
+    """Writes ``table.md`` and ``comparison.json``.
 
-    :param results: contents of `results.json` files.
+    :param results: contents of ``results.json`` files.
     :param folder: an existing folder.
     """
     write_text(folder / "table.md", markdown_table(results))

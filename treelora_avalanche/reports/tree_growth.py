@@ -1,4 +1,4 @@
-"""TreeLoRA's tree as a figure: how it has grown, task by task."""
+"""Figure of TreeLoRA's tree as it grows, task by task."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from treelora_avalanche.reports.style import new_figure
 
 MAX_PANELS = 12
 NAMED = 3
-""" Classes that are named below a task. """
+"""Number of classes named below a task."""
 
 
 def tree_growth(results: Sequence[dict[str, Any]]) -> Figure | None:
-    """The final tree of a run, large, above the trees after the tasks before.
+    """Draws the final tree of a run above the trees after the tasks before.
 
-    Of the methods with a tree the first is shown, with its first seed; of more than twelve tasks a
-    selection. Every dot is an adapter; dots in one box share a leaf. Colours are the order of the
-    tasks, and a ring marks the task that came last.
+    Shows the first method with a tree, under its first seed, and at most :data:`MAX_PANELS` earlier
+    trees. A dot is an adapter; dots on one bar share a leaf. Colours follow the order of the tasks;
+    a ring marks the last task.
 
-    :param results: contents of `results.json` files.
-    :return: None if no method has a tree.
+    :param results: contents of ``results.json`` files.
+    :return: the figure; None if no method has a tree.
     """
     result = next((result for result in results if result.get("trees")), None)
     if result is None:
@@ -42,10 +42,11 @@ def tree_growth(results: Sequence[dict[str, Any]]) -> Figure | None:
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=heights)
     colours = colormaps["viridis"](np.linspace(0.05, 0.95, len(trees)))
 
-    _draw(figure.add_subplot(grid[0, :]), trees[-1], colours, last, _names(result["stream"]))
+    large = figure.add_subplot(grid[0, :])
+    _TreeDrawing(large, colours, last, _names(result["stream"])).draw(trees[-1])
     for panel, task in enumerate(shown):
         axes = figure.add_subplot(grid[1 + panel // columns, panel % columns])
-        _draw(axes, trees[task], colours, task)
+        _TreeDrawing(axes, colours, task).draw(trees[task])
         axes.set_title(f"after task {task + 1}", fontsize=8)
     figure.suptitle(
         f"{result['method']}, seed {result['seed']}: the tree after task {last + 1}, with each "
@@ -60,7 +61,7 @@ def _height(node: dict[str, Any]) -> int:
 
 
 def _names(stream: dict[str, Any]) -> list[str]:
-    """A few words on each task: its name, its domain, or some of its classes."""
+    """Returns a short text on each task: its name, its domain, or some of its classes."""
     if stream.get("task_names"):
         return [str(name) for name in stream["task_names"]]
     if stream.get("domain_names"):
@@ -75,50 +76,83 @@ def _names(stream: dict[str, Any]) -> list[str]:
     return names
 
 
-def _draw(
-    axes: Axes,
-    tree: dict[str, Any],
-    colours: np.ndarray,
-    newest: int,
-    names: list[str] | None = None,
-) -> None:
-    """Draw a tree.
+class _TreeDrawing:
+    """Draws a tree, from left to right.
 
-    :param axes: where.
-    :param tree: its root.
-    :param colours: of each task, ``(n_tasks, 4)``.
-    :param newest: the task that came last.
-    :param names: of each task; only the large tree has them, and thresholds.
+    :param axes: the axes.
+    :param colours: RGBA colour of each task, ``(n_tasks, 4)``.
+    :param newest: index of the last task.
+    :param names: texts on each task; only the large tree has them, and thresholds.
     """
-    size = 300 if names else 90
-    bottom = -_height(tree)
-    placed = 0  # adapters so far, from left to right
 
-    def adapter(tasks: list[int], x: float, y: float) -> None:
-        ring = newest in tasks
-        axes.scatter(
+    def __init__(
+        self, axes: Axes, colours: np.ndarray, newest: int, names: list[str] | None = None
+    ):
+        self.axes = axes
+        self.colours = colours
+        self.newest = newest
+        self.names = names
+        self.n_placed = 0  # adapters so far
+
+    def draw(self, tree: dict[str, Any]) -> None:
+        """Draws the tree, and sets the limits of the axes.
+
+        :param tree: the root.
+        """
+        self._place(tree, 0)
+        self.axes.set_xlim(-0.7, max(self.n_placed, 1) - 0.3)
+        self.axes.set_ylim(-_height(tree) - (1.3 if self.names else 0.6), 0.5)
+        self.axes.axis("off")
+
+    def _place(self, node: dict[str, Any], y: int) -> float:
+        """Draws a node and its descendants; returns its x."""
+        if not node["children"]:
+            return self._draw_leaf(node, y)
+        below = [self._place(child, y - 1) for child in node["children"]]
+        x = sum(below) / len(below)
+        for child in below:
+            self.axes.plot([x, child, child], [y, y, y - 1], color="0.55", lw=1, zorder=1)
+        if self.names:
+            box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.55", "lw": 0.8}
+            delta = f"{node['delta']:.2g}"
+            self.axes.text(x, y, delta, ha="center", va="center", fontsize=7, bbox=box, zorder=3)
+        return x
+
+    def _draw_leaf(self, node: dict[str, Any], y: int) -> float:
+        begin = self.n_placed
+        for tasks in node["adapters"]:
+            self._draw_adapter(tasks, self.n_placed, y)
+            self.n_placed += 1
+        last = self.n_placed - 1
+        if last > begin:
+            width = 12 if self.names else 6
+            self.axes.plot([begin, last], [y, y], color="0.8", lw=width, zorder=1)
+        return (begin + last) / 2
+
+    def _draw_adapter(self, tasks: list[int], x: float, y: float) -> None:
+        ring = self.newest in tasks
+        self.axes.scatter(
             x,
             y,
-            s=size,
-            color=colours[max(tasks)],
+            s=300 if self.names else 90,
+            color=self.colours[max(tasks)],
             edgecolors="#D55E00" if ring else "white",
             linewidths=2.0 if ring else 0.8,
             zorder=3,
         )
-        axes.text(
+        self.axes.text(
             x,
             y,
             "+".join(str(task + 1) for task in tasks),
             ha="center",
             va="center_baseline",
-            fontsize=(9 if names else 6.5) * (1 if len(tasks) == 1 else 0.7),
-            color="white" if max(tasks) < 0.6 * len(colours) else "black",
+            fontsize=(9 if self.names else 6.5) * (1 if len(tasks) == 1 else 0.7),
+            color="white" if max(tasks) < 0.6 * len(self.colours) else "black",
             zorder=4,
         )
-        if names:
-            text = "\n".join(names[task] for task in tasks[:2])
-            axes.annotate(
-                text,
+        if self.names:
+            self.axes.annotate(
+                "\n".join(self.names[task] for task in tasks[:2]),
                 (x, y),
                 (0, -13),
                 textcoords="offset points",
@@ -127,38 +161,6 @@ def _draw(
                 fontsize=7,
                 color="0.25",
             )
-
-    def place(node: dict[str, Any], y: int) -> float:
-        nonlocal placed
-        if not node["children"]:
-            begin = placed
-            for tasks in node["adapters"]:
-                adapter(tasks, placed, y)
-                placed += 1
-            if placed - begin > 1:
-                axes.plot([begin, placed - 1], [y, y], color="0.8", lw=12 if names else 6, zorder=1)
-            return (begin + placed - 1) / 2
-        below = [place(child, y - 1) for child in node["children"]]
-        x = sum(below) / len(below)
-        for child in below:
-            axes.plot([x, child, child], [y, y, y - 1], color="0.55", lw=1, zorder=1)
-        if names:
-            axes.text(
-                x,
-                y,
-                f"{node['delta']:.2g}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.55", "lw": 0.8},
-                zorder=3,
-            )
-        return x
-
-    place(tree, 0)
-    axes.set_xlim(-0.7, max(placed, 1) - 0.3)
-    axes.set_ylim(bottom - (1.3 if names else 0.6), 0.5)
-    axes.axis("off")
 
 
 __all__ = ["tree_growth"]

@@ -1,13 +1,22 @@
-"""One run: a method learns a stream of tasks, and leaves a folder of plain files.
+"""One run: one method, one seed, one stream of tasks, and a folder of plain files. Example::
 
-config.yaml               first; its keys are flags of `treelora train`
-metrics.jsonl             appended: a line per epoch, a line per task
-adapters/task_000/ ...    peft folders, one after each task
-tree.safetensors, tree.json   TreeLoRA's tree, rewritten after each task
-tree.txt                  appended: a drawing of the tree after each task
-tensorboard/, *_results.csv   Avalanche's own loggers
-state/                    while it runs: where an interrupted run continues
-results.json              last; its presence says that the run is finished
+    from treelora_avalanche.registry import RunSettings
+    from treelora_avalanche.runs import run
+
+    results = run("TreeLoRA", seed=0, settings=RunSettings(epochs=2), folder="runs/first")
+    results["metrics"]["class_incremental"]["overall_performance"]
+
+The run folder holds::
+
+    config.yaml                   written first; its keys are flags of ``treelora train``
+    metrics.jsonl                 appended: one line per epoch, one line per task
+    adapters/task_000/ ...        PEFT adapters, one after each task
+    tree.safetensors, tree.json   TreeLoRA's tree, rewritten after each task
+    tree.txt                      appended: a drawing of the tree after each task
+    generated.jsonl               appended: texts that a language model generated in evaluation
+    tensorboard/, *_results.csv   Avalanche's loggers
+    state/                        only while the run is unfinished: the state to resume from
+    results.json                  written last: its presence marks a finished run
 """
 
 from treelora_avalanche.metrics.footprint import stored_bytes

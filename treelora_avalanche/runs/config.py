@@ -1,4 +1,4 @@
-"""The configuration of a run: what its outcome depends on."""
+"""Configuration of a run: the settings that its result depends on."""
 
 from __future__ import annotations
 
@@ -18,38 +18,41 @@ WITHOUT_CONSEQUENCE = frozenset({"download"})
 def find_device(name: str, *, elsewhere: bool = False) -> torch.device:
     """Returns the device of a run.
 
-    :param name: auto, or one of torch's names.
-    :param elsewhere: whether the run is made on another machine, whose GPUs are not seen here.
-    :raises ValueError: if torch does not know it, or sees none.
+    :param name: ``auto``, or a device of torch.
+    :param elsewhere: whether the run takes place on another machine, whose GPUs are unknown here.
+    :raises ValueError: if torch does not know the device, or sees no GPU.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"`--device` is {name!r}, which torch does not know.") from error
+        raise ValueError(
+            f"`--device` should be a device of torch, but is {name!r}. Pass cpu, cuda or auto."
+        ) from error
     if device.type == "cuda" and not elsewhere and not torch.cuda.is_available():
-        raise ValueError(f"`--device` is {name!r}, but torch sees no GPU. Use cpu.")
+        raise ValueError(
+            f"`--device` should be cpu where torch sees no GPU, but is {name!r}. Pass cpu or auto."
+        )
     return device
 
 
 def weights_dtype(settings: RunSettings, device: torch.device) -> str:
-    """Returns the precision of a language model's frozen weights.
+    """Returns the dtype of a language model's frozen weights.
 
     :param settings: the settings.
-    :param device: where the model is trained.
+    :param device: device of the model.
     """
     return settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
 
 def of_method(method: str, settings: RunSettings) -> tuple[RunSettings, dict[str, Any]]:
-    """Returns the settings of one method, and the options that its strategy alone has.
+    """Returns the settings of one method, and the options of its strategy.
 
     :param method: name of the method.
-    :param settings: the settings of all methods; their ``method_options`` may change settings for
-        single methods.
-    :raises ValueError: if options are given to an unknown method, or a setting that it does not
-        read.
+    :param settings: the settings of all methods; ``method_options`` override them per method.
+    :raises ValueError: if options are given to an unknown method, or are settings that the method
+        does not read.
     """
     given = settings.method_options or {}
     for name in given:
@@ -59,8 +62,8 @@ def of_method(method: str, settings: RunSettings) -> tuple[RunSettings, dict[str
     for name in changes:
         if name in entry.ignores or name in settings.without_meaning:
             raise ValueError(
-                f"`--method_options` sets `{name}` of {method}, which does not read it. "
-                "Leave it out."
+                f"`--method_options` of {method} should be options that it reads, but hold "
+                f"`{name}`. Leave it out."
             )
     options = {name: value for name, value in own.items() if name not in changes}
     return settings.with_changes(method_options=None, **changes), options
@@ -69,10 +72,10 @@ def of_method(method: str, settings: RunSettings) -> tuple[RunSettings, dict[str
 def resolve_config(
     method: str, seed: int, settings: RunSettings, *, elsewhere: bool = False
 ) -> dict[str, Any]:
-    """Returns what the outcome of a run depends on; two runs are the same where this is equal.
+    """Returns the settings that the result of a run depends on: equal configurations, equal runs.
 
     Settings that the method or the scenario does not read are left out; defaults, the device and
-    the folder of the data are filled in. The keys are flags of `treelora train`.
+    absolute paths are filled in. The keys are flags of ``treelora train``.
 
     :param method: name of the method.
     :param seed: the run's seed.
@@ -88,7 +91,7 @@ def resolve_config(
         if field.name not in ignored
     }
     for name in ("epochs", "epochs_per_task", "scenario_options", "method_options"):
-        if config.get(name, 0) is None:  # of the epochs one stands in place of the other
+        if config.get(name, 0) is None:  # epochs and epochs_per_task exclude each other
             del config[name]
     if options:
         config["method_options"] = {method: options}
@@ -107,7 +110,7 @@ def resolve_config(
     if settings.on_language:
         config["dtype"] = weights_dtype(settings, device)
         folder = Path(config["model"]).expanduser()
-        if folder.is_dir():  # and not a name on the hub
+        if folder.is_dir():  # not a name on the hub
             config["model"] = str(folder.resolve())
     return {"method": method, "seed": seed, **config}
 

@@ -1,4 +1,4 @@
-"""One run in several processes, as ``torchrun`` and ``accelerate launch`` start them."""
+"""Runs in several processes, started by ``torchrun`` or ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def n_processes() -> int:
-    """How many processes there are, by what the launcher has told this one."""
+    """Returns the number of processes, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Returns whether this process is the one that writes files."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -33,14 +33,13 @@ def _accelerator(cpu: bool) -> Accelerator:
 
 @contextmanager
 def one_folder(output: str | None, device: str) -> Iterator[str | None]:
-    """Lets the first process alone write to a run folder, and print.
+    """Yields the folder of this process; only the first process writes to the run folder.
 
-    Every process makes the same run, and so all files. Those of the others go to a folder of their
-    own that is deleted; it starts as a copy, since an interrupted run must be continued by all.
+    All processes make the same run and write the same files. The others write to temporary folders
+    and do not print; these start as copies, since all processes resume an interrupted run.
 
-    :param output: the run folder, which all processes can read.
+    :param output: the run folder, readable by all processes.
     :param device: the device of the settings.
-    :return: the folder of this process.
     :raises ValueError: if there are several processes and no folder.
     """
     if n_processes() == 1:
@@ -48,7 +47,8 @@ def one_folder(output: str | None, device: str) -> Iterator[str | None]:
         return
     if output is None:
         raise ValueError(
-            "`--output` is not given, and several processes need to know one folder; set it"
+            "`--output` should be a folder that all processes share, but is not given. Pass "
+            "`--output FOLDER`."
         )
     accelerator = _accelerator(device == "cpu")
     if is_first():
@@ -65,17 +65,17 @@ def one_folder(output: str | None, device: str) -> Iterator[str | None]:
 
 
 def parallel_plugins(device: str, *, shard_backbone: bool = False) -> list[Any]:
-    """What a strategy needs to share its work with the other processes; nothing if it is alone.
+    """Returns the plugins of data-parallel training; none in a single process.
 
     :param device: the device of the settings.
     :param shard_backbone: see :class:`~treelora_avalanche.plugins.DataParallelPlugin`.
-    :raises ValueError: if weights are to be divided among one process.
+    :raises ValueError: if weights are to be sharded in a single process.
     """
     if n_processes() == 1:
         if shard_backbone:
             raise ValueError(
-                "`--shard_backbone` divides weights among processes, and there is one; start "
-                "several with torchrun or accelerate launch"
+                "`--shard_backbone` should be used with several processes, but there is 1. Start "
+                "more with torchrun or accelerate launch."
             )
         return []
     from treelora_avalanche.plugins import DataParallelPlugin

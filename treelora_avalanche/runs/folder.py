@@ -1,4 +1,4 @@
-"""The files of a run folder: written whole, and never those of somebody else."""
+"""Files of a run folder: written atomically, and never over the files of another program."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ APPENDED = (
     "training_results.csv",
     "eval_results.csv",
 )
-""" Files that grow line by line, in text. """
+"""Text files that grow line by line."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour that takes the place of `path` when all went well."""
+    """Yields a temporary path in the same folder, which replaces a file if no error is raised.
+
+    :param path: the file.
+    """
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
     os.replace(temporary, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Writes a text file atomically.
 
     :param path: the file.
     :param text: its new content.
@@ -47,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: an accuracy that was not measured becomes null."""
+    """Replaces numbers that JSON does not have (NaN: not evaluated) by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -58,16 +61,23 @@ def _without_nan(value: Any) -> Any:
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:
-    """Strict JSON, with null for numbers that do not exist."""
+    """Returns strict JSON, with null for NaN and infinities.
+
+    >>> to_json({"accuracy": [0.5, math.nan]}, indent=None)
+    '{"accuracy": [0.5, null]}'
+
+    :param value: the value.
+    :param indent: spaces of indentation; None for a single line.
+    """
     return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Write `results.json`, which ends a run.
+    """Writes ``results.json``, which marks a run as finished.
 
     :param folder: the run folder.
-    :param results: what it is to hold.
-    :return: what it holds: the same, as JSON can say it.
+    :param results: its content.
+    :return: the content as read back from JSON, with None for NaN.
     """
     text = to_json(results)
     write_text(folder / "results.json", text)
@@ -76,7 +86,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_name(config: dict[str, Any]) -> str:
-    """A folder name that differs wherever the configuration, or the package's version, does.
+    """Returns a folder name unique to a configuration and a version of the package.
 
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
     """
@@ -87,7 +97,7 @@ def run_name(config: dict[str, Any]) -> str:
 
 
 def finished_results(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The results in a run folder, if they are of exactly this configuration and version.
+    """Returns the results in a run folder; None unless of this configuration and version.
 
     :param folder: a run folder, which need not exist.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
@@ -105,7 +115,7 @@ def finished_results(folder: Path, config: dict[str, Any]) -> dict[str, Any] | N
 
 
 def is_unfinished(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a run of this configuration was interrupted in this folder.
+    """Returns whether the folder holds an interrupted run of this configuration.
 
     :param folder: a run folder, which need not exist.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
@@ -118,25 +128,32 @@ def is_unfinished(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def prepare_folder(folder: Path, config: dict[str, Any], *, keep: bool = False) -> None:
-    """Empty the folder of an earlier run, and of nothing else; then write `config.yaml`.
+    """Deletes the files of an earlier run, and of nothing else; then writes ``config.yaml``.
 
     :param folder: the run folder.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
-    :param keep: leave its files, since the run in it continues.
+    :param keep: whether to keep the files, since their run is resumed.
+    :raises ValueError: if the folder holds anything but an unfinished run, or the same one.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`--output` should be a folder, but {folder} is a file")
+        raise ValueError(
+            f"`--output` should be a folder, but {folder} is a file. Choose another path."
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
         raise ValueError(
-            f"`--output` {folder} is not empty and holds no run; choose another folder"
+            f"`--output` should be empty or a run folder, but {folder} is not empty and holds no "
+            "run. Choose another folder."
         )
     if (folder / "results.json").is_file() and finished_results(folder, config) is None:
-        raise ValueError(f"`--output` {folder} holds another finished run; choose another folder")
+        raise ValueError(
+            f"`--output` should not hold results, but {folder} holds another finished run. Choose "
+            "another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.txt").unlink(missing_ok=True)
     if keep:
         return
-    # results.json goes first: a folder that is being rewritten must not look finished.
+    # results.json first: a half-deleted folder must not look finished.
     for name in ("results.json", "tree.json", "tree.safetensors", *APPENDED):
         (folder / name).unlink(missing_ok=True)
     for name in ("adapters", "tensorboard"):
@@ -146,7 +163,7 @@ def prepare_folder(folder: Path, config: dict[str, Any], *, keep: bool = False) 
 
 
 def remove_state(folder: Path) -> None:
-    """Remove where a run would have continued, and what a crash left of writing it.
+    """Deletes the state that a run resumes from, partly written ones included.
 
     :param folder: the run folder.
     """
@@ -155,7 +172,7 @@ def remove_state(folder: Path) -> None:
 
 
 def count_lines(folder: Path) -> dict[str, int]:
-    """How long the growing files of a run folder are.
+    """Returns the number of lines of each growing file.
 
     :param folder: the run folder.
     """
@@ -167,10 +184,10 @@ def count_lines(folder: Path) -> dict[str, int]:
 
 
 def first_lines(folder: Path, counts: dict[str, int]) -> dict[str, str]:
-    """The growing files of a run folder as they were when :func:`count_lines` counted.
+    """Returns the growing files, truncated to the given numbers of lines.
 
     :param folder: the run folder.
-    :param counts: what it returned.
+    :param counts: from :func:`count_lines`.
     """
     return {
         name: "".join((folder / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count])

@@ -1,4 +1,4 @@
-"""What watches a run: its progress, its metrics as lines, its time and its memory."""
+"""Monitors of a run: progress, metrics as JSON lines, time and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,19 @@ from treelora_avalanche.tree import MAX_DEPTH
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, for whoever shows it."""
+    """Progress of a run.
+
+    >>> run("SeqLoRA", 0, settings, folder, progress=lambda now: print(now.step, now.n_steps))
+
+    :param task: number of the present task, from 1.
+    :param n_tasks: length of the stream.
+    :param epoch: number of the present epoch of the task, from 1.
+    :param n_epochs: epochs of the task.
+    :param step: training steps so far.
+    :param n_steps: training steps of the whole stream.
+    :param accuracy: Op after the last finished task, class-incremental or of generated texts; None
+        before the first.
+    """
 
     task: int
     n_tasks: int
@@ -31,25 +43,26 @@ class Progress:
     step: int
     n_steps: int
     accuracy: float | None
-    """ Op after the last finished task: class-incremental, or of what is generated. """
 
 
 ProgressCallback = Callable[[Progress], None]
 
 
 class JsonLinesLogger(BaseLogger):
-    """Appends one JSON object per line: epochs as they end, and whatever else is handed over.
+    """Logger that appends one JSON object per line: one per epoch, and those of :meth:`write`.
 
-    :param path: the file; created if it is not there.
+    >>> JsonLinesLogger(Path("metrics.jsonl")).write(event="task", task=0)
+
+    :param path: the file; created if it is missing.
     """
 
     def __init__(self, path: Path):
-        if is_first():  # Avalanche lets no other process have a logger
+        if is_first():  # Avalanche allows loggers in the first process only
             super().__init__()
         self.path = path
 
     def write(self, **fields: Any) -> None:
-        """Append one line.
+        """Appends a line.
 
         :param fields: the line's keys and values.
         """
@@ -68,9 +81,11 @@ class JsonLinesLogger(BaseLogger):
 
 
 class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Counts training steps and reports them. It reads nothing from the device.
+    """Counts training steps and reports them, without synchronising with the device.
 
-    :param callback: called after every step.
+    >>> Naive(model=model, optimizer=optimizer, plugins=[ProgressPlugin(print, 3, 24)])
+
+    :param callback: called with a :class:`Progress` after every step.
     :param n_tasks: length of the stream.
     :param n_steps: training steps of the whole stream.
     """
@@ -87,9 +102,9 @@ class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         self.task = 0
 
     def report(self, strategy: Any) -> None:
-        """Report the present state.
+        """Calls the callback with the present progress.
 
-        :param strategy: the strategy that trains.
+        :param strategy: the strategy.
         """
         epoch = min(strategy.clock.train_exp_epochs + 1, strategy.train_epochs)
         self.callback(
@@ -105,13 +120,13 @@ class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters."""
+        """Returns the counters."""
         return {"step": self.step, "task": self.task, "accuracy": self.accuracy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Counts on from where another one has ended.
+        """Restores the counters.
 
-        :param state: what :meth:`state_dict` returned.
+        :param state: from :meth:`state_dict`.
         """
         self.step, self.task = state["step"], state["task"]
         self.accuracy = state["accuracy"]
@@ -125,10 +140,14 @@ class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
 
 
 class Stopwatch:
-    """Seconds of work, the device's included.
+    """Context manager that sums wall-clock seconds, synchronised with the device.
 
-    :param device: where the work is done.
-    :param seconds: what was spent before.
+    >>> training = Stopwatch(torch.device("cpu"))
+    >>> with training:
+    ...     strategy.train(experience)
+
+    :param device: device of the work.
+    :param seconds: seconds before, of a resumed run.
     """
 
     def __init__(self, device: torch.device, seconds: float = 0.0):
@@ -148,10 +167,14 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """Largest memory of a run: allocated on a GPU, else the process's as Avalanche reads it.
+    """Context manager that measures peak memory: allocated on a GPU, else resident (``MaxRAM``).
 
-    :param device: where the model is.
-    :param before: the largest memory before, of a run that continues.
+    >>> with PeakMemory(torch.device("cpu")) as memory:
+    ...     strategy.train(experience)
+    >>> memory.bytes
+
+    :param device: device of the model.
+    :param before: the peak before, of a resumed run.
     """
 
     def __init__(self, device: torch.device, before: int = 0):
@@ -173,18 +196,18 @@ class PeakMemory:
         self.bytes = self.now()
 
     def now(self) -> int:
-        """The largest memory so far."""
+        """Returns the peak so far."""
         if self.device.type == "cuda":
             return max(self.bytes, torch.cuda.max_memory_allocated(self.device))
         return max(self.bytes, int((self._ram.result() or 0) * 2**20))
 
 
 def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) -> str:
-    """How a language model is trained, defaults filled in.
+    """Returns one line on how a language model is trained, with defaults filled in.
 
     :param strategy: the strategy, before its first task.
-    :param config: of the run.
-    :param epochs: of each task.
+    :param config: the configuration of the run.
+    :param epochs: epochs of each task.
     """
     layers = lora_layers(strategy.model)
     words = [
@@ -202,7 +225,7 @@ def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) 
 
 
 def _trained_without_lora(model: nn.Module) -> str:
-    # All of them, where a view shows the trained ones alone.
+    # Not `model.parameters()`: a `TrainableView` overrides it to yield the trainable ones only.
     parameters = [parameter for _, parameter in nn.Module.named_parameters(model)]
     if all(parameter.requires_grad for parameter in parameters):
         return "every weight"

@@ -1,4 +1,4 @@
-"""What a run records as it goes: metrics, growing files, drawings of the tree."""
+"""Metrics of a run, and the files that grow with it."""
 
 from __future__ import annotations
 
@@ -35,17 +35,20 @@ from treelora_avalanche.runs.schedule import Stage
 
 
 class Record:
-    """The metrics of a run, and the files that grow with it.
+    """Metrics of a run, and the files that grow with it.
 
-    The kinds of accuracy are two for streams of classes: among all of them (`class_incremental`)
-    and among those of the task (`within_task`). For language models it is one, the scores of what
-    they generate (`generated`). The first is the one that methods are ranked by.
+    Streams of classes have two kinds of accuracy matrices: ``class_incremental``, among all
+    classes, and ``within_task``, among those of the task. Language models have one, ``generated``,
+    of scores of generated texts. Methods are ranked by the first. Example::
+
+        record = Record(folder, language=False, joint=False, verbose=False, kept={})
+        strategy = SeqLoRA(model, evaluator=record.evaluator)
 
     :param folder: the run folder.
     :param language: whether a language model is trained.
-    :param joint: whether all tasks are trained together, so that their order means nothing.
-    :param verbose: attach Avalanche's `InteractiveLogger`.
-    :param kept: content of the growing files, of a run that continues.
+    :param joint: whether all tasks are trained together, so that their order has no meaning.
+    :param verbose: whether to attach Avalanche's ``InteractiveLogger``.
+    :param kept: content of the growing files, of a resumed run.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Record:
             write_text(folder / name, text)
         self.lines = JsonLinesLogger(folder / "metrics.jsonl")
         metrics = self._text_metrics() if language else self._class_metrics(joint)
-        # Avalanche lets the first of several processes have loggers, and no other.
+        # Avalanche allows loggers in the first process only.
         self._files = self._loggers(kept) if is_first() else []
         self.evaluator = EvaluationPlugin(
             *self.matrices.values(),
@@ -73,7 +76,7 @@ class Record:
     def _loggers(self, kept: dict[str, str]) -> list[Any]:
         csv = CSVLogger(str(self.folder))
         for file in (csv.training_file, csv.eval_file):
-            # Avalanche begins these anew.
+            # Avalanche truncates these files.
             file.write("".join(kept.get(Path(file.name).name, "").splitlines(True)[1:]))
             file.flush()
         return [TensorboardLogger(str(self.folder / "tensorboard")), csv]
@@ -98,7 +101,7 @@ class Record:
         return others
 
     def write_texts(self, stage: Stage) -> None:
-        """Append what a language model has generated in the last evaluation.
+        """Appends the texts that a language model generated in the last evaluation.
 
         :param stage: the stage that was evaluated.
         """
@@ -113,7 +116,7 @@ class Record:
                     file.write(to_json(line, indent=None) + "\n")
 
     def accuracies(self, stage: Stage) -> dict[str, Tensor]:
-        """The matrices so far: a row and a column per task seen, NaN where not evaluated.
+        """Returns the accuracy matrices so far, ``(n_seen, n_seen)``; NaN where not evaluated.
 
         :param stage: the stage that was evaluated last.
         """
@@ -126,15 +129,15 @@ class Record:
         return matrices
 
     def close(self) -> None:
-        """Close the files."""
+        """Closes the files."""
         for logger in self._files:
             logger.close() if isinstance(logger, CSVLogger) else logger.writer.close()
 
 
 def scores_of(accuracies: Tensor) -> dict[str, float]:
-    """Op, Bwt and forgetting of a matrix; NaN where they are not defined.
+    """Returns overall performance, backward transfer and forgetting; NaN where undefined.
 
-    :param accuracies: row: after the j-th task; column: the i-th task.
+    :param accuracies: accuracy on task i (column) after task j (row), ``(n_tasks, n_tasks)``.
     """
     return {
         "overall_performance": overall_performance(accuracies),

@@ -1,4 +1,4 @@
-"""The results of a run: scores, accuracy matrices, times, memory, and where they come from."""
+"""Results of a run: scores, accuracy matrices, times, memory and provenance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def results_of(session: Session) -> dict[str, Any]:
-    """Returns the content of `results.json`.
+    """Returns the content of ``results.json``.
 
     :param session: the run, after its last stage.
     """
@@ -24,12 +24,12 @@ def results_of(session: Session) -> dict[str, Any]:
         "method": config["method"],
         "seed": config["seed"],
         "config": config,
-        # Of texts one for each task, where they may differ.
+        # Tasks of text may differ in their epochs.
         "epochs": epochs if session.settings.on_language else epochs[0],
         "metrics": session.scores,
         # Row: after training on the j-th task; column: the i-th task, in the order of training.
-        # Null where it was not evaluated: before a task is seen, and, trained on all at once, in
-        # every row but the last.
+        # Null where not evaluated: before a task is seen, and, if all tasks are trained together,
+        # in every row but the last.
         "accuracy_matrix": {kind: matrix.tolist() for kind, matrix in session.accuracy.items()},
         "stream": session.stream,
         "trees": session.trees or None,
@@ -49,7 +49,7 @@ def results_of(session: Session) -> dict[str, Any]:
 
 def _timings(session: Session) -> dict[str, Any]:
     seconds, steps = session.training.seconds, session.counter.step
-    # Of the stream: samples that a method trains on once more do not count again.
+    # Samples of the stream: those that a method replays do not count again.
     times = session.schedule.times
     timings = {
         "train_seconds": seconds,

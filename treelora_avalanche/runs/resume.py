@@ -1,4 +1,4 @@
-"""Where an interrupted run continues: after the last task that it has finished."""
+"""Resumes an interrupted run after its last finished task."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from treelora_avalanche.state import check_keys, has_state, load_state, save_sta
 
 
 class CannotContinueError(ValueError):
-    """The state of an interrupted run is damaged, of another version, or does not fit."""
+    """Raised if the state of an interrupted run is damaged, of another version, or does not fit."""
 
 
 @dataclass(frozen=True)
 class Progressed:
-    """What a run knows after a task, apart from its strategy.
+    """State of a run after a task, without its strategy.
 
-    :param stages: finished stages: tasks, except for methods that train on all at once.
+    :param stages: number of finished stages: tasks, unless all tasks are trained together.
     :param train_seconds: time of training so far.
     :param eval_seconds: time of evaluation so far.
-    :param peak_bytes: largest memory so far.
-    :param trees: TreeLoRA's tree after each task; empty for others.
-    :param lines: length of each growing file.
+    :param peak_bytes: peak memory so far.
+    :param trees: TreeLoRA's tree after each task; empty for other methods.
+    :param lines: number of lines of each growing file.
     """
 
     stages: int = 0
@@ -38,10 +38,11 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """Where a run stopped.
+    """State of an interrupted run.
 
-    :param progress: of the run.
-    :param strategy: for :func:`~treelora_avalanche.checkpoint.load_strategy_state`.
+    :param progress: the state of the run.
+    :param strategy: the state of the strategy, for
+        :func:`~treelora_avalanche.checkpoint.load_strategy_state`.
     """
 
     progress: Progressed
@@ -49,11 +50,11 @@ class Interrupted:
 
 
 def save_progress(folder: Path, strategy: Any, progress: Progressed) -> None:
-    """Writes where the run continues if it is interrupted from now on.
+    """Saves the state that the run resumes from if it is interrupted.
 
     :param folder: the run folder.
     :param strategy: the strategy, after the evaluation of a task.
-    :param progress: everything else.
+    :param progress: the state of the run.
     """
     state = {
         "schema_version": SCHEMA_VERSION,
@@ -65,11 +66,11 @@ def save_progress(folder: Path, strategy: Any, progress: Progressed) -> None:
 
 
 def find_interrupted(folder: Path, config: dict[str, Any]) -> Interrupted | None:
-    """Returns where a run of this configuration was interrupted; None if there is none.
+    """Returns the state of an interrupted run of this configuration; None if there is none.
 
     :param folder: a run folder, which need not exist.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
-    :raises CannotContinueError: if its state is damaged, or of another version of this package.
+    :raises CannotContinueError: if the state is damaged, or of another version of this package.
     """
     if not is_unfinished(folder, config) or not has_state(folder / STATE):
         return None
@@ -82,15 +83,16 @@ def find_interrupted(folder: Path, config: dict[str, Any]) -> Interrupted | None
 def _read(folder: Path) -> Interrupted:
     state = load_state(folder)
     version = f"{state.get('version')} (schema {state.get('schema_version')})"
-    if version != f"{__version__} (schema {SCHEMA_VERSION})":
-        raise ValueError(f"its state is of version {version} of treelora-avalanche")
+    present = f"{__version__} (schema {SCHEMA_VERSION})"
+    if version != present:
+        raise ValueError(f"its state should be of version {present}, but is of {version}.")
     check_keys(state, {"schema_version", "version", "progress", "strategy"}, str(folder))
     check_keys(state["progress"], {f.name for f in fields(Progressed)}, str(folder))
     return Interrupted(Progressed(**state["progress"]), state["strategy"])
 
 
 def has_finished_tasks(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a run of this configuration has finished a task here before it was interrupted.
+    """Returns whether an interrupted run of this configuration has finished a task.
 
     :param folder: a run folder, which need not exist.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
@@ -110,7 +112,7 @@ def why_unsaved(strategy: Any) -> str | None:
     """
     stateless = plugins_without_state(strategy)
     if stateless:
-        return f"{', '.join(stateless)} keeps state that cannot be saved"
+        return f"{', '.join(stateless)} keeps state that cannot be saved."
     return None
 
 

@@ -1,4 +1,4 @@
-"""The schedule of a run: what is trained when, and for how many epochs."""
+"""Schedule of a run: its stages, and the epochs of each task."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from treelora_avalanche.runs.stream_info import task_names
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained in one go, and what is evaluated then.
+    """One call of ``strategy.train``, and the evaluation that follows.
 
-    :param task: the last task of the stage, counted from 0 in the order of training.
-    :param epochs: passes over its data.
-    :param train: an experience, or all of them.
-    :param test: the experiences seen so far; unseen classes are not evaluated.
+    :param task: the last task of the stage, from 0 in the order of training.
+    :param epochs: passes over the data.
+    :param train: the experience to train on, or all experiences.
+    :param test: the experiences to evaluate: those seen so far.
     """
 
     task: int
@@ -33,8 +33,11 @@ class Stage:
 class Schedule:
     """Stages and epochs of a run.
 
+    >>> Schedule.plan(METHODS["SeqLoRA"], RunSettings(epochs=2), SplitDigits(5)).epochs
+    [2, 2, 2, 2, 2]
+
     :param epochs: passes over the data of each task, ``(n_tasks,)``.
-    :param stages: one for each task; a single one where all tasks are trained together.
+    :param stages: one per task; a single one if all tasks are trained together.
     :param n_steps: training steps of the whole stream.
     """
 
@@ -49,13 +52,13 @@ class Schedule:
         :param method: the method.
         :param settings: the method's settings.
         :param benchmark: the stream.
-        :raises ValueError: if there is not one number of epochs for each task.
+        :raises ValueError: if the numbers of epochs and of tasks differ.
         """
         train, test = benchmark.train_stream, benchmark.test_stream
         epochs = _epochs(method, settings, benchmark)
         last = len(train) - 1
         if method.joint:
-            # The mean, so that as many samples are seen where tasks are equally large.
+            # The mean: with tasks of equal size, as many samples as task by task.
             stages = [Stage(last, round(sum(epochs) / len(epochs)), train, test)]
         else:
             stages = [
@@ -65,9 +68,9 @@ class Schedule:
         return cls(epochs, stages, _count_steps(method, settings, stages, samples))
 
     def times(self, counts: Sequence[int]) -> int:
-        """Returns how often something is seen in all epochs.
+        """Returns a total over all epochs, Σ_i epochs_i counts_i.
 
-        :param counts: of each task, in one epoch.
+        :param counts: count of each task in one epoch, such as its samples.
         """
         return sum(e * n for e, n in zip(self.epochs, counts, strict=True))
 
@@ -85,9 +88,9 @@ def epochs_per_task(method: Method, wanted: list[int] | str, names: list[str]) -
     """Returns the epochs of each task.
 
     :param method: the method.
-    :param wanted: as in `RunSettings.epochs_per_task`.
-    :param names: of the tasks.
-    :raises ValueError: if there is not one number for each task.
+    :param wanted: as in ``RunSettings.epochs_per_task``.
+    :param names: names of the tasks.
+    :raises ValueError: if the numbers of epochs and of tasks differ.
     """
     if isinstance(wanted, str):
         if wanted == EQUAL_EPOCHS or method.has_tree:
@@ -99,7 +102,7 @@ def epochs_per_task(method: Method, wanted: list[int] | str, names: list[str]) -
     if len(wanted) != len(names):
         raise ValueError(
             f"`--epochs_per_task` should have {len(names)} numbers, one for each of "
-            f"{', '.join(names)}, but has {len(wanted)}."
+            f"{', '.join(names)}, but has {len(wanted)}. Pass one number per task."
         )
     return wanted
 

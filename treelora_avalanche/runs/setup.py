@@ -1,4 +1,4 @@
-"""Builds what a run needs: the stream, the pretrained backbone and the strategy."""
+"""Builds the stream, the pretrained backbone and the strategy of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ from treelora_avalanche.runs.config import find_device, of_method, weights_dtype
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What all methods share under one seed: the stream and the pretrained backbone."""
+    """Stream and pretrained backbone, shared by all methods under one seed.
+
+    >>> Ingredients(0, SplitDigits(5), pretrained_digits_vit(0))
+
+    :param seed: the seed.
+    :param benchmark: the stream.
+    :param backbone: the backbone, which each strategy copies.
+    """
 
     seed: int
     benchmark: Any
@@ -34,11 +41,13 @@ class Ingredients:
 
 
 def prepare(seed: int, settings: RunSettings) -> Ingredients:
-    """Builds the stream and the backbone. This is where wrong data or weights are noticed.
+    """Builds the stream and the backbone.
 
     :param seed: seed of the class order, of the backbone's head and, for digits, of its
         pretraining.
     :param settings: the settings.
+    :raises ValueError: if the data or the weights cannot be used.
+    :raises OSError: if they are missing and cannot be downloaded.
     """
     RNGManager.set_random_seeds(seed)
     scenario = SCENARIOS[settings.scenario]
@@ -46,10 +55,10 @@ def prepare(seed: int, settings: RunSettings) -> Ingredients:
         benchmark = build_stream(settings, seed)
         return Ingredients(seed, benchmark, load_object(scenario.backbone)(seed))
     if settings.on_language:
-        data_folder(settings)  # what is missing here is noticed before gigabytes are fetched
+        data_folder(settings)  # raises before gigabytes of weights are downloaded
         model = language_model(settings, weights_dtype(settings, find_device(settings.device)))
         return Ingredients(seed, build_stream(settings, seed, model=model), model)
-    # The number of classes comes from the data, whose preprocessing comes from the model.
+    # The model's head needs the number of classes; the data need the model's preprocessing.
     unweighted = models.create_vit(
         settings.model_name, num_classes=0, img_size=settings.img_size, pretrained=False
     )
@@ -68,10 +77,10 @@ def language_model(settings: RunSettings, dtype: str) -> nn.Module:
     """Returns the pretrained language model.
 
     :param settings: the settings.
-    :param dtype: of its frozen weights.
-    :raises OSError: if its weights are not there and cannot be fetched.
+    :param dtype: dtype of the frozen weights.
+    :raises OSError: if the weights are missing and cannot be downloaded.
     """
-    if not sys.stderr.isatty():  # a bar would be a line for each of its steps there
+    if not sys.stderr.isatty():  # in a file, a progress bar is a line per update
         disable_progress_bar()
     return models.create_language_model(
         str(settings.model),
@@ -90,12 +99,12 @@ def build_strategy(
     :param settings: the settings of all methods.
     :param ingredients: the stream and the backbone.
     :param shared: ``device``, ``plugins`` and ``evaluator``.
-    :raises ValueError: if it cannot be built with these settings on this backbone.
+    :raises ValueError: if the settings do not fit the method or the backbone.
     """
     entry = METHODS[method]
     own_settings, options = of_method(method, settings)
     shared["train_mb_size"] = own_settings.batch_size
-    shared["train_epochs"] = 1  # and set before each stage, see Schedule
+    shared["train_epochs"] = 1  # set before each stage, see Schedule
     shared["eval_mb_size"] = own_settings.eval_batch_size
     return entry.build(
         SharedArguments(
@@ -112,12 +121,12 @@ def build_strategy(
 def check_arguments(
     methods: Sequence[str], settings: RunSettings, ingredients: Ingredients
 ) -> None:
-    """Builds each method and drops it, so that wrong arguments are noticed before any training.
+    """Builds each method once, so that wrong arguments raise before any training.
 
     :param methods: names of the methods.
     :param settings: the settings.
     :param ingredients: the stream and the backbone.
-    :raises ValueError: if a method cannot be built with these settings on this backbone.
+    :raises ValueError: if the settings do not fit a method or the backbone.
     """
     device = torch.device("cpu")
     for method in methods:
@@ -127,11 +136,11 @@ def check_arguments(
                 method, settings, ingredients, device=device, plugins=[], evaluator=evaluator
             )
         except RegistrationError:
-            continue  # another package's fault, which the method's own run reports
+            continue  # a faulty package; the method's own run reports it
         except ValueError:
             raise
         except Exception:
-            continue  # not an argument's fault either
+            continue  # not caused by an argument
 
 
 __all__ = ["Ingredients", "build_strategy", "check_arguments", "language_model", "prepare"]

@@ -1,4 +1,4 @@
-"""One run: new, continued where it was interrupted, or started again."""
+"""One run: new, resumed, or restarted."""
 
 from __future__ import annotations
 
@@ -28,32 +28,38 @@ def run(
     verbose: bool = False,
     shard_backbone: bool = False,
 ) -> dict[str, Any]:
-    """Trains a method on its stream, and evaluates on the tasks seen so far after every task.
+    """Trains a method on its stream, and evaluates it on the tasks seen so far after every task.
 
-    A run of the same configuration that was interrupted in the folder continues after the last task
-    that it has finished; on the CPU the result is that of an uninterrupted one, bit for bit.
+    An interrupted run of the same configuration in the folder is resumed after its last finished
+    task; on the CPU the result equals that of an uninterrupted run, bit for bit. Example::
+
+        results = run("TreeLoRA", 0, RunSettings(epochs=2), "runs/first")
 
     :param method: name of the method, see :data:`treelora_avalanche.registry.METHODS`.
-    :param seed: seeds everything: class order, backbone, initialisation, shuffling, selection.
-    :param settings: everything else.
-    :param folder: the run folder; an earlier, other run in it is replaced if it is unfinished.
-    :param ingredients: from :func:`prepare` with the same seed and settings, to share it among
-        methods; built here by default.
+    :param seed: seed of class order, backbone, initialisation, shuffling and selection.
+    :param settings: the settings.
+    :param folder: the run folder; an unfinished run of another configuration is replaced.
+    :param ingredients: stream and backbone from :func:`prepare`, with the same seed and settings;
+        built here by default.
     :param progress: called after every training step.
-    :param note: called with one line where an interrupted run continues, or cannot. Of a language
-        model also with how it is trained, and with TreeLoRA's tree after every task, as in the
-        paper's Figures 5 and 8.
-    :param verbose: attach Avalanche's `InteractiveLogger`.
-    :param shard_backbone: whether the processes of ``torchrun`` divide the frozen weights, see
-        :class:`~treelora_avalanche.plugins.DataParallelPlugin`.
-    :return: the content of `results.json`.
+    :param note: called with messages: whether an interrupted run is resumed; for language models
+        also how they are trained, and TreeLoRA's tree after every task, as in the paper's Figures
+        5 and 8.
+    :param verbose: whether to attach Avalanche's ``InteractiveLogger``.
+    :param shard_backbone: whether to shard the frozen weights over the processes of ``torchrun``,
+        see :class:`~treelora_avalanche.plugins.DataParallelPlugin`.
+    :return: the content of ``results.json``.
+    :raises ValueError: if an argument is out of range, or the folder holds another finished run.
     """
     note = note or (lambda _: None)
     config = resolve_config(method, seed, settings)
     if ingredients is None:
         ingredients = prepare(seed, settings)
     elif ingredients.seed != seed:
-        raise ValueError(f"`ingredients` were prepared for seed {ingredients.seed}, not {seed}")
+        raise ValueError(
+            f"`ingredients` should be prepared for seed {seed}, but are for seed "
+            f"{ingredients.seed}. Call `prepare({seed}, settings)`."
+        )
     benchmark = ingredients.benchmark
     if not settings.on_language:
         for experience in (*benchmark.train_stream, *benchmark.test_stream):

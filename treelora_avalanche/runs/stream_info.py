@@ -1,4 +1,4 @@
-"""What a stream holds, for `results.json`."""
+"""Description of a stream: its tasks, classes and sizes, for ``results.json``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from treelora_avalanche.models.tokens import PADDING
 
 
 def describe(benchmark: Any) -> dict[str, Any]:
-    """What a stream is made of, for `results.json`.
+    """Returns the tasks, classes and sizes of a stream.
 
     :param benchmark: the stream.
     """
@@ -28,14 +28,14 @@ def describe(benchmark: Any) -> dict[str, Any]:
     return {
         **samples,
         "classes": [sorted(e.classes_in_this_experience) for e in benchmark.train_stream],
-        # Avalanche's own benchmarks have no names.
+        # Avalanche's own benchmarks do not name their classes.
         "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
         "domain_names": getattr(benchmark, "domain_names", None),
     }
 
 
 def task_names(benchmark: Any) -> list[str] | None:
-    """Names of the tasks, where they are texts; None for streams of classes.
+    """Returns the names of tasks of text; None for streams of classes.
 
     :param benchmark: the stream.
     """
@@ -44,18 +44,18 @@ def task_names(benchmark: Any) -> list[str] | None:
 
 
 def count_tokens(experience: Any) -> int:
-    """Tokens that a language model reads in one pass over an experience, without padding.
+    """Returns the number of tokens in an experience, without padding.
 
-    :param experience: of a stream of texts.
+    :param experience: an experience of texts.
     """
     return sum(int((sample[0] != PADDING).sum()) for sample in experience.dataset)
 
 
 def learned_in(stream: dict[str, Any], task: int) -> dict[str, Any]:
-    """Returns the name or the classes of a task.
+    """Returns the name or the classes of a task, by key.
 
     :param stream: from :func:`describe`.
-    :param task: number of the task, from 0.
+    :param task: index of the task, from 0.
     """
     if "task_names" in stream:
         return {"task_name": stream["task_names"][task]}

@@ -1,4 +1,4 @@
-"""Trains a run from its first task, or from where it was interrupted, to its results."""
+"""Trains a run, from the start or from an interruption, to its results."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ from treelora_avalanche.runs.tree_files import append_drawing, plain_tree, write
 
 @dataclass(frozen=True)
 class Job:
-    """What one run is to do.
+    """Arguments of one run.
 
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
     :param settings: the settings of all methods.
     :param folder: the run folder.
     :param ingredients: the stream and the backbone.
-    :param parallel: plugins that share the work among processes.
+    :param parallel: plugins of data-parallel training.
     :param progress: called after every training step.
-    :param note: called with lines for the user.
-    :param verbose: attach Avalanche's `InteractiveLogger`.
+    :param note: called with messages for the user.
+    :param verbose: whether to attach Avalanche's ``InteractiveLogger``.
     """
 
     config: dict[str, Any]
@@ -69,17 +69,17 @@ class Job:
 
     @property
     def n_tasks(self) -> int:
-        """Length of the stream."""
+        """Number of tasks in the stream."""
         return len(self.ingredients.benchmark.train_stream)
 
 
 def train_stream(job: Job, interrupted: Interrupted | None = None) -> dict[str, Any]:
-    """Trains all stages that are left, and writes the run folder.
+    """Trains and evaluates the remaining stages, and writes the run folder.
 
     :param job: the run.
-    :param interrupted: where it was interrupted; by default it starts with the first task.
-    :return: the content of `results.json`.
-    :raises CannotContinueError: if the interrupted state does not fit the strategy.
+    :param interrupted: the state to resume from; by default the run starts with the first task.
+    :return: the content of ``results.json``.
+    :raises CannotContinueError: if the state does not fit the strategy.
     """
     session = Session(job, interrupted.progress if interrupted else Progressed())
     try:
@@ -99,10 +99,10 @@ def train_stream(job: Job, interrupted: Interrupted | None = None) -> dict[str, 
 
 
 class Session:
-    """A run while it trains: its strategy, what it measures and what it writes.
+    """One run in progress: its strategy, its measurements and its files.
 
     :param job: the run.
-    :param before: what was done before it was interrupted.
+    :param before: progress before an interruption.
     """
 
     strategy: Any
@@ -139,15 +139,14 @@ class Session:
 
     @property
     def remaining(self) -> list[Stage]:
-        """Stages that are not finished."""
+        """Unfinished stages."""
         return self.schedule.stages[self.before.stages :]
 
     def build(self) -> None:
-        """Builds the strategy.
+        """Builds the strategy on a copy of the backbone.
 
-        The model is copied, since the next method starts from the same one. Random generators are
-        seeded whether or not the ingredients were built here: a cell is the same run alone and in a
-        comparison.
+        Random generators are seeded here, whether or not the ingredients were shared: a run is the
+        same alone and in a comparison.
         """
         job = self.job
         RNGManager.set_random_seeds(job.ingredients.seed)
@@ -166,9 +165,9 @@ class Session:
             job.note(f"starts again from the first task: {self.unsaved}")
 
     def load(self, interrupted: Interrupted) -> None:
-        """Puts the strategy into the state of an interrupted run.
+        """Loads the strategy's state.
 
-        :param interrupted: where the run was interrupted.
+        :param interrupted: the state of the interrupted run.
         :raises CannotContinueError: if the state does not fit.
         """
         past = [stage.train for stage in self.schedule.stages[: self.before.stages]]
@@ -178,7 +177,7 @@ class Session:
             raise CannotContinueError(str(error)) from error
 
     def train(self, stage: Stage) -> None:
-        """Trains a stage, and writes what was learned.
+        """Trains a stage, and saves its adapter and tree.
 
         :param stage: the stage.
         """
@@ -186,7 +185,7 @@ class Session:
             self.strategy.train_epochs = stage.epochs
         with self.training:
             self.strategy.train(stage.train)
-        # Before evaluation: what was learned is safe whatever happens next.
+        # Saved before evaluation, which may fail.
         folder = self.job.folder
         if self.method.uses_lora:
             (folder / "adapters").mkdir(exist_ok=True)
@@ -199,7 +198,7 @@ class Session:
                 self.job.note(f"the tree after {self.names[stage.task]}\n{drawing.rstrip()}")
 
     def evaluate(self, stage: Stage) -> None:
-        """Evaluates on the tasks seen so far, and appends a line of metrics.
+        """Evaluates the tasks seen so far, and appends a line of metrics.
 
         :param stage: the stage that was trained last.
         """
@@ -221,7 +220,7 @@ class Session:
         )
 
     def save(self, stage: Stage) -> None:
-        """Saves where the run continues if it is interrupted from now on.
+        """Saves the state that the run resumes from if it is interrupted.
 
         :param stage: the stage that was evaluated last.
         """

@@ -1,4 +1,4 @@
-"""TreeLoRA's tree as files of a run folder."""
+"""Files of TreeLoRA's tree in a run folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from treelora_avalanche.runs.folder import replacing, to_json, write_text
 
 
 def write_tree(tree: Any, folder: Path) -> None:
-    """Write TreeLoRA's tree as `tree.json` and `tree.safetensors`.
+    """Writes TreeLoRA's tree as ``tree.json`` and ``tree.safetensors``.
 
-    :param tree: an `AdapterTree`.
+    :param tree: an :class:`~treelora_avalanche.tree.AdapterTree`.
     :param folder: the run folder.
     """
     state = tree.to_dict()
@@ -27,9 +27,9 @@ def write_tree(tree: Any, folder: Path) -> None:
 
 
 def plain_tree(tree: Any) -> dict[str, Any]:
-    """A tree for figures: of every node its level, δ and tasks, of inner nodes the children.
+    """Returns a tree as nested dicts: level, δ, tasks of its adapters, and children of each node.
 
-    :param tree: an `AdapterTree`.
+    :param tree: an :class:`~treelora_avalanche.tree.AdapterTree`.
     """
 
     def plain(node: Any) -> dict[str, Any]:
@@ -44,17 +44,17 @@ def plain_tree(tree: Any) -> dict[str, Any]:
 
 
 def append_drawing(tree: Any, task: int, folder: Path, names: list[str] | None) -> str:
-    """Append a drawing of a tree to `tree.txt`.
+    """Appends a drawing of a tree to ``tree.txt``.
 
-    :param tree: an `AdapterTree`.
-    :param task: the task that came last, counted from 0.
+    :param tree: an :class:`~treelora_avalanche.tree.AdapterTree`.
+    :param task: index of the last task, from 0.
     :param folder: the run folder.
-    :param names: of all tasks, where they have names.
+    :param names: names of all tasks; None if they have none.
     :return: the drawing.
     """
     text = StringIO()
     Console(file=text, width=100).print(tree.draw(names))
     with (folder / "tree.txt").open("a", encoding="utf-8") as file:
-        # As in `tree.json`; the figures count from 1.
+        # Tasks count from 0 as in tree.json; the figures count from 1.
         file.write(f"After {task + 1} tasks, counted from 0\n{text.getvalue()}\n")
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""Two processes, each on half of every batch, learn the weights of one process on all of it."""
+"""Data-parallel training: two processes, each on half of every batch, learn the weights of one."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from treelora_avalanche.plugins.training.data_parallel import PartOfBatches
 from treelora_avalanche.processes import Processes
 from treelora_avalanche.runs.distributed import one_folder, parallel_plugins
 
-# Run by two processes with gloo, and by one alone.
+# Run by two processes with gloo, and by a single one.
 CHILD = """
 import json
 import sys
@@ -151,7 +151,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The results of one process, and of each of two."""
+    """Returns the folder with the results of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("processes")
     script = folder / "child.py"
     script.write_text(CHILD)
@@ -200,8 +200,8 @@ def load(folder: Path, name: str) -> dict[str, torch.Tensor]:
 def test_two_processes_learn_the_weights_of_one(trained, method, tolerance):
     alone = load(trained / "one", f"{method}.0")
     if method == "head":
-        # Adam has trained the classifier on the statistics: its steps do not shrink with the
-        # gradient, nor does rounding. In one process too, weights moved by 1e-7 move it by 0.008.
+        # Adam trains the classifier on the statistics, and amplifies rounding: in one process too,
+        # a change of weights by 1e-7 changes it by 0.008.
         alone = {name: value for name, value in alone.items() if "modules_to_save" not in name}
     for rank in range(2):
         part = load(trained / "two", f"{method}.{rank}")
@@ -211,7 +211,7 @@ def test_two_processes_learn_the_weights_of_one(trained, method, tolerance):
 
 
 @pytest.mark.parametrize("method", ["TreeLoRA", "head", "texts", "first session", "sharded"])
-def test_both_processes_have_the_same_statistics_bit_for_bit(trained, method):
+def test_processes_have_equal_statistics_bit_for_bit(trained, method):
     first, second = (load(trained / "two", f"{method}.{rank}") for rank in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -219,24 +219,24 @@ def test_both_processes_have_the_same_statistics_bit_for_bit(trained, method):
 
 
 @pytest.mark.parametrize("method", ["TreeLoRA", "head", "texts"])
-def test_each_process_computes_its_share_of_the_passes_without_gradients(trained, method):
+def test_processes_share_passes_without_gradients(trained, method):
     alone = load(trained / "one", f"{method}.0.work")["samples"]
     for rank in range(2):
-        # Every process probes a few samples to see whether they can be cached.
+        # Each process probes a few samples to decide whether to cache activations.
         assert load(trained / "two", f"{method}.{rank}.work")["samples"] < 0.75 * alone
 
 
 @pytest.mark.parametrize("method", ["sharded", "sharded texts"])
-def test_each_process_holds_a_part_of_the_frozen_blocks(trained, method):
+def test_each_process_holds_a_shard_of_the_frozen_blocks(trained, method):
     alone = load(trained / "one", f"{method}.0.work")["held"]
     whole = load(trained / "two", f"{method.replace('sharded', '').strip() or 'TreeLoRA'}.0.work")
     assert whole["held"] == alone
     parts = [load(trained / "two", f"{method}.{rank}.work")["held"] for rank in range(2)]
-    assert max(parts) < 0.75 * alone  # the embedding and the output layer are whole
+    assert max(parts) < 0.75 * alone  # embedding and output layer are not sharded
     assert sum(parts) >= alone
 
 
-def test_the_parts_of_a_batch_are_the_batch():
+def test_parts_of_a_batch_cover_the_batch():
     batches = [[4, 2, 0], [1, 3, 5], [6]]
     parts = [PartOfBatches(batches, rank, 2) for rank in range(2)]
     first, second = (list(part) for part in parts)
@@ -248,7 +248,7 @@ def test_the_parts_of_a_batch_are_the_batch():
 
 @pytest.mark.parametrize(("n", "unit"), [(1, 1), (5, 1), (7, 3), (12, 4), (2, 16)])
 @pytest.mark.parametrize("n_processes", [1, 2, 4])
-def test_the_parts_of_a_list_follow_each_other(n, unit, n_processes):
+def test_parts_of_a_list_are_consecutive(n, unit, n_processes):
     parts = []
     for rank in range(n_processes):
         processes = object.__new__(Processes)
@@ -259,7 +259,7 @@ def test_the_parts_of_a_list_follow_each_other(n, unit, n_processes):
 
 
 def test_the_command_line_under_torchrun(tmp_path):
-    """One run folder with all files once, and one table; with divided weights."""
+    """Checks that torchrun writes one run folder and one table, with a sharded backbone."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     train = ["-m", "treelora_avalanche.cli", "train", "--n_experiences", "2", "--epochs", "1"]
     options = ["--batch_size", "64", "--device", "cpu", "--output", tmp_path / "run"]
@@ -278,12 +278,17 @@ def test_the_command_line_under_torchrun(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_weights_are_not_divided_among_one_process():
-    with pytest.raises(ValueError, match="`--shard_backbone` divides weights among processes"):
+def test_sharding_needs_several_processes():
+    with pytest.raises(
+        ValueError, match="`--shard_backbone` should be used with several processes, but there is 1"
+    ):
         parallel_plugins("cpu", shard_backbone=True)
 
 
-def test_several_processes_need_to_know_the_folder(monkeypatch):
+def test_several_processes_need_a_folder(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"`--output` is not given"), one_folder(None, "cpu"):
+    with (
+        pytest.raises(ValueError, match=r"`--output` should be .*, but is not given"),
+        one_folder(None, "cpu"),
+    ):
         pass
