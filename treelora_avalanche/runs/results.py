@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from treelora_avalanche.metrics.footprint import count_parameters, stored_bytes
 from treelora_avalanche.provenance import git_hash, hardware, versions
 from treelora_avalanche.runs.folder import SCHEMA_VERSION
-
-if TYPE_CHECKING:
-    from treelora_avalanche.runs.training import Session
+from treelora_avalanche.runs.session import Session
 
 
 def results_of(session: Session) -> dict[str, Any]:

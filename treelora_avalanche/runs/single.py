@@ -12,8 +12,9 @@ from treelora_avalanche.runs.config import resolve_config
 from treelora_avalanche.runs.distributed import parallel_plugins
 from treelora_avalanche.runs.monitors import ProgressCallback
 from treelora_avalanche.runs.resume import CannotContinueError, find_interrupted
+from treelora_avalanche.runs.session import Job
 from treelora_avalanche.runs.setup import Ingredients, prepare
-from treelora_avalanche.runs.training import Job, train_stream
+from treelora_avalanche.runs.training import train_stream
 
 
 def run(
