@@ -280,3 +280,10 @@ def test_the_picture_is_that_of_its_script(repository, tmp_path):
         drawn = texts(tmp_path / name)
         assert any("next batch" in text for text in drawn)
         assert drawn == texts(repository / "docs" / "figures" / name)
+
+
+def test_the_tables_are_those_of_the_registry(repository):
+    module = runpy.run_path(str(repository / "docs" / "tables.py"))
+    for path, text in module["pages"]().items():
+        assert path.read_text(encoding="utf-8") == text, "run python docs/tables.py"
+        assert text.count("| `") >= 10
