@@ -118,6 +118,7 @@ def _train_parser() -> _Parser:
         help="shard the frozen weights over the processes of torchrun (FSDP2), for models larger "
         "than one GPU",
     )
+    _add_force(parser)
     _add_settings(parser)
     return parser
 
@@ -150,8 +151,15 @@ def _compare_parser() -> _Parser:
         help="of slurm: {partition: gpu, time: 240, gpus_per_job: 1}, time in minutes, and other "
         "parameters of submitit; of processes: {workers: 2}",
     )
+    _add_force(parser)
     _add_settings(parser)
     return parser
+
+
+def _add_force(parser: jsonargparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", help="run finished cells again; earlier runs are kept"
+    )
 
 
 def _settings(options: Any) -> RunSettings:
@@ -294,6 +302,7 @@ def _train(options: Any) -> int:
                 output,
                 verbose=options.verbose,
                 shard_backbone=options.shard_backbone,
+                force=options.force,
             )
     except NonFiniteLossError as error:
         _complain(f"{error} Finished tasks are saved in the run folder.")
@@ -314,7 +323,7 @@ def _compare(options: Any) -> int:
     for method in options.methods:
         check_known("method", method, METHODS)
     _before_heavy_imports(settings)
-    from treelora_avalanche.compare import compare
+    from treelora_avalanche.compare import compare, earlier_results
     from treelora_avalanche.reports.figures import write_figures
     from treelora_avalanche.reports.table import rich_table, write_table
 
@@ -326,8 +335,11 @@ def _compare(options: Any) -> int:
         output,
         executor=options.executor,
         executor_options=options.executor_options,
+        force=options.force,
     )
     results = [cell.results for cell in cells if cell.results is not None]
+    earlier, n_others = earlier_results(output, cells)
+    results += earlier
     console = Console()
     if results:
         write_table(results, output)
@@ -338,6 +350,10 @@ def _compare(options: Any) -> int:
             "one folder per run.",
             highlight=False,
             soft_wrap=True,
+        )
+    if n_others:
+        console.print(
+            f"{n_others} runs on other streams in {output} are not in this table.", highlight=False
         )
     failed = [cell for cell in cells if cell.results is None]
     if failed:

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from treelora_avalanche.compare import compare, comparison, executors
+from treelora_avalanche.compare import compare, comparison, earlier_results, executors
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.plugins import NonFiniteLossError
@@ -505,6 +505,50 @@ def test_finished_cells_are_not_run_again(counted, tmp_path):
     assert counted["trained"][4:] == [("SeqLoRA", 2), ("Naive", 2)]
     quiet_compare(["SeqLoRA", "Naive"], [0], changed(epochs=1, rank=1), tmp_path)
     assert counted["trained"][6:] == [("SeqLoRA", 0)]
+
+
+def test_cells_run_again_when_their_inputs_change(counted, tmp_path):
+    data, output = tmp_path / "data", tmp_path / "out"
+    (data / "train" / "ant").mkdir(parents=True)
+    image = data / "train" / "ant" / "1.png"
+    image.write_bytes(b"first")
+    settings = changed(scenario="domains", data=str(data), epochs=1)
+    (cell,), _ = quiet_compare(["Naive"], [0], settings, output)
+    _, printed = quiet_compare(["Naive"], [0], settings, output)
+    assert "finished before" in printed
+
+    image.write_bytes(b"other")  # as many bytes
+    (again,), printed = quiet_compare(["Naive"], [0], settings, output)
+    assert len(counted["trained"]) == 2
+    assert "runs again (data changed since)" in " ".join(printed.split())
+    assert again.results["fingerprints"]["data"] != cell.results["fingerprints"]["data"]
+    kept = output / f"{cell.folder.name}.old1"
+    assert json.loads((kept / "results.json").read_text()) == cell.results
+    assert (kept / "metrics.jsonl").is_file()
+
+    _, printed = quiet_compare(["Naive"], [0], settings, output, force=True)
+    assert "runs again (`--force`)" in " ".join(printed.split())
+    assert len(counted["trained"]) == 3
+    assert (output / f"{cell.folder.name}.old2" / "results.json").is_file()
+
+
+def test_the_table_covers_earlier_comparisons_in_the_folder(counted, tmp_path):
+    cells, _ = quiet_compare(["SeqLoRA"], [0], changed(epochs=1), tmp_path)
+    assert earlier_results(tmp_path, cells) == ([], 0)
+    later, _ = quiet_compare(["SeqLoRA", "Naive"], [0], changed(epochs=1, rank=1), tmp_path)
+    found, n_others = earlier_results(tmp_path, later)
+    assert (found, n_others) == ([cells[0].results], 0)
+
+    rows = summarise([*(cell.results for cell in later), *found])
+    assert [row.method for row in rows] == ["SeqLoRA (rank=1)", "Naive", "SeqLoRA (rank=2)"]
+    # One on another stream, one that was set aside, one of another version.
+    other = json.loads(json.dumps(cells[0].results))
+    other["stream"]["trained"].append(3)
+    old = {**cells[0].results, "schema_version": -1}
+    for name, results in (("other", other), ("run.old1", cells[0].results), ("old", old)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert earlier_results(tmp_path, later) == (found, 1)
 
 
 def test_unfinished_cells_are_run_again(counted, tmp_path):

@@ -7,6 +7,6 @@ cells = compare(["TreeLoRA", "SeqLoRA"], [0, 1, 2], RunSettings(), "runs/compare
 """
 
 from treelora_avalanche.compare.cells import Cell
-from treelora_avalanche.compare.comparison import compare, train
+from treelora_avalanche.compare.comparison import compare, earlier_results, train
 
-__all__ = ["Cell", "compare", "train"]
+__all__ = ["Cell", "compare", "earlier_results", "train"]

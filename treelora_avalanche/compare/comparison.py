@@ -19,9 +19,12 @@ from treelora_avalanche.compare.executors import attempt, attempt_all, settings_
 from treelora_avalanche.registry import METHODS, RegistrationError, RunSettings, check_models
 from treelora_avalanche.runs import (
     Ingredients,
+    changed_inputs,
     check_arguments,
+    fingerprints,
     finished_results,
     prepare,
+    read_results,
     resolve_config,
     run,
     run_name,
@@ -37,6 +40,7 @@ def compare(
     console: Console | None = None,
     executor: str | None = None,
     executor_options: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> list[Cell]:
     """Runs every method with every seed, except for finished runs.
 
@@ -50,6 +54,7 @@ def compare(
     :param executor: runs cells in parallel: ``"processes"`` or ``"slurm"``, see
         :func:`~treelora_avalanche.compare.executors.attempt_all`; by default they run sequentially.
     :param executor_options: options of the executor.
+    :param force: whether to run finished cells again.
     :return: one cell per method and seed, failed ones included.
     :raises ValueError: before any training, if a name is unknown, the data cannot be used, or the
         settings do not fit a method.
@@ -84,6 +89,7 @@ def compare(
         return failed
     lines = MethodLines(usable, len(seeds), console, measure=_measure(settings))
     with lines.live:
+        _reuse(cells, lines, force=force)
         if executor is not None:
             _run_elsewhere(cells, settings, executor, options, output, lines)
         else:
@@ -123,19 +129,17 @@ def _run_here(
     cells: Sequence[Cell], seeds: Sequence[int], settings: RunSettings, lines: MethodLines
 ) -> None:
     """Runs cells seed by seed, so that only one stream and backbone is in memory."""
+    missing = list(dict.fromkeys(cell.method for cell in cells if not cell.reused))
     checked = False
     for seed in seeds:
         ingredients: Ingredients | None = None
         for cell in (cell for cell in cells if cell.seed == seed):
-            cell.results = finished_results(cell.folder, cell.config)
-            cell.reused = cell.results is not None
-            if cell.results is None:
+            if not cell.reused:
                 if ingredients is None:
                     lines.begin(cell.method, "preparing data and backbone")
                     ingredients = prepare(seed, settings)
                     if not checked:
-                        missing = [c.method for c in cells if not _is_finished(c)]
-                        check_arguments(list(dict.fromkeys(missing)), settings, ingredients)
+                        check_arguments(missing, settings, ingredients)
                         checked = True
                 lines.begin(cell.method, "starting")
                 _run_cell(cell, settings, ingredients, lines)
@@ -158,8 +162,19 @@ def _measure(settings: RunSettings) -> str:
     return "Op" if settings.on_language else "acc"
 
 
-def _is_finished(cell: Cell) -> bool:
-    return finished_results(cell.folder, cell.config) is not None
+def _reuse(cells: Sequence[Cell], lines: MethodLines, *, force: bool) -> None:
+    """Takes the results of finished cells, unless their inputs have changed."""
+    known: dict[Path, str] = {}
+    for cell in cells:
+        finished = finished_results(cell.folder, cell.config)
+        if finished is None:
+            continue
+        changed = changed_inputs(finished, fingerprints(cell.config, known))
+        if not changed and not force:
+            cell.results, cell.reused = finished, True
+            continue
+        reason = f"{' and '.join(changed)} changed since" if changed else "`--force`"
+        lines.note(cell, f"runs again ({reason}); the earlier run is kept in {cell.folder}.old*")
 
 
 def _run_cell(
@@ -187,8 +202,6 @@ def _run_elsewhere(
 ) -> None:
     missing = []
     for cell in cells:
-        cell.results = finished_results(cell.folder, cell.config)
-        cell.reused = cell.results is not None
         if cell.reused:
             lines.finish(cell)
         else:
@@ -202,6 +215,35 @@ def _run_elsewhere(
         lines.finish(cell)
 
 
+def earlier_results(output: Path, cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], int]:
+    """Returns the results of earlier comparisons in a folder, on the stream of the cells.
+
+    :param output: the folder.
+    :param cells: cells of the present comparison, whose results are left out.
+    :return: the results, and the number of those on other streams.
+    """
+    present = {cell.folder.resolve() for cell in cells}
+    streams = [_stream_of(cell.results) for cell in cells if cell.results is not None]
+    found, n_others = [], 0
+    for file in sorted(output.glob("*/results.json")):
+        if file.parent.resolve() in present or ".old" in file.parent.suffix:
+            continue
+        results = read_results(file)
+        if results is None or not streams:
+            continue
+        if _stream_of(results) == streams[0]:
+            found.append(results)
+        else:
+            n_others += 1
+    return found, n_others
+
+
+def _stream_of(results: dict[str, Any]) -> tuple[Any, ...]:
+    stream = results["stream"]
+    names = stream.get("task_names") or stream["class_names"]
+    return results["config"]["scenario"], len(stream["trained"]), names
+
+
 def train(
     method: str,
     seed: int,
@@ -211,6 +253,7 @@ def train(
     console: Console | None = None,
     verbose: bool = False,
     shard_backbone: bool = False,
+    force: bool = False,
 ) -> Cell:
     """Makes one run with a progress line; its errors are raised.
 
@@ -223,16 +266,17 @@ def train(
     :param console: console of the progress line; by default standard error.
     :param verbose: whether to show Avalanche's ``InteractiveLogger`` instead of the progress line.
     :param shard_backbone: see :func:`~treelora_avalanche.runs.run`.
+    :param force: whether to run again if it is finished.
     """
     check_models([method], settings)
     config = resolve_config(method, seed, settings)
     folder = Path(output) if output is not None else Path("runs/train") / run_name(config)
-    cell = Cell(method, seed, config, folder, finished_results(folder, config))
-    cell.reused = cell.results is not None
+    cell = Cell(method, seed, config, folder)
     lines = MethodLines(
         [method], 1, console or Console(stderr=True), live=not verbose, measure=_measure(settings)
     )
     with lines.live:
+        _reuse([cell], lines, force=force)
         if cell.results is None:
             lines.begin(method, "preparing data and backbone")
             cell.results = run(
@@ -249,4 +293,4 @@ def train(
     return cell
 
 
-__all__ = ["compare", "train"]
+__all__ = ["compare", "earlier_results", "train"]

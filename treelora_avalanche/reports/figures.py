@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from treelora_avalanche.reports.style import COLOURS, LINES, MARKERS, new_figure, plain
-from treelora_avalanche.reports.table import is_language, label
+from treelora_avalanche.reports.table import is_language, labels
 from treelora_avalanche.reports.tree_growth import tree_growth
 
 KINDS = {
@@ -38,8 +38,8 @@ def _measure(results: Sequence[dict[str, Any]]) -> str:
 
 def _by_method(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     methods: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        methods.setdefault(label(result), []).append(result)
+    for name, result in zip(labels(results), results, strict=True):
+        methods.setdefault(name, []).append(result)
     return methods
 
 

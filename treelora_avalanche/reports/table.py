@@ -178,15 +178,44 @@ class Row:
     std: dict[str, float]
 
 
-def label(result: dict[str, Any]) -> str:
-    """Returns the name of a run's method, with its options.
+_UNNAMED = frozenset({"method", "seed", "device"})
+"""Keys of a configuration that never tell rows apart."""
 
-    :param result: content of a ``results.json``.
+
+def _settings_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run, with its method's options among the settings."""
+    config = dict(result["config"])
+    options = config.pop("method_options", {}).get(result["method"], {})
+    return {k: v for k, v in {**config, **options}.items() if k not in _UNNAMED}
+
+
+def labels(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the name of each run's row: its method and options.
+
+    Where runs of one method have different settings, these are named too.
+
+    :param results: contents of ``results.json`` files.
     """
-    method: str = result["method"]
-    options = result["config"].get("method_options", {}).get(method, {})
-    given = ", ".join(f"{name}={value}" for name, value in options.items())
-    return f"{method} ({given})" if given else method
+    of_method: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        of_method.setdefault(result["method"], []).append(_settings_of(result))
+    differing = {
+        method: {
+            name
+            for name in {name for settings in all_settings for name in settings}
+            if len({repr(settings.get(name)) for settings in all_settings}) > 1
+        }
+        for method, all_settings in of_method.items()
+    }
+
+    def label(result: dict[str, Any]) -> str:
+        method: str = result["method"]
+        given = result["config"].get("method_options", {}).get(method, {})
+        settings = _settings_of(result)
+        shown = [f"{k}={v}" for k, v in settings.items() if k in given or k in differing[method]]
+        return f"{method} ({', '.join(shown)})" if shown else method
+
+    return [label(result) for result in results]
 
 
 def differing_settings(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -194,18 +223,17 @@ def differing_settings(results: Sequence[dict[str, Any]]) -> dict[str, dict[str,
 
     :param results: contents of ``results.json`` files.
     """
-    ignored = ("method", "seed", "device", "method_options")
-    configs = {label(result): result["config"] for result in results}
-    names = dict.fromkeys(name for config in configs.values() for name in config)
+    rows = dict(zip(labels(results), (result["config"] for result in results), strict=True))
+    names = dict.fromkeys(name for config in rows.values() for name in config)
     values = {
-        name: {method: config[name] for method, config in configs.items() if name in config}
+        name: {row: config[name] for row, config in rows.items() if name in config}
         for name in names
-        if name not in ignored
+        if name not in _UNNAMED | {"method_options"}
     }
     return {
-        name: of_method
-        for name, of_method in values.items()
-        if len({repr(value) for value in of_method.values()}) > 1
+        name: of_row
+        for name, of_row in values.items()
+        if len({repr(value) for value in of_row.values()}) > 1
     }
 
 
@@ -216,8 +244,9 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     """
     rows = []
     columns = columns_of(results)
-    for method in dict.fromkeys(label(result) for result in results):
-        own = [result for result in results if label(result) == method]
+    names = labels(results)
+    for method in dict.fromkeys(names):
+        own = [r for r, name in zip(results, names, strict=True) if name == method]
         values = {column.key: [_number(column.read(r)) for r in own] for column in columns}
         rows.append(
             Row(
@@ -350,7 +379,7 @@ __all__ = [
     "columns_of",
     "differing_settings",
     "is_language",
-    "label",
+    "labels",
     "markdown_table",
     "rich_table",
     "short_bytes",

@@ -22,9 +22,12 @@ The run folder holds::
 from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.provenance import git_hash
 from treelora_avalanche.runs.config import resolve_config
+from treelora_avalanche.runs.fingerprints import fingerprints
 from treelora_avalanche.runs.folder import (
     SCHEMA_VERSION,
+    changed_inputs,
     finished_results,
+    read_results,
     run_name,
     to_json,
     write_text,
@@ -39,10 +42,13 @@ __all__ = [
     "JsonLinesLogger",
     "Progress",
     "ProgressPlugin",
+    "changed_inputs",
     "check_arguments",
+    "fingerprints",
     "finished_results",
     "git_hash",
     "prepare",
+    "read_results",
     "resolve_config",
     "run",
     "run_name",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import yaml
 
 from treelora_avalanche._version import __version__
+from treelora_avalanche.runs.distributed import is_first
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STATE = "state"
 APPENDED = (
     "metrics.jsonl",
@@ -96,22 +98,58 @@ def run_name(config: dict[str, Any]) -> str:
     )
 
 
-def finished_results(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def finished_results(
+    folder: Path, config: dict[str, Any], inputs: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
     """Returns the results in a run folder; None unless of this configuration and version.
 
     :param folder: a run folder, which need not exist.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
+    :param inputs: fingerprints that the results should have too, see :func:`changed_inputs`.
+    """
+    results = read_results(folder / "results.json")
+    if results is None or results["config"] != config:
+        return None
+    return None if changed_inputs(results, inputs or {}) else results
+
+
+def read_results(file: Path) -> dict[str, Any] | None:
+    """Returns the content of a ``results.json``; None unless whole and of this version.
+
+    :param file: the file, which need not exist.
     """
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        same = (
-            results["config"] == config
-            and results["schema_version"] == SCHEMA_VERSION
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        whole = (
+            results["schema_version"] == SCHEMA_VERSION
             and results["versions"]["treelora-avalanche"] == __version__
+            and isinstance(results["config"], dict)
         )
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError, TypeError):
         return None
-    return results if same else None
+    return results if whole else None
+
+
+def changed_inputs(results: dict[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """Returns the inputs that have changed since a run: data, checkpoint, model or code.
+
+    :param results: content of a ``results.json``.
+    :param inputs: from :func:`~treelora_avalanche.runs.fingerprints.fingerprints`; an input that is
+        missing on one side, as on a machine without the data, counts as unchanged.
+    """
+    before = results.get("fingerprints", {})
+    return [name for name, value in inputs.items() if before.get(name, value) != value]
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a run folder to the first free name ``FOLDER.old1``, ``FOLDER.old2``, ...
+
+    :param folder: a finished run.
+    :return: where it is now.
+    """
+    taken = (folder.with_name(f"{folder.name}.old{n}") for n in itertools.count(1))
+    aside = next(path for path in taken if not path.exists())
+    return folder.rename(aside)
 
 
 def is_unfinished(folder: Path, config: dict[str, Any]) -> bool:
@@ -149,6 +187,8 @@ def prepare_folder(folder: Path, config: dict[str, Any], *, keep: bool = False) 
             f"`--output` should not hold results, but {folder} holds another finished run. Choose "
             "another folder."
         )
+    if (folder / "results.json").is_file() and not keep and is_first():
+        set_aside(folder)  # it is run again, since its inputs have changed or by `--force`
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.txt").unlink(missing_ok=True)
     if keep:
@@ -200,13 +240,16 @@ __all__ = [
     "APPENDED",
     "SCHEMA_VERSION",
     "STATE",
+    "changed_inputs",
     "count_lines",
     "finished_results",
     "first_lines",
     "is_unfinished",
     "prepare_folder",
+    "read_results",
     "remove_state",
     "run_name",
+    "set_aside",
     "to_json",
     "write_results",
     "write_text",

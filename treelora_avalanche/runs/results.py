@@ -7,6 +7,7 @@ from typing import Any
 
 from treelora_avalanche.metrics.footprint import count_parameters, stored_bytes
 from treelora_avalanche.provenance import git_hash, hardware, versions
+from treelora_avalanche.runs.fingerprints import fingerprints
 from treelora_avalanche.runs.folder import SCHEMA_VERSION
 from treelora_avalanche.runs.session import Session
 
@@ -40,6 +41,7 @@ def results_of(session: Session) -> dict[str, Any]:
         "parameters": count_parameters(session.strategy.model, trained=not session.method.frozen),
         "versions": versions(),
         "git_hash": git_hash(),
+        "fingerprints": fingerprints(config),
         "hardware": hardware(session.device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
