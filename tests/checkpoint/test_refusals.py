@@ -9,6 +9,7 @@ from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import LwFPlugin
 from saved_streams import fresh, make, outcome, train
 
+import support
 from support import identical
 from treelora_avalanche.state import (
     TENSOR_FILE,
@@ -17,6 +18,7 @@ from treelora_avalanche.state import (
     load_state,
     save_state,
 )
+from treelora_avalanche.strategies import SeqLoRA
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:No loggers specified"),
@@ -282,3 +284,20 @@ def test_other_library_versions_are_logged(tiny_vit, saved, caplog):
     rewrite(folder, lambda s: s["versions"].update(torch="1.0"))
     strategy.load(folder)
     assert "saved with torch 1.0" in caplog.text
+
+
+def test_a_learning_rate_that_the_state_overrules_is_logged(
+    tiny_vit, tiny_benchmark, tmp_path, caplog
+):
+    caplog.set_level("WARNING")
+    for schedule in ("constant", "cosine"):
+        saved = support.make(SeqLoRA, tiny_vit(), lr=0.01, schedule=schedule, train_epochs=1)
+        train(saved, tiny_benchmark, 0)
+        saved.save(tmp_path / schedule)
+        caplog.clear()
+        support.make(SeqLoRA, tiny_vit(), lr=0.01, schedule=schedule).load(tmp_path / schedule)
+        assert not caplog.records
+        loaded = support.make(SeqLoRA, tiny_vit(), lr=0.5, schedule=schedule)
+        loaded.load(tmp_path / schedule)
+        assert "lr=0.01 and not 0.5" in caplog.text
+        assert [group["lr"] for group in loaded.optimizer.param_groups] == [0.01]

@@ -19,7 +19,7 @@ from treelora_avalanche.cli import main
 from treelora_avalanche.plugins import MemoryDrawsPlugin
 from treelora_avalanche.registry import AVALANCHE, METHODS, Method
 from treelora_avalanche.registry.settings import RunSettings
-from treelora_avalanche.runs import Ingredients, run, training
+from treelora_avalanche.runs import Ingredients, run
 from treelora_avalanche.runs.resume import save_progress
 
 SETTINGS = RunSettings(
@@ -74,7 +74,7 @@ def interrupt(method, ingredients, folder, task=3):
 
     with pytest.MonkeyPatch.context() as patch:
         if not LAST_STEPS.get(method, True):  # no step to interrupt
-            patch.setattr(training, "save_progress", cut_after_saving)
+            patch.setattr(session, "save_progress", cut_after_saving)
         with pytest.raises(PowerCutError):
             run(method, 0, SETTINGS, folder, ingredients=ingredients, progress=cut_in_task(task))
 

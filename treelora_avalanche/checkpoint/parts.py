@@ -146,6 +146,24 @@ def apply(strategy: Any, state: State) -> None:
     set_random_state(state["random"])
 
 
+def differing_options(strategy: Any, state: State) -> list[str]:
+    """Returns the options of the optimizer that the state would change, such as the learning rate.
+
+    :param strategy: the strategy, before it is loaded.
+    :param state: the state.
+    """
+    saved = state["optimizer"]["state"]
+    if saved is None:
+        return []
+    differing = {
+        f"{name}={value} and not {own[name]}"
+        for group, own in zip(saved["groups"], strategy.optimizer.param_groups, strict=True)
+        for name, value in group["options"].items()
+        if name in own and own[name] != (tuple(value) if isinstance(value, list) else value)
+    }
+    return sorted(differing)
+
+
 def undo_steps(strategy: Any) -> Iterable[Callable[[], None]]:
     """Yields functions that restore the present state; call the last one first."""
     before = clone_state(

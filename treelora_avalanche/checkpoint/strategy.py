@@ -17,7 +17,13 @@ from treelora_avalanche.checkpoint.avalanche_strategies import (
     can_be_rebuilt,
     rebuild_memory,
 )
-from treelora_avalanche.checkpoint.parts import apply, check_fits, collect, undo_steps
+from treelora_avalanche.checkpoint.parts import (
+    apply,
+    check_fits,
+    collect,
+    differing_options,
+    undo_steps,
+)
 from treelora_avalanche.provenance import versions
 from treelora_avalanche.state import (
     State,
@@ -93,6 +99,7 @@ def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -
     :raises ValueError: if the state does not fit; the strategy is then unchanged.
     """
     check_fits(strategy, state, past)
+    overruled = differing_options(strategy, state)
     with ExitStack() as undo:
         # A plugin may refuse its state after others were loaded.
         for step in undo_steps(strategy):
@@ -105,6 +112,12 @@ def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -
         # Some plugins prepare the strategy's model from their state.
         if hasattr(plugin, "prepare_loaded"):
             plugin.prepare_loaded(strategy)
+    if overruled:
+        logger.warning(
+            "the optimizer goes on with the options of the state, %s; to change one, set it in "
+            "`strategy.optimizer.param_groups` after loading",
+            ", ".join(overruled),
+        )
     changed = [
         f"{name} {saved} (now {versions().get(name)})"
         for name, saved in state["versions"].items()
