@@ -19,7 +19,7 @@ from treelora_avalanche.cli import main
 from treelora_avalanche.plugins import MemoryDrawsPlugin
 from treelora_avalanche.registry import AVALANCHE, METHODS, Method
 from treelora_avalanche.registry.settings import RunSettings
-from treelora_avalanche.runs import Ingredients, run
+from treelora_avalanche.runs import Ingredients, run, session
 from treelora_avalanche.runs.resume import save_progress
 
 SETTINGS = RunSettings(
