@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from treelora_avalanche.choices import did_you_mean
+from treelora_avalanche.scenarios.data.names import files_within, subfolders
 
 LAYOUTS = (
     "Accepted are <root>/train/<class>/<image> with <root>/test/<class>/<image>, or "
@@ -52,7 +53,7 @@ def list_images(
         class_names = select_classes(root, train_names, test_names, classes)
         train, test = (list(chain(*images_by_class(root / part, class_names))) for part in given)
         return train, test, class_names
-    if given and next((root / given[0]).glob("*/"), None) is not None:
+    if given and subfolders(root / given[0]):
         missing = "test" if given == ["train"] else "train"
         raise ValueError(
             f"`dataset_root` {str(root)!r} has a folder {given[0]!r} with classes but none named "
@@ -67,16 +68,16 @@ def list_images(
 
 
 def list_class_folders(folder: Path, layouts: str = LAYOUTS) -> list[str]:
-    """Returns the names of the subfolders, sorted.
+    """Returns the names of the subfolders, sorted, without hidden ones and those of systems.
 
     :param folder: where to look.
     :param layouts: the accepted layouts, for the error.
     :raises ValueError: if there are no subfolders.
     """
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError:
-        raise ValueError(f"{str(folder)!r} holds no class folders. {layouts}.") from None
+    names = subfolders(folder)
+    if not names:
+        raise ValueError(f"{str(folder)!r} holds no class folders. {layouts}.")
+    return names
 
 
 def select_classes(
@@ -124,15 +125,21 @@ def images_by_class(
 ) -> list[list[ImageRecord]]:
     """Returns the images of each class, sorted by path, in the same order on every file system.
 
+    Hidden files and folders, and those that systems leave, are skipped at every depth.
+
     :param folder: holds one subfolder per class.
     :param class_names: the subfolders to read; the position of a name is its label.
     :param layouts: the accepted layouts, for the error.
     :raises ValueError: if a class has no images, or has them in subfolders only.
     """
-    label_of = {name: label for label, name in enumerate(class_names)}
-    images: list[list[ImageRecord]] = [[] for _ in class_names]
-    for path, label in make_dataset(folder, label_of, IMG_EXTENSIONS, allow_empty=True):
-        images[label].append(ImageRecord(path, label))
+    images = [
+        [
+            ImageRecord(path, label)
+            for path in files_within(folder / name)
+            if path.lower().endswith(IMG_EXTENSIONS)
+        ]
+        for label, name in enumerate(class_names)
+    ]
     empty = [name for name, found in zip(class_names, images, strict=True) if not found]
     if empty:
         raise ValueError(

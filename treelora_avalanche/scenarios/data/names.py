@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +39,38 @@ def entries(folder: Path) -> Iterator[Path]:
     :param folder: the folder.
     """
     return (path for path in sorted(folder.iterdir()) if not is_left_out(path.name))
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Returns the names of a folder's folders, sorted; links to folders above are left out too.
+
+    :param folder: the folder.
+    """
+    return [p.name for p in entries(folder) if p.is_dir() and not _leads_back(p)]
+
+
+def files_within(folder: Path) -> list[str]:
+    """Returns the paths of the files at every depth, sorted by folder, then by name.
+
+    :param folder: the folder. Hidden and left files and folders are left out, and so are symbolic
+        links to a folder above, which would have no end.
+    :raises OSError: if a folder cannot be read.
+    """
+    found: list[tuple[str, str]] = []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        folders[:] = [
+            name
+            for name in folders
+            if not is_left_out(name) and not _leads_back(Path(parent, name))
+        ]
+        found += [(parent, name) for name in files if not is_left_out(name)]
+    return [os.path.join(*place) for place in sorted(found)]
+
+
+def _leads_back(path: Path) -> bool:
+    """Returns whether a folder is a link to one of the folders above it."""
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+
+
+def _raise(error: OSError) -> None:
+    raise error
