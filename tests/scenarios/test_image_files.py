@@ -1,6 +1,7 @@
 """Folders of images as people have them: left files, links, equal images, formats, orientation."""
 
 import shutil
+import struct
 import time
 
 import numpy as np
@@ -9,9 +10,11 @@ from PIL import Image
 
 from treelora_avalanche.models import ImagePreprocessing
 from treelora_avalanche.scenarios import DomainImageFolder, SplitImageFolder
+from treelora_avalanche.scenarios.data.images import read_image
 from treelora_avalanche.scenarios.data.overlap import equal_files
 
 TINY = ImagePreprocessing(input_size=(3, 8, 8))
+EXACT = ImagePreprocessing(input_size=(3, 8, 8), interpolation="nearest", crop_pct=1.0)
 LEFT = [".ipynb_checkpoints", ".cache", "__MACOSX", "@eaDir", "Thumbs.db"]
 
 
@@ -44,6 +47,7 @@ def sizes(benchmark):
 @pytest.fixture
 def pets(tmp_path):
     """Two classes in a given split, 3 and 2 images each."""
+    tmp_path = tmp_path / "pets"
     for seed, name in enumerate(["ant", "bee"]):
         write(tmp_path / "train" / name, 3, seed=seed)
         write(tmp_path / "test" / name, 2, seed=10 + seed)
@@ -53,6 +57,7 @@ def pets(tmp_path):
 @pytest.fixture
 def pacs(tmp_path):
     """Two domains of two classes, 5 images each."""
+    tmp_path = tmp_path / "pacs"
     for seed in range(4):
         write(tmp_path / ("photo", "sketch")[seed // 2] / ("ant", "bee")[seed % 2], 5, seed)
     return tmp_path
@@ -202,3 +207,122 @@ def test_files_of_different_sizes_are_not_read(tmp_path, monkeypatch):
     paths = [str(tmp_path / str(n)) for n in range(6)]
     monkeypatch.setattr("builtins.open", None)
     assert equal_files(paths[:3], paths[3:]) == []
+
+
+# -------------------------------------------------------------------------------- pixels
+
+# How pixels are stored in a file of each EXIF orientation; 6 is shown a quarter turn clockwise.
+STORED = {
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+def photograph():
+    """Four different corners, wider than high."""
+    pixels = np.zeros((16, 32, 3), dtype=np.uint8)
+    pixels[:8, :16, 0] = pixels[:8, 16:, 1] = pixels[8:, :16, 2] = 255
+    return pixels
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_photographs_are_read_upright(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](photograph())))
+    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **options.get(suffix, {}))
+    Image.fromarray(photograph()).save(tmp_path / f"b.{suffix}", **options.get(suffix, {}))
+    found, upright = (read_image(str(tmp_path / f"{name}.{suffix}"), TINY).short() for name in "ab")
+    assert (found - upright).abs().max() <= (3 if suffix == "jpg" else 0)
+
+
+def test_16_bit_image_with_orientation_is_read_upright(tmp_path):
+    pixels = photograph()[:, :, 0].astype(np.uint16) * 257
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels, 1).copy()).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    found, upright = (read_image(str(tmp_path / f"{name}.png"), TINY) for name in "ab")
+    assert found.equal(upright)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"]
+)
+def test_broken_exif_is_ignored(tmp_path, exif):
+    image = Image.fromarray(photograph())
+    image.save(tmp_path / "a.jpg")
+    image.save(tmp_path / "b.jpg", exif=exif)
+    found, plain = (read_image(str(tmp_path / f"{name}.jpg"), TINY) for name in "ab")
+    assert found.equal(plain)
+
+
+def write_tiff(file, pixels, sample_format):
+    """Writes 32-bit integers as a TIFF without compression, by its specification."""
+    height, width = pixels.shape
+    data = pixels.astype("<u4" if sample_format == 1 else "<i4").tobytes()
+    tags = {256: width, 257: height, 258: 32, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags |= {279: len(data), 339: sample_format}
+    content = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags))
+    for tag, value in sorted(tags.items()):
+        content += struct.pack("<HHII", tag, 4, 1, value)
+    file.write_bytes(content + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sample_format"),
+    [(0, 1000, 2), (0, 2**31 - 1, 2), (-(2**31), 2**31 - 1, 2), (-5, 250, 2), (7, 2**32 - 1, 1)],
+)
+def test_32_bit_integers_are_scaled_by_their_own_range(tmp_path, low, high, sample_format):
+    steps = np.arange(64).reshape(8, 8)
+    write_tiff(tmp_path / "a.tif", low + (high - low) * steps // 63, sample_format)
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.mode == "I"
+    found = read_image(str(tmp_path / "a.tif"), EXACT)
+    assert np.abs(found.numpy().astype(int) - 255 * steps / 63).max() <= 1
+    assert (found.min(), found.max()) == (0, 255)
+
+
+def test_16_bit_images_keep_the_range_of_their_format(tmp_path):
+    pixels = (np.arange(64, dtype=np.uint16).reshape(8, 8)) * 100
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    content = b"P5 8 8 65535\n" + pixels.astype(">u2").tobytes()
+    (tmp_path / "a.pgm").write_bytes(content)
+    for suffix in ("png", "pgm"):
+        found = read_image(str(tmp_path / f"a.{suffix}"), EXACT).numpy()
+        assert np.abs(found - pixels / 257).max() <= 0.5
+
+
+# -------------------------------------------------------------------------------- formats
+
+UNREAD = {"a.GIF": 1, "b.gif": 1, "c.jfif": 1, "d.avif": 1, "e.heic": 1}
+
+
+def test_formats_that_are_not_read_are_counted_in_one_line(pets, pacs, caplog):
+    for folder in (pets / "train" / "ant", pets / "test" / "bee", pacs / "sketch" / "ant"):
+        for name in UNREAD:
+            (folder / name).touch()
+        (folder / "notes.txt").touch()
+        (folder / "._f.heic").touch()
+    assert sizes(split(pets)) == [6, 4]
+    line = "left out 10 images of formats that are not read: 2 .avif, 4 .gif, 2 .heic, 2 .jfif;"
+    (message,) = caplog.messages
+    assert message.startswith(f"{pets}: {line}")
+    caplog.clear()
+    DomainImageFolder(pacs, domains=["photo", "sketch"], preprocessing=TINY)
+    (message,) = caplog.messages
+    assert "left out 5 images of formats that are not read: 1 .avif, 2 .gif, 1 .heic" in message
+
+
+def test_nothing_is_said_about_folders_of_images_alone(pets, caplog):
+    split(pets)
+    assert not caplog.messages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,7 @@ from treelora_avalanche.scenarios.data.folders import (
     images_by_class,
     list_class_folders,
     select_classes,
+    warn_of_unread,
 )
 from treelora_avalanche.scenarios.data.images import image_datasets
 from treelora_avalanche.scenarios.data.names import subfolders
@@ -99,8 +101,9 @@ def DomainImageFolder(
     test: list[list[ImageRecord]] = []
     if seed is None and len(parts) == 1:  # one seed for the splits of all domains
         seed = int(torch.randint(2**31, ()))
+    unread: Counter[str] = Counter()
     for name in names:
-        found = [images_by_class(part / name, class_names, LAYOUTS) for part in parts]
+        found = [images_by_class(part / name, class_names, LAYOUTS, unread) for part in parts]
         if len(found) == 2:
             train_images, test_images = (list(chain(*images)) for images in found)
         else:
@@ -110,6 +113,7 @@ def DomainImageFolder(
         train.append(train_images)
         test.append(test_images)
 
+    warn_of_unread(root, unread)
     if not allow_overlap:
         check_overlap(root, list(chain(*train)), list(chain(*test)))
     datasets = image_datasets(train + test, preprocessing, cache_bytes)

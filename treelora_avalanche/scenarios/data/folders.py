@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,6 +21,15 @@ LAYOUTS = (
     "Accepted are <root>/train/<class>/<image> with <root>/test/<class>/<image>, or "
     "<root>/<class>/<image>, from which a test set is drawn"
 )
+_UNREAD = (
+    ".apng .arw .avif .avifs .cr2 .cr3 .dcm .dib .dng .exr .gif .hdr .heic .heif .hif .ico .j2k "
+    ".jfif .jp2 .jpe .jpf .jpx .jxl .mpo .nef .orf .pbm .pcx .pfm .pnm .psd .qoi .raf .rw2 .svg "
+    ".tga .xbm .xcf"
+)
+UNREAD_FORMATS = frozenset(_UNREAD.split())
+"""Suffixes of images that are counted, but not read."""
+
+logger = logging.getLogger(__name__)
 
 
 class ImageRecord(NamedTuple):
@@ -47,11 +59,15 @@ def list_images(
     """
     if not root.is_dir():
         raise ValueError(f"`dataset_root` should be a folder, but is {str(root)!r}. {LAYOUTS}.")
+    unread: Counter[str] = Counter()
     given = [part for part in ("train", "test") if (root / part).is_dir()]
     if len(given) == 2:
         train_names, test_names = (list_class_folders(root / part) for part in given)
         class_names = select_classes(root, train_names, test_names, classes)
-        train, test = (list(chain(*images_by_class(root / part, class_names))) for part in given)
+        train, test = (
+            list(chain(*images_by_class(root / part, class_names, unread=unread))) for part in given
+        )
+        warn_of_unread(root, unread)
         return train, test, class_names
     if given and subfolders(root / given[0]):
         missing = "test" if given == ["train"] else "train"
@@ -61,9 +77,9 @@ def list_images(
         )
     names = list_class_folders(root)
     class_names = select_classes(root, names, names, classes)
-    train, test = draw_test_split(
-        images_by_class(root, class_names), class_names, test_fraction, seed
-    )
+    images = images_by_class(root, class_names, unread=unread)
+    warn_of_unread(root, unread)
+    train, test = draw_test_split(images, class_names, test_fraction, seed)
     return train, test, class_names
 
 
@@ -121,7 +137,10 @@ def select_classes(
 
 
 def images_by_class(
-    folder: Path, class_names: list[str], layouts: str = LAYOUTS
+    folder: Path,
+    class_names: list[str],
+    layouts: str = LAYOUTS,
+    unread: Counter[str] | None = None,
 ) -> list[list[ImageRecord]]:
     """Returns the images of each class, sorted by path, in the same order on every file system.
 
@@ -130,16 +149,17 @@ def images_by_class(
     :param folder: holds one subfolder per class.
     :param class_names: the subfolders to read; the position of a name is its label.
     :param layouts: the accepted layouts, for the error.
+    :param unread: counts image files of formats that are not read, by suffix.
     :raises ValueError: if a class has no images, or has them in subfolders only.
     """
-    images = [
-        [
-            ImageRecord(path, label)
-            for path in files_within(folder / name)
-            if path.lower().endswith(IMG_EXTENSIONS)
-        ]
-        for label, name in enumerate(class_names)
-    ]
+    images: list[list[ImageRecord]] = [[] for _ in class_names]
+    for label, name in enumerate(class_names):
+        for path in files_within(folder / name):
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix in IMG_EXTENSIONS:
+                images[label].append(ImageRecord(path, label))
+            elif suffix in UNREAD_FORMATS and unread is not None:
+                unread[suffix] += 1
     empty = [name for name, found in zip(class_names, images, strict=True) if not found]
     if empty:
         raise ValueError(
@@ -154,6 +174,22 @@ def images_by_class(
                 f"{found[0].path!r}. {layouts}."
             )
     return images
+
+
+def warn_of_unread(root: Path, unread: Counter[str]) -> None:
+    """Logs one line about image files of formats that are not read.
+
+    :param root: the folder.
+    :param unread: their number, by suffix.
+    """
+    if unread:
+        logger.warning(
+            "%s: left out %d images of formats that are not read: %s; convert them to one of %s",
+            root,
+            unread.total(),
+            ", ".join(f"{n} {suffix}" for suffix, n in sorted(unread.items())),
+            ", ".join(IMG_EXTENSIONS),
+        )
 
 
 def draw_test_split(
