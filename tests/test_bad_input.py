@@ -455,6 +455,18 @@ def test_mismatched_checkpoint_is_refused_with_its_keys(pets, tmp_path, capsys):
     refused(capsys, treelora(pets, tmp_path, checkpoint=file), "damaged or incomplete")
 
 
+def test_hidden_folder_is_no_class_to_exclude(pets, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(pets / "images", images)
+    shutil.copytree(images / "ant", images / ".cache")
+    refused(
+        capsys,
+        treelora(pets, tmp_path, data=images, exclude_classes="[.cache]"),
+        "should be one of ant, bee, cat, dog, but is '.cache'",
+    )
+    assert treelora(pets, tmp_path, data=images, exclude_classes="[ant,bee]") == 0
+
+
 def test_class_with_one_image_and_duplicate_class_are_refused(pets, tmp_path, capsys):
     images = tmp_path / "images"
     shutil.copytree(pets / "images", images)

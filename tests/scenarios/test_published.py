@@ -266,7 +266,7 @@ def test_imagenet_r_in_the_published_layout_is_split_within_each_class(imagenet_
     assert batches(benchmark.test_stream)[1].bincount().tolist() == [1] * 200
     itself = SplitImageNetR(20, dataset_root=imagenet_r_root, **options)
     assert same_streams(benchmark, itself)
-    as_folder = SplitImageFolder(imagenet_r_root, 20, **options)
+    as_folder = SplitImageFolder(imagenet_r_root, 20, allow_overlap=True, **options)
     assert same_streams(benchmark, as_folder)
 
 
@@ -565,7 +565,7 @@ def test_drawn_split_of_a_domain_does_not_depend_on_the_others(tmp_path):
     for domain in DOMAINS:
         write_images(tmp_path / domain / "bee", 10)
         write_images(tmp_path / domain / "cat", 5, seed=1)
-    options = {"preprocessing": TINY, "seed": 4}
+    options = {"preprocessing": TINY, "seed": 4, "allow_overlap": True}
     everything = DomainImageFolder(tmp_path, domains=DOMAINS, **options)
     alone = DomainImageFolder(tmp_path, domains=["foto"], **options)
     ours, theirs = batches([everything.test_stream[2]]), batches(alone.test_stream)

@@ -296,8 +296,8 @@ def test_transforms_act_on_the_resized_bytes(given_split):
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
 def test_images_of_any_mode_are_read_as_rgb(tmp_path, mode):
-    for name in ("a", "b"):
-        folder = write_images(tmp_path / name, 2)
+    for seed, name in enumerate("ab"):
+        folder = write_images(tmp_path / name, 2, seed=seed)
         suffix = "jpg" if mode == "CMYK" else "png"
         for file in sorted(folder.glob("*.png")):
             image = Image.open(file).convert(mode)
@@ -344,8 +344,8 @@ def test_wrong_layouts_name_the_folder_and_the_accepted_ones(given_split, tmp_pa
 
 
 def test_train_may_also_be_the_name_of_a_class(tmp_path):
-    for name in ("train", "tram"):
-        write_images(tmp_path / name, 4)
+    for seed, name in enumerate(("train", "tram")):
+        write_images(tmp_path / name, 4, seed=seed)
     assert SplitImageFolder(tmp_path, 2, preprocessing=TINY).class_names == ["train", "tram"]
 
 

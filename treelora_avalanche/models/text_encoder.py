@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from treelora_avalanche.adapters.trainable_view import deepcopy_sharing
 from treelora_avalanche.defaults import ENCODER_LORA
 from treelora_avalanche.models.hub import from_folder_or_hub
+from treelora_avalanche.models.tokenization import names_special_token
 from treelora_avalanche.models.tokens import PADDING, crop, pad_tokens
 
 
@@ -78,14 +79,19 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tensor:
     """Returns texts as the token sequences that a :class:`TextEncoder` takes.
 
-    Texts that are too long lose their end.
+    Texts that are too long lose their end. Names of special tokens within them stay text.
 
     :param tokenizer: the encoder's tokenizer.
     :param texts: the texts.
     :param max_length: number of columns.
     :return: ``(n_texts, max_length)``, padded with -1.
     """
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    encoded = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=max_length,
+        split_special_tokens=any(names_special_token(tokenizer, text) for text in texts),
+    )["input_ids"]
     return pad_tokens(encoded, max_length)
 
 

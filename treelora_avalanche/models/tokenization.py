@@ -62,6 +62,23 @@ def end_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def names_special_token(tokenizer: Any, text: str) -> bool:
+    """Returns whether a user's text contains the name of a special token, such as ``</s>``.
+
+    Such a text is encoded with ``split_special_tokens=True``, so that the name stays text: an end
+    token within a text would teach a model to stop there.
+
+    :param tokenizer: a tokenizer of transformers.
+    :param text: the text.
+    """
+    # In lower case, as a tokenizer that lowers texts may find its tokens in them afterwards.
+    lowered = text.lower()
+    return any(
+        token.special and token.content.lower() in lowered
+        for token in tokenizer.added_tokens_decoder.values()
+    )
+
+
 def encode_prompt(tokenizer: Any, prompt: str, room: int) -> list[int]:
     """Returns the tokens of a prompt, after which the answer follows.
 
@@ -98,7 +115,12 @@ def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
     """
     encoded = _encode(tokenizer, prompt)
     full = [
-        *tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"],
+        *tokenizer(
+            answer,
+            add_special_tokens=False,
+            verbose=False,
+            split_special_tokens=names_special_token(tokenizer, answer),
+        )["input_ids"],
         end_token(tokenizer),
     ]
     least = encoded.n_fixed + min(len(encoded.body), MIN_PROMPT)
@@ -116,17 +138,32 @@ def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
 def _encode(tokenizer: Any, prompt: str) -> _EncodedPrompt:
     templated = tokenizer.chat_template is not None
     text = _in_template(tokenizer, prompt) if templated else prompt
-    if not tokenizer.is_fast:  # a slow one gives no offsets of tokens in the text
-        tokens = tokenizer(text, add_special_tokens=not templated)["input_ids"]
-        return _EncodedPrompt([], tokens, [])
-    encoded = tokenizer(
-        text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False
-    )
     start, end = 0, len(text)
     if templated:  # found by a mark, as the template may contain the prompt's own words
         empty = _in_template(tokenizer, _MARK)
         start = empty.index(_MARK)
         end -= len(empty) - start - len(_MARK)
+    as_text = names_special_token(tokenizer, text[start:end])
+    if templated and as_text:  # the template's own special tokens stay what they are
+        parts = [(text[:start], False), (text[start:end], True), (text[end:], False)]
+        return _EncodedPrompt(
+            *(
+                tokenizer(part, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+                for part, split in parts
+            )
+        )
+    if not tokenizer.is_fast:  # a slow one gives no offsets of tokens in the text
+        tokens = tokenizer(text, add_special_tokens=not templated, split_special_tokens=as_text)[
+            "input_ids"
+        ]
+        return _EncodedPrompt([], tokens, [])
+    encoded = tokenizer(
+        text,
+        add_special_tokens=not templated,
+        split_special_tokens=as_text,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
     return _split(encoded["input_ids"], encoded["offset_mapping"], start, end)
 
 

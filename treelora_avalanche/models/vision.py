@@ -11,6 +11,7 @@ import difflib
 import logging
 import pickle
 import re
+import struct
 import sys
 import zipfile
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Parts of iBOT's training outside the backbone: the projection head (its `models/head.py`) and the
 # embedding of masked patches.
 IBOT_PRETRAINING_KEYS = re.compile(r"head\.(mlp|last_layer|last_norm)2?\.|masked_embed$")
+
+_SAMPLE_FORMAT = 339  # TIFF's tag; 1 is unsigned
 
 logger = logging.getLogger(__name__)
 
@@ -255,13 +258,41 @@ def _some(keys: set[str], at_most: int = 5) -> str:
 # ------------------------------------------------------------------------------------ preprocessing
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns a photograph as its EXIF orientation says."""
+    image.load()  # a TIFF is turned by this, and its orientation removed
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    # The exceptions by which Pillow reports broken EXIF, which viewers ignore.
+    except (SyntaxError, KeyError, TypeError, struct.error):
+        return image
+
+
+def _as_bytes(image: Image.Image, opened: Image.Image) -> np.ndarray[Any, Any]:
+    """Scales integers to 8 bit: 16 bits by their format's range, 32 bits by the image's own.
+
+    :param image: the pixels.
+    :param opened: the image as Pillow opened it, which knows its format.
+    """
+    pixels = np.asarray(image)
+    # Pillow opens 16-bit PGM, and before version 11 PNG, with 32 bits per pixel.
+    if image.mode != "I" or opened.format in ("PNG", "PPM"):
+        return np.rint(pixels.clip(0, 65535) / 257).astype(np.uint8)
+    tags = getattr(opened, "tag_v2", None)  # of a TIFF
+    if tags is not None and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
+        pixels = pixels.view(np.uint32)  # unsigned, which Pillow reads as signed
+    low, high = float(pixels.min()), float(pixels.max())
+    return np.rint((pixels - low) * (255 / max(high - low, 1))).astype(np.uint8)
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     """Converts as viewers do; ``convert("RGB")`` alone clips 16 bits and shows hidden colours."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save the image as 8 bit")
-    if image.mode.startswith("I"):  # from 16-bit PNG, TIFF or PGM, in 16 or 32 bits per pixel
-        pixels = np.asarray(image).clip(0, 65535)
-        return Image.fromarray(np.rint(pixels / 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_as_bytes(_upright(image), image))
+    image = _upright(image)
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -321,8 +352,9 @@ class ImagePreprocessing:
     def resize(self, image: Image.Image) -> Tensor:
         """Returns the image as RGB bytes of the model's input size, ``(3, height, width)``, uint8.
 
-        :param image: an image of any mode and size. Transparent pixels are composed on white; 16
-            bits are scaled to 8.
+        :param image: an image of any mode and size. A photograph is turned as its EXIF orientation
+            says. Transparent pixels are composed on white; 16 bits are scaled to 8, 32-bit integers
+            from the image's own range.
         :raises ValueError: for floating-point images, whose range is unknown.
         """
         return self._resize(_as_rgb(image))

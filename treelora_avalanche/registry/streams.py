@@ -88,8 +88,15 @@ def _classes(settings: RunSettings, scenario: Scenario) -> list[str] | None:
 
 
 def _class_folders(settings: RunSettings, scenario: Scenario) -> list[str]:
+    from treelora_avalanche.scenarios.data.names import is_left_out  # the package imports Avalanche
+
     folder = data_folder(settings)
     assert folder is not None  # required by such scenarios
     assert scenario.class_folders is not None  # the scenario takes `exclude_classes`
     folder = folder / "train" if (folder / "train").is_dir() else folder
-    return sorted({path.name for path in folder.glob(scenario.class_folders) if path.is_dir()})
+    found = {
+        path.name
+        for path in folder.glob(scenario.class_folders)
+        if path.is_dir() and not any(map(is_left_out, path.relative_to(folder).parts))
+    }
+    return sorted(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -19,8 +20,11 @@ from treelora_avalanche.scenarios.data.folders import (
     images_by_class,
     list_class_folders,
     select_classes,
+    warn_of_unread,
 )
 from treelora_avalanche.scenarios.data.images import image_datasets
+from treelora_avalanche.scenarios.data.names import subfolders
+from treelora_avalanche.scenarios.data.overlap import check_overlap
 
 LAYOUTS = (
     "Accepted are <root>/train/<domain>/<class>/<image> with <root>/test/<domain>/<class>/<image>, "
@@ -40,6 +44,7 @@ def DomainImageFolder(
     shuffle: bool = True,
     test_fraction: float = 0.2,
     cache_bytes: int = 2 * 1024**3,
+    allow_overlap: bool = False,
 ) -> GenericCLScenario:
     """Returns a folder of images, one subfolder per domain, as a domain-incremental benchmark.
 
@@ -75,11 +80,12 @@ def DomainImageFolder(
         is given.
     :param cache_bytes: limit of the resized images in memory, one byte per value; above it, files
         are read on access. Benchmarks of the same files and the same preprocessing share one copy.
+    :param allow_overlap: whether an image may be for training and for testing, in any domain.
     :return: the benchmark, one experience per domain in both streams. It carries ``domain_names``
         (``domain_names[experience.current_experience]``), ``class_names`` (``class_names[label]``)
         and ``n_classes``.
-    :raises ValueError: if the folder fits no layout, a domain or a class is unknown, or the
-        domains hold different classes.
+    :raises ValueError: if the folder fits no layout, a domain or a class is unknown, the domains
+        hold different classes, or images for training and for testing are equal.
     :raises OSError: if an image cannot be read (on access if the images are not cached).
     """
     root = Path(dataset_root).expanduser()
@@ -95,8 +101,9 @@ def DomainImageFolder(
     test: list[list[ImageRecord]] = []
     if seed is None and len(parts) == 1:  # one seed for the splits of all domains
         seed = int(torch.randint(2**31, ()))
+    unread: Counter[str] = Counter()
     for name in names:
-        found = [images_by_class(part / name, class_names, LAYOUTS) for part in parts]
+        found = [images_by_class(part / name, class_names, LAYOUTS, unread) for part in parts]
         if len(found) == 2:
             train_images, test_images = (list(chain(*images)) for images in found)
         else:
@@ -106,6 +113,9 @@ def DomainImageFolder(
         train.append(train_images)
         test.append(test_images)
 
+    warn_of_unread(root, unread)
+    if not allow_overlap:
+        check_overlap(root, list(chain(*train)), list(chain(*test)))
     datasets = image_datasets(train + test, preprocessing, cache_bytes)
     # The generator of the same family as `nc_benchmark`, with which Avalanche's strategies work.
     benchmark = dataset_benchmark(
@@ -127,7 +137,7 @@ def _parts(root: Path) -> list[Path]:
     given = [root / part for part in ("train", "test") if (root / part).is_dir()]
     if len(given) == 2:
         return given
-    if given and next(given[0].glob("*/*/"), None) is not None:
+    if given and any(subfolders(given[0] / name) for name in subfolders(given[0])):
         missing = "test" if given[0].name == "train" else "train"
         raise ValueError(
             f"`dataset_root` {str(root)!r} has a folder {given[0].name!r} with domains but none "

@@ -13,6 +13,7 @@ from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 from treelora_avalanche.scenarios.data.folders import list_images
 from treelora_avalanche.scenarios.data.images import image_datasets
+from treelora_avalanche.scenarios.data.overlap import check_overlap
 
 
 def SplitImageFolder(
@@ -29,12 +30,13 @@ def SplitImageFolder(
     test_fraction: float = 0.2,
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
+    allow_overlap: bool = False,
 ) -> NCScenario:
     """Returns a folder of images, one subfolder per class, as a class-incremental benchmark.
 
     Two layouts are accepted: ``root/train/<class>/*`` with ``root/test/<class>/*``, a given split;
-    and ``root/<class>/*``, from which a stratified test set is drawn. Files that are not images are
-    ignored, images of any mode are read as RGB.
+    and ``root/<class>/*``, from which a stratified test set is drawn. Files that are not images,
+    hidden names and folders that systems leave are ignored, images of any mode are read as RGB.
 
     Example::
 
@@ -61,14 +63,17 @@ def SplitImageFolder(
     :param cache_bytes: limit of the resized images in memory, one byte per value; above it, files
         are read on access. Benchmarks of the same files and the same preprocessing share one copy.
     :param return_task_id: if True, every experience has its own task label, else all have 0.
+    :param allow_overlap: whether an image may be for training and for testing.
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
-    :raises ValueError: if the folder fits no layout, a class is unknown, or ``n_experiences`` does
-        not divide the classes.
+    :raises ValueError: if the folder fits no layout, a class is unknown, images for training and
+        for testing are equal, or ``n_experiences`` does not divide the classes.
     :raises OSError: if an image cannot be read (on access if the images are not cached).
     """
     root = Path(dataset_root).expanduser()
     preprocessing = preprocessing or ImagePreprocessing()
     train, test, class_names = list_images(root, classes, test_fraction, seed)
+    if not allow_overlap:
+        check_overlap(root, train, test)
     train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
     return split_by_class(
         train_set,

@@ -15,7 +15,13 @@ from avalanche.benchmarks import CLScenario
 
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.scenarios.data.text_benchmark import TextTask, text_benchmark
-from treelora_avalanche.scenarios.data.text_records import Records, TextRecord, read_json, text_of
+from treelora_avalanche.scenarios.data.text_records import (
+    Records,
+    TextRecord,
+    read_json,
+    read_utf8,
+    text_of,
+)
 from treelora_avalanche.scenarios.trace import TRACE_TASKS, trace_tasks
 
 logger = logging.getLogger(__name__)
@@ -221,7 +227,7 @@ def _present(data_root: str | Path, names: Sequence[str], skip: bool) -> list[st
 def _labels(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; it lists the possible labels of the task.")
-    labels = json.loads(file.read_text(encoding="utf-8"))
+    labels = json.loads(read_utf8(file))
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f'{file} should hold a list of labels such as ["yes", "no"].')
     return labels

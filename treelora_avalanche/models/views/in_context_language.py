@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import LanguageModel
+from treelora_avalanche.models.tokenization import names_special_token
 from treelora_avalanche.models.views.generating import GeneratingView
 
 
@@ -77,7 +78,11 @@ class InContextLanguageModel(GeneratingView):
         """
         network: Any = self.module.network
         table = network.get_input_embeddings()
-        rows = self.tokenizer(list(prompts), verbose=False)["input_ids"]
+        rows = self.tokenizer(
+            list(prompts),
+            verbose=False,
+            split_special_tokens=any(names_special_token(self.tokenizer, p) for p in prompts),
+        )["input_ids"]
         with torch.no_grad():
             # The layer, not its weight: some models scale the embeddings.
             tokens = [torch.tensor(row, dtype=torch.long) for row in rows]

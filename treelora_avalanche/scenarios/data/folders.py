@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from treelora_avalanche.choices import did_you_mean
+from treelora_avalanche.scenarios.data.names import files_within, subfolders
 
 LAYOUTS = (
     "Accepted are <root>/train/<class>/<image> with <root>/test/<class>/<image>, or "
     "<root>/<class>/<image>, from which a test set is drawn"
 )
+_UNREAD = (
+    ".apng .arw .avif .avifs .cr2 .cr3 .dcm .dib .dng .exr .gif .hdr .heic .heif .hif .ico .j2k "
+    ".jfif .jp2 .jpe .jpf .jpx .jxl .mpo .nef .orf .pbm .pcx .pfm .pnm .psd .qoi .raf .rw2 .svg "
+    ".tga .xbm .xcf"
+)
+UNREAD_FORMATS = frozenset(_UNREAD.split())
+"""Suffixes of images that are counted, but not read."""
+
+logger = logging.getLogger(__name__)
 
 
 class ImageRecord(NamedTuple):
@@ -46,13 +59,17 @@ def list_images(
     """
     if not root.is_dir():
         raise ValueError(f"`dataset_root` should be a folder, but is {str(root)!r}. {LAYOUTS}.")
+    unread: Counter[str] = Counter()
     given = [part for part in ("train", "test") if (root / part).is_dir()]
     if len(given) == 2:
         train_names, test_names = (list_class_folders(root / part) for part in given)
         class_names = select_classes(root, train_names, test_names, classes)
-        train, test = (list(chain(*images_by_class(root / part, class_names))) for part in given)
+        train, test = (
+            list(chain(*images_by_class(root / part, class_names, unread=unread))) for part in given
+        )
+        warn_of_unread(root, unread)
         return train, test, class_names
-    if given and next((root / given[0]).glob("*/"), None) is not None:
+    if given and subfolders(root / given[0]):
         missing = "test" if given == ["train"] else "train"
         raise ValueError(
             f"`dataset_root` {str(root)!r} has a folder {given[0]!r} with classes but none named "
@@ -60,23 +77,23 @@ def list_images(
         )
     names = list_class_folders(root)
     class_names = select_classes(root, names, names, classes)
-    train, test = draw_test_split(
-        images_by_class(root, class_names), class_names, test_fraction, seed
-    )
+    images = images_by_class(root, class_names, unread=unread)
+    warn_of_unread(root, unread)
+    train, test = draw_test_split(images, class_names, test_fraction, seed)
     return train, test, class_names
 
 
 def list_class_folders(folder: Path, layouts: str = LAYOUTS) -> list[str]:
-    """Returns the names of the subfolders, sorted.
+    """Returns the names of the subfolders, sorted, without hidden ones and those of systems.
 
     :param folder: where to look.
     :param layouts: the accepted layouts, for the error.
     :raises ValueError: if there are no subfolders.
     """
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError:
-        raise ValueError(f"{str(folder)!r} holds no class folders. {layouts}.") from None
+    names = subfolders(folder)
+    if not names:
+        raise ValueError(f"{str(folder)!r} holds no class folders. {layouts}.")
+    return names
 
 
 def select_classes(
@@ -120,19 +137,29 @@ def select_classes(
 
 
 def images_by_class(
-    folder: Path, class_names: list[str], layouts: str = LAYOUTS
+    folder: Path,
+    class_names: list[str],
+    layouts: str = LAYOUTS,
+    unread: Counter[str] | None = None,
 ) -> list[list[ImageRecord]]:
     """Returns the images of each class, sorted by path, in the same order on every file system.
+
+    Hidden files and folders, and those that systems leave, are skipped at every depth.
 
     :param folder: holds one subfolder per class.
     :param class_names: the subfolders to read; the position of a name is its label.
     :param layouts: the accepted layouts, for the error.
+    :param unread: counts image files of formats that are not read, by suffix.
     :raises ValueError: if a class has no images, or has them in subfolders only.
     """
-    label_of = {name: label for label, name in enumerate(class_names)}
     images: list[list[ImageRecord]] = [[] for _ in class_names]
-    for path, label in make_dataset(folder, label_of, IMG_EXTENSIONS, allow_empty=True):
-        images[label].append(ImageRecord(path, label))
+    for label, name in enumerate(class_names):
+        for path in files_within(folder / name):
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix in IMG_EXTENSIONS:
+                images[label].append(ImageRecord(path, label))
+            elif suffix in UNREAD_FORMATS and unread is not None:
+                unread[suffix] += 1
     empty = [name for name, found in zip(class_names, images, strict=True) if not found]
     if empty:
         raise ValueError(
@@ -147,6 +174,22 @@ def images_by_class(
                 f"{found[0].path!r}. {layouts}."
             )
     return images
+
+
+def warn_of_unread(root: Path, unread: Counter[str]) -> None:
+    """Logs one line about image files of formats that are not read.
+
+    :param root: the folder.
+    :param unread: their number, by suffix.
+    """
+    if unread:
+        logger.warning(
+            "%s: left out %d images of formats that are not read: %s; convert them to one of %s",
+            root,
+            unread.total(),
+            ", ".join(f"{n} {suffix}" for suffix, n in sorted(unread.items())),
+            ", ".join(IMG_EXTENSIONS),
+        )
 
 
 def draw_test_split(

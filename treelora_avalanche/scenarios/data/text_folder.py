@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 
 from treelora_avalanche.choices import check_known
+from treelora_avalanche.scenarios.data.names import entries
 from treelora_avalanche.scenarios.data.text_records import SUFFIXES, Records, read_records
+
+PARTS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+"""Names of files that are usually parts of one task."""
 
 
 def ordered_tasks(names: Sequence[str], order: Sequence[int] | None) -> list[str]:
@@ -52,7 +56,8 @@ def read_tasks(
     :param test_fraction: share of a task's records that is drawn for testing if it has one file.
     :param seed: seed of that draw.
     :raises FileNotFoundError: if the folder or a file is missing.
-    :raises ValueError: if there are no such tasks, or files do not hold such records.
+    :raises ValueError: if there are no such tasks, if two files could be the same task, or if
+        files do not hold such records.
     """
     root = Path(folder).expanduser()
     found = dict(_task_files(root))
@@ -76,18 +81,48 @@ def _task_files(root: Path) -> Iterator[tuple[str, list[Path]]]:
         raise FileNotFoundError(
             f"`folder` should be a folder of tasks, but {str(root)!r} is not a folder."
         )
-    for path in sorted(root.iterdir()):
+    _check_root(root)
+    for path in entries(root):
         if path.is_file() and path.suffix in SUFFIXES:
             yield path.stem, [path]
         elif path.is_dir():
-            parts = {
-                part: next(
-                    (path / f"{part}{s}" for s in SUFFIXES if (path / f"{part}{s}").is_file()), None
-                )
-                for part in ("train", "test")
-            }
+            parts = {part: _one_file(path, part) for part in ("train", "test")}
             if any(parts.values()):
                 yield path.name, [f or path / f"{part}.json" for part, f in parts.items()]
+
+
+def _check_root(root: Path) -> None:
+    """Raises an error if files could be several tasks, or parts of one."""
+    files = {path.name: path for path in entries(root) if path.suffix in SUFFIXES}
+    names = [path.stem for path in files.values()]
+    parts = [name for name in names if name in PARTS]
+    if "train" in parts and len(set(parts)) > 1:
+        raise ValueError(
+            f"`folder` {str(root)!r} holds {', '.join(files)} itself, which would become tasks "
+            f"called {', '.join(dict.fromkeys(parts))}. If they are the parts of one task, move "
+            "them to a subfolder with the name of the task; the records for testing are read from "
+            "test.json or test.jsonl."
+        )
+    for path in files.values():
+        twins = [name for name in files if name != path.name and Path(name).stem == path.stem]
+        if (root / path.stem).is_dir():
+            twins.append(f"{path.stem}/")
+        if twins:
+            raise ValueError(
+                f"`folder` {str(root)!r} holds {path.name} and {', '.join(twins)}, which would "
+                f"both be the task {path.stem!r}. Rename or remove one."
+            )
+
+
+def _one_file(folder: Path, part: str) -> Path | None:
+    """Returns the file of one part of a task."""
+    found = [folder / f"{part}{s}" for s in SUFFIXES if (folder / f"{part}{s}").is_file()]
+    if len(found) > 1:
+        raise ValueError(
+            f"{str(folder)!r} holds {' and '.join(f.name for f in found)}, of which only one can "
+            f"be the records for {part}ing. Remove the other."
+        )
+    return found[0] if found else None
 
 
 def _read_parts(files: list[Path], test_fraction: float, seed: int) -> tuple[Records, Records]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,14 +55,8 @@ def read_json(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; put the task's file there, or leave it out.")
-    text = file.read_text(encoding="utf-8")
-    try:
-        if file.suffix == ".jsonl":
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid {file.suffix[1:].upper()} ({error}).") from error
+    text = read_utf8(file)
+    found = _json_lines(file, text) if file.suffix == ".jsonl" else _json(file, text)
     if not isinstance(found, list) or not found:
         raise ValueError(f"{file} should hold a list of records, but holds none.")
     for number, record in enumerate(found):
@@ -70,6 +65,54 @@ def read_json(file: Path) -> list[dict[str, Any]]:
                 f"record {number} of {file} should be an object such as {{'prompt': ..., "
                 f"'answer': ...}}, but is a {type(record).__name__}."
             )
+    return found
+
+
+def read_utf8(file: Path) -> str:
+    """Returns the text of a UTF-8 file, with or without a byte-order mark.
+
+    :param file: the file.
+    :raises ValueError: if it has another encoding; the error names the file and the position.
+    """
+    content = file.read_bytes()
+    n_mark = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+    try:
+        text = content[n_mark:].decode("utf-8")
+        # UTF-16 of plain letters is valid UTF-8 with zeros, which no text file holds.
+        position = content.find(b"\0")
+    except UnicodeDecodeError as error:
+        position = n_mark + error.start
+    if position >= 0:
+        line = content.count(b"\n", 0, position) + 1
+        raise ValueError(
+            f"{file} should be encoded in UTF-8, but byte {position} (0x{content[position]:02x}, "
+            f"in line {line}) is not. Save the file as UTF-8."
+        )
+    return text
+
+
+def _json(file: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = (
+            " If it holds one record per line, name it .jsonl." if error.msg == "Extra data" else ""
+        )
+        raise ValueError(f"{file} is not valid JSON ({error}).{lines}") from error
+
+
+def _json_lines(file: Path, text: str) -> list[Any]:
+    """Returns the value of each line; only a line feed ends one, as strings may hold U+2028."""
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip(" \t\r"):
+            continue
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{file} is not valid JSONL (line {number}, column {error.colno}: {error.msg})."
+            ) from error
     return found
 
 
@@ -96,6 +139,13 @@ def text_of(record: Mapping[str, Any], key: str, file: Path, number: int) -> str
             f"{key!r} of record {number} of {file} is empty, so that there is nothing to learn; "
             "complete the record or remove it."
         )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key!r} of record {number} of {file} should be a text, but holds half of a character "
+            "(a lone surrogate, such as \\ud83d). Complete or remove it."
+        ) from error
     return text
 
 
