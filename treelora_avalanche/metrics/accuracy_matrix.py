@@ -12,6 +12,7 @@ from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricResult
 from torch import Tensor
 
+from treelora_avalanche.experiences import classes_of
 from treelora_avalanche.metrics.score_matrix import (
     NumberOfMatrix,
     ScoreMatrix,
@@ -86,10 +87,7 @@ class AccuracyMatrix(ScoreMatrix):
     def before_eval_exp(self, strategy: SupervisedTemplate) -> None:
         self._start_count()
         if self.within_task:
-            experience: Any = strategy.experience
-            self._classes = torch.tensor(
-                sorted(experience.classes_in_this_experience), device=strategy.device
-            )
+            self._classes = torch.tensor(classes_of(strategy.experience), device=strategy.device)
 
     def after_eval_iteration(self, strategy: SupervisedTemplate) -> None:
         super().after_eval_iteration(strategy)
