@@ -25,6 +25,7 @@ from avalanche.benchmarks import (
     with_task_labels,
 )
 from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
+from avalanche.benchmarks.utils import _make_taskaware_classification_dataset as task_aware
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from torch import Tensor
