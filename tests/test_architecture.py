@@ -25,6 +25,7 @@ CHAIN = (
     "state",
     "bandit",
     "tree",
+    "experiences",
     "processes",
     "provenance",
     "defaults",

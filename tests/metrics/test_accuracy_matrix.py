@@ -145,10 +145,10 @@ def test_matrix_is_brute_force_and_agrees_with_avalanche(benchmark):
             assert stream_metric(results, "OverallPerformance" + suffix) == pytest.approx(
                 overall_performance(expected[within])
             )
-            assert stream_metric(results, "BackwardTransfer" + suffix) == pytest.approx(
-                backward_transfer(expected[within])
-            )
-        ours = stream_metric(results, "BackwardTransfer")
+            assert stream_metric(
+                results, "BackwardTransfer_PositiveIsForgetting" + suffix
+            ) == pytest.approx(backward_transfer(expected[within]))
+        ours = stream_metric(results, "BackwardTransfer_PositiveIsForgetting")
         theirs = stream_metric(results, "StreamForgetting")
         assert ours == pytest.approx((n - 1) / n * theirs)
         assert ours == pytest.approx(-(n - 1) / n * stream_metric(results, "StreamBWT"))
@@ -250,7 +250,11 @@ def test_avalanche_loggers_show_them_unchanged(benchmark, tmp_path, capsys):
     for logger in loggers[1:]:
         getattr(logger, "close", lambda: None)()
     printed = capsys.readouterr().out
-    for name in ("OverallPerformance", "OverallPerformance_WithinTask", "BackwardTransfer"):
+    for name in (
+        "OverallPerformance",
+        "OverallPerformance_WithinTask",
+        "BackwardTransfer_PositiveIsForgetting",
+    ):
         assert f"{name}/eval_phase/test_stream = " in printed
     assert list((tmp_path / "tensorboard").glob("events.*"))
     rows = list(csv.DictReader((tmp_path / "training_results.csv").open()))

@@ -171,13 +171,18 @@ def test_matrix_op_and_bwt_by_hand(streams, wrap, strategy_class):
             sum(expected[-1][:n]) / n
         )
         drops = [expected[i][i] - expected[-1][i] for i in range(n)]
-        assert on_stream(results, "BackwardTransfer_Generation") == pytest.approx(sum(drops) / n)
+        assert on_stream(
+            results, "BackwardTransfer_PositiveIsForgetting_Generation"
+        ) == pytest.approx(sum(drops) / n)
         for i in range(n):
             assert on_experience(results, "GenerationScore", i) == pytest.approx(expected[-1][i])
-            assert on_experience(results, "BackwardTransfer_Generation", i) == pytest.approx(
-                drops[i]
-            )
-        assert f"BackwardTransfer_Generation/eval_phase/test_stream/Task000/Exp00{n}" not in results
+            assert on_experience(
+                results, "BackwardTransfer_PositiveIsForgetting_Generation", i
+            ) == pytest.approx(drops[i])
+        assert (
+            f"BackwardTransfer_PositiveIsForgetting_Generation/eval_phase/test_stream/Task000/Exp00{n}"
+            not in results
+        )
         # Once per experience, although three metrics ask.
         assert model.calls == [(4, 1, 5), (1, 8, 5), (1, 9, 5)]
 
@@ -220,7 +225,7 @@ def test_each_metric_works_alone_and_next_to_accuracy(streams):
     results = strategy.eval(test)
     assert performance.result() == pytest.approx((0.25 + 1.0) / 2)
     assert transfer.result() == 0.0  # 0.25 before and after
-    assert on_stream(results, "BackwardTransfer_Generation") == 0.0
+    assert on_stream(results, "BackwardTransfer_PositiveIsForgetting_Generation") == 0.0
 
 
 def test_batch_size_can_differ_from_the_strategys(streams):
@@ -281,7 +286,10 @@ def test_resume_continues_the_matrix(streams, tmp_path):
     load_strategy(second, tmp_path / "state")
     results = run(second, 3)
     assert torch.equal(resumed[0].matrix(), whole[0].matrix())
-    for name in ("OverallPerformance_Generation", "BackwardTransfer_Generation"):
+    for name in (
+        "OverallPerformance_Generation",
+        "BackwardTransfer_PositiveIsForgetting_Generation",
+    ):
         assert on_stream(results, name) == on_stream(expected, name)
 
 

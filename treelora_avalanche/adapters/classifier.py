@@ -8,6 +8,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from treelora_avalanche.adapters.trainable_view import TrainableView
+from treelora_avalanche.experiences import classes_of
 
 
 def classifier_name(model: nn.Module) -> str | None:
@@ -71,7 +72,7 @@ def check_classes(model: nn.Module, experience: Any) -> None:
     classifier = find_classifier(model)
     if classifier is None:
         return
-    largest = max(experience.classes_in_this_experience, default=-1)
+    largest = max(classes_of(experience), default=-1)
     if largest >= classifier.out_features:
         raise ValueError(
             f"the model's classifier should have an output for class {largest} of experience "

@@ -12,7 +12,9 @@ from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricResult
 from torch import Tensor
 
+from treelora_avalanche.experiences import classes_of
 from treelora_avalanche.metrics.score_matrix import (
+    SIGN,
     NumberOfMatrix,
     ScoreMatrix,
     backward_transfer,
@@ -86,10 +88,7 @@ class AccuracyMatrix(ScoreMatrix):
     def before_eval_exp(self, strategy: SupervisedTemplate) -> None:
         self._start_count()
         if self.within_task:
-            experience: Any = strategy.experience
-            self._classes = torch.tensor(
-                sorted(experience.classes_in_this_experience), device=strategy.device
-            )
+            self._classes = torch.tensor(classes_of(strategy.experience), device=strategy.device)
 
     def after_eval_iteration(self, strategy: SupervisedTemplate) -> None:
         super().after_eval_iteration(strategy)
@@ -141,7 +140,8 @@ class OverallPerformance(_NumberOfAccuracies):
 class BackwardTransfer(_NumberOfAccuracies):
     """Bwt_n = (1/n) sum_(i<=n) (f_i(w_i) - f_i(w_n)) of the TreeLoRA paper.
 
-    **Positive is forgetting, lower is better**: the opposite sign of Avalanche's `StreamBWT`.
+    **Positive is forgetting, lower is better**: the opposite sign of Avalanche's `StreamBWT`, where
+    negative is forgetting. Hence its name in logs, `BackwardTransfer_PositiveIsForgetting`.
     Bwt_n = (n-1)/n StreamForgetting = -(n-1)/n StreamBWT. It needs an evaluation of all seen
     experiences after every experience, and emits nothing if one is missing. See
     :func:`backward_transfer`; for the argument see :class:`AccuracyMatrix`.
@@ -151,7 +151,7 @@ class BackwardTransfer(_NumberOfAccuracies):
         evaluator = EvaluationPlugin(BackwardTransfer(), loggers=[InteractiveLogger()])
     """
 
-    _name = "BackwardTransfer"
+    _name = "BackwardTransfer" + SIGN
 
     def _number(self, matrix: Tensor) -> float:
         return backward_transfer(matrix)

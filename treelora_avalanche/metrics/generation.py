@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.metrics.score_matrix import (
+    SIGN,
     NumberOfMatrix,
     ScoreMatrix,
     backward_transfer,
@@ -304,7 +305,7 @@ class GenerationBackwardTransfer(NumberOfMatrix, GenerationScore):
         return [MetricValue(self, name, drop, strategy.clock.train_iterations)]
 
     def __str__(self) -> str:
-        return "BackwardTransfer_Generation"
+        return f"BackwardTransfer{SIGN}_Generation"
 
 
 def generation_metrics(*, batch_size: int | None = None) -> list[PluginMetric]:

@@ -27,6 +27,9 @@ from treelora_avalanche.state import check_keys
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate
 
+SIGN = "_PositiveIsForgetting"
+"""Part of the name of Bwt in logs, where Avalanche's ``StreamBWT`` has the opposite sign."""
+
 MatrixLike = Tensor | Sequence[Sequence[float]]
 
 

@@ -9,6 +9,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters.classifier import check_classes
+from treelora_avalanche.experiences import classes_of
 
 
 class WithinTaskLoss(nn.Module):
@@ -51,7 +52,7 @@ class WithinTaskLossPlugin(SupervisedPlugin, supports_distributed=True):  # type
         check_classes(strategy.model, strategy.experience)
         if not isinstance(strategy._criterion, WithinTaskLoss):
             strategy._criterion = WithinTaskLoss(strategy._criterion)
-        classes = sorted(strategy.experience.classes_in_this_experience)
+        classes = classes_of(strategy.experience)
         strategy._criterion.current = torch.tensor(classes, device=strategy.device)
 
     def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:

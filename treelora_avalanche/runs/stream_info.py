@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from treelora_avalanche.experiences import classes_of
 from treelora_avalanche.models.tokens import PADDING
 
 
@@ -27,7 +28,7 @@ def describe(benchmark: Any) -> dict[str, Any]:
         }
     return {
         **samples,
-        "classes": [sorted(e.classes_in_this_experience) for e in benchmark.train_stream],
+        "classes": [classes_of(e) for e in benchmark.train_stream],
         # Avalanche's own benchmarks do not name their classes.
         "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
         "domain_names": getattr(benchmark, "domain_names", None),

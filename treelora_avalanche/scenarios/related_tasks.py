@@ -20,6 +20,7 @@ from avalanche.benchmarks import (
 from torch import Tensor
 
 from treelora_avalanche.choices import check_known
+from treelora_avalanche.experiences import classes_of
 from treelora_avalanche.models.digits import load_digits
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.scenarios.data.text_benchmark import text_benchmark
@@ -256,7 +257,7 @@ def _name(benchmark: Any, i: int) -> str:
     """Returns the name of the domain if there are domains, else the classes."""
     if hasattr(benchmark, "domain_names"):
         return str(benchmark.domain_names[i])
-    return ", ".join(map(str, sorted(benchmark.train_stream[i].classes_in_this_experience)))
+    return ", ".join(map(str, classes_of(benchmark.train_stream[i])))
 
 
 def _divided(dataset: Any, times: int, generator: torch.Generator) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from treelora_avalanche.adapters import PastAdapters, SubspaceMemory, lora_layers
 from treelora_avalanche.adapters.trainable_view import evaluating
+from treelora_avalanche.experiences import stream_length
 from treelora_avalanche.plugins.baselines.past_adapters import PastAdaptersPlugin
 from treelora_avalanche.plugins.training.experience_batches import experience_batches
 from treelora_avalanche.state import check_keys, check_same_settings
@@ -105,8 +106,8 @@ class InfLoRAPlugin(PastAdaptersPlugin):
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Adds the experience's inputs to the subspace of the past."""
-        stream = strategy.experience.origin_stream
-        done = 0.0 if stream is None else min(1.0, self.n_tasks / len(stream))
+        length = stream_length(strategy.experience)
+        done = 0.0 if length is None else min(1.0, self.n_tasks / length)
         threshold = self.threshold + (1 - self.threshold) * done
         for memory, covariance in zip(self.memories, self._covariances(strategy), strict=True):
             memory.add(covariance, threshold)

@@ -13,7 +13,10 @@ from weakref import WeakKeyDictionary
 
 import psutil
 import torch
-from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
+from avalanche.benchmarks.utils import (
+    _make_taskaware_classification_dataset,
+    as_classification_dataset,
+)
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -119,7 +122,8 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
         """Replaces the images of the experience by cached activations."""
         self._drop_training_entry()
         dataset = strategy.experience.dataset
-        if dataset not in self._kept:
+        # A plain AvalancheDataset cannot be hashed, and is not cached.
+        if type(dataset).__hash__ is not None and dataset not in self._kept:
             self._in_training = weakref.ref(dataset)
         self._replace(strategy, training=True, num_workers=kwargs.get("num_workers", 0))
 
@@ -150,6 +154,9 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
     def _replace(self, strategy: Any, training: bool, num_workers: int) -> None:
         view, dataset = strategy.model, strategy.experience.dataset
         if self.memory is None or len(dataset) == 0:
+            return
+        if type(dataset).__hash__ is None:
+            self._log_once("the dataset has no `targets` (as_classification_dataset adds them)")
             return
         if not isinstance(view, SplitView):
             self._log_once("the model cannot be split at a block")
@@ -210,11 +217,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
         for numbers, (x, *_) in zip(batches, loader, strict=True):
             part = view.frozen_output(x.to(strategy.device, non_blocking=True))
             hidden[numbers] = part.to(hidden)
-        targets, task_labels = list(dataset.targets), list(dataset.targets_task_labels)
-        as_dataset = _make_taskaware_classification_dataset(
-            HiddenStates(hidden, targets), targets=targets, task_labels=task_labels
-        )
-        return as_dataset, hidden
+        return _like_images(dataset, hidden), hidden
 
     def _of_texts(
         self, strategy: Any, num_workers: int, processes: Processes | None
@@ -309,6 +312,16 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
         if reason not in self._logged:
             logger.info("the output of the frozen blocks is not cached: %s", reason)
             self._logged.add(reason)
+
+
+def _like_images(dataset: Any, hidden: Tensor) -> Any:
+    """Returns a dataset of hidden states with the attributes of that of images."""
+    rows = HiddenStates(hidden, list(dataset.targets))
+    if not hasattr(dataset, "targets_task_labels"):
+        return as_classification_dataset(rows)
+    return _make_taskaware_classification_dataset(
+        rows, targets=rows.targets, task_labels=list(dataset.targets_task_labels)
+    )
 
 
 def _part(n: int, processes: Processes | None) -> list[int]:

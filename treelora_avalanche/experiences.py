@@ -1,0 +1,67 @@
+"""Reads the experiences of any Avalanche benchmark: their classes and tasks.
+
+Avalanche's generators attach different attributes to an experience: only some know its classes, and
+the parts of an online stream know the experience that they were cut from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+from weakref import WeakKeyDictionary
+
+_read: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+"""Classes of experiences whose samples had to be read, by experience."""
+
+
+def classes_of(experience: Any) -> list[int]:
+    """Returns the classes of an experience, in ascending order.
+
+    They are its ``classes_in_this_experience``, or else the targets of its dataset, or else those
+    of its samples, which are read once. A part of an online stream has the classes of the
+    experience that it was cut from: which of them a part holds is chance.
+
+    >>> classes_of(benchmark_from_datasets(train=[dataset]).train_stream[0])
+    [0, 1]
+
+    :param experience: an experience of any benchmark with a dataset of images or texts and classes.
+    """
+    origin = origin_of(experience)
+    if origin is not None and origin is not experience:
+        return classes_of(origin)
+    known = getattr(experience, "classes_in_this_experience", None)
+    if known is not None:
+        return sorted(known)
+    dataset = experience.dataset
+    targets = getattr(dataset, "targets", None)
+    if targets is not None:
+        # Avalanche keeps the distinct ones.
+        return sorted({int(target) for target in getattr(targets, "uniques", targets)})
+    if experience not in _read:
+        _read[experience] = sorted({int(sample[1]) for sample in dataset.eval()})
+    return _read[experience]
+
+
+def origin_of(experience: Any) -> Any | None:
+    """Returns the experience that a part of an online stream was cut from.
+
+    :param experience: an experience of any stream.
+    :return: the experience itself where it is no part; None for a part of several experiences
+        (``split_continuous_linear_decay_stream``).
+    """
+    return getattr(experience, "origin_experience", experience)
+
+
+def stream_length(experience: Any) -> int | None:
+    """Returns the number of tasks in the stream of an experience; of a part, in that of its origin.
+
+    :param experience: an experience of any stream.
+    :return: None where it is unknown: outside a stream, and in one that is generated on the way.
+    """
+    origin = origin_of(experience)
+    # The public `origin_stream` raises an AssertionError where there is none.
+    stream = getattr(experience if origin is None else origin, "_origin_stream", None)
+    for found in (stream, getattr(stream, "exps_iter", None)):
+        if isinstance(found, Sized):
+            return len(found)
+    return None
