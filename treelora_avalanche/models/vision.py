@@ -384,3 +384,13 @@ def image_preprocessing(model: nn.Module) -> ImagePreprocessing:
     if size is not None:  # timm's table has only the size of the pretraining
         config["input_size"] = (config["input_size"][0], *size)
     return ImagePreprocessing(**config)
+
+
+def as_preprocessing(given: ImagePreprocessing | nn.Module | None) -> ImagePreprocessing:
+    """Returns a preprocessing, that of a model where a model is given.
+
+    :param given: a preprocessing; a timm model; None for timm's defaults for ImageNet.
+    """
+    if isinstance(given, nn.Module):
+        return image_preprocessing(given)
+    return given or ImagePreprocessing()

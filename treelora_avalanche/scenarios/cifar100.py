@@ -12,12 +12,12 @@ import numpy as np
 from avalanche.benchmarks import NCScenario
 from avalanche.benchmarks.datasets import default_dataset_location
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.models.vision import ImagePreprocessing, as_preprocessing
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 from treelora_avalanche.scenarios.data.folders import select_classes
 from treelora_avalanche.scenarios.data.images import (
@@ -33,7 +33,7 @@ def SplitCIFAR100(
     *,
     dataset_root: str | Path | None = None,
     download: bool = True,
-    preprocessing: ImagePreprocessing | None = None,
+    preprocessing: ImagePreprocessing | nn.Module | None = None,
     train_transform: Callable[[Tensor], Any] | None = None,
     eval_transform: Callable[[Tensor], Any] | None = None,
     classes: Sequence[str] | None = None,
@@ -52,15 +52,14 @@ def SplitCIFAR100(
     Example::
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=100)
-        benchmark = SplitCIFAR100(10, preprocessing=image_preprocessing(model), seed=0)
+        benchmark = SplitCIFAR100(10, preprocessing=model, seed=0)
 
     :param n_experiences: number of experiences; a divisor of the number of classes.
     :param dataset_root: the folder that contains ``cifar-100-python``, or into which it is
         downloaded; by default Avalanche's folder for data sets.
     :param download: whether to download missing or damaged files (169 MB).
-    :param preprocessing: resizing and normalisation of the images; pass
-        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
-        ImageNet at 224 pixels.
+    :param preprocessing: resizing and normalisation of the images: pass the timm model, or its
+        ``image_preprocessing(model)``. By default timm's for ImageNet at 224 pixels.
     :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
@@ -79,7 +78,7 @@ def SplitCIFAR100(
     :raises ValueError: if a class is unknown, or ``n_experiences`` does not divide the classes.
     """
     root = Path(dataset_root or default_dataset_location("cifar100")).expanduser()
-    preprocessing = preprocessing or ImagePreprocessing()
+    preprocessing = as_preprocessing(preprocessing)
     train, test = _readers(root, download)
     class_names = select_classes(root, train.classes, train.classes, classes)
 
@@ -97,7 +96,7 @@ def SplitCIFAR100(
         [labels[part.targets[row]] for row in rows]
         for part, rows in zip((train, test), chosen, strict=True)
     )
-    return split_by_class(
+    benchmark = split_by_class(
         _ResizedPixels(source, 0, train_labels, preprocessing, kept),
         _ResizedPixels(source, len(train_labels), test_labels, preprocessing, kept),
         class_names,
@@ -109,6 +108,8 @@ def SplitCIFAR100(
         train_transform=train_transform or preprocessing.normalize,
         eval_transform=eval_transform or preprocessing.normalize,
     )
+    benchmark.preprocessing = preprocessing if eval_transform is None else None
+    return benchmark
 
 
 def _files(root: Path) -> list[tuple[Path, str]]:

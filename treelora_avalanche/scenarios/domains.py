@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks import GenericCLScenario, dataset_benchmark
-from torch import Tensor
+from torch import Tensor, nn
 
 from treelora_avalanche.choices import did_you_mean
-from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.models.vision import ImagePreprocessing, as_preprocessing
 from treelora_avalanche.scenarios.data.folders import (
     ImageRecord,
     draw_test_split,
@@ -36,7 +36,7 @@ def DomainImageFolder(
     dataset_root: str | Path,
     *,
     domains: Sequence[str] | None = None,
-    preprocessing: ImagePreprocessing | None = None,
+    preprocessing: ImagePreprocessing | nn.Module | None = None,
     train_transform: Callable[[Tensor], Any] | None = None,
     eval_transform: Callable[[Tensor], Any] | None = None,
     classes: Sequence[str] | None = None,
@@ -59,15 +59,14 @@ def DomainImageFolder(
 
         model = timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=7)
         benchmark = DomainImageFolder(
-            "pacs", domains=["photo", "sketch"], preprocessing=image_preprocessing(model)
+            "pacs", domains=["photo", "sketch"], preprocessing=model
         )
 
     :param dataset_root: the folder.
     :param domains: names of the domain folders to use, in order of arrival; overrides the drawn
         order. By default all.
-    :param preprocessing: resizing and normalisation of the images; pass
-        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
-        ImageNet at 224 pixels.
+    :param preprocessing: resizing and normalisation of the images: pass the timm model, or its
+        ``image_preprocessing(model)``. By default timm's for ImageNet at 224 pixels.
     :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
@@ -89,7 +88,7 @@ def DomainImageFolder(
     :raises OSError: if an image cannot be read (on access if the images are not cached).
     """
     root = Path(dataset_root).expanduser()
-    preprocessing = preprocessing or ImagePreprocessing()
+    preprocessing = as_preprocessing(preprocessing)
     parts = _parts(root)
     names = _choose_domains(root, parts, domains)
     if domains is None and shuffle:
@@ -125,6 +124,7 @@ def DomainImageFolder(
         eval_transform=eval_transform or preprocessing.normalize,
     )
     benchmark.domain_names = names
+    benchmark.preprocessing = preprocessing if eval_transform is None else None
     benchmark.class_names = class_names
     benchmark.n_classes = len(class_names)
     return benchmark

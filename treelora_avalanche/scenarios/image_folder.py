@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from avalanche.benchmarks import NCScenario
-from torch import Tensor
+from torch import Tensor, nn
 
-from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.models.vision import ImagePreprocessing, as_preprocessing
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 from treelora_avalanche.scenarios.data.folders import list_images
 from treelora_avalanche.scenarios.data.images import image_datasets
@@ -20,7 +20,7 @@ def SplitImageFolder(
     dataset_root: str | Path,
     n_experiences: int = 10,
     *,
-    preprocessing: ImagePreprocessing | None = None,
+    preprocessing: ImagePreprocessing | nn.Module | None = None,
     train_transform: Callable[[Tensor], Any] | None = None,
     eval_transform: Callable[[Tensor], Any] | None = None,
     classes: Sequence[str] | None = None,
@@ -42,14 +42,13 @@ def SplitImageFolder(
 
         model = timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=12)
         benchmark = SplitImageFolder(
-            "pets", n_experiences=4, preprocessing=image_preprocessing(model), seed=0
+            "pets", n_experiences=4, preprocessing=model, seed=0
         )
 
     :param dataset_root: the folder.
     :param n_experiences: number of experiences; a divisor of the number of classes.
-    :param preprocessing: resizing and normalisation of the images; pass
-        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
-        ImageNet at 224 pixels.
+    :param preprocessing: resizing and normalisation of the images: pass the timm model, or its
+        ``image_preprocessing(model)``. By default timm's for ImageNet at 224 pixels.
     :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
@@ -70,12 +69,12 @@ def SplitImageFolder(
     :raises OSError: if an image cannot be read (on access if the images are not cached).
     """
     root = Path(dataset_root).expanduser()
-    preprocessing = preprocessing or ImagePreprocessing()
+    preprocessing = as_preprocessing(preprocessing)
     train, test, class_names = list_images(root, classes, test_fraction, seed)
     if not allow_overlap:
         check_overlap(root, train, test)
     train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
-    return split_by_class(
+    benchmark = split_by_class(
         train_set,
         test_set,
         class_names,
@@ -87,3 +86,5 @@ def SplitImageFolder(
         train_transform=train_transform or preprocessing.normalize,
         eval_transform=eval_transform or preprocessing.normalize,
     )
+    benchmark.preprocessing = preprocessing if eval_transform is None else None
+    return benchmark

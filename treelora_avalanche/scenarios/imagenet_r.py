@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from avalanche.benchmarks import NCScenario
-from torch import Tensor
+from torch import Tensor, nn
 
-from treelora_avalanche.models.vision import ImagePreprocessing
+from treelora_avalanche.models.vision import ImagePreprocessing, as_preprocessing
 from treelora_avalanche.scenarios.data.archives import IMAGENET_R, published_folder
 from treelora_avalanche.scenarios.data.class_incremental import split_by_class
 from treelora_avalanche.scenarios.data.folders import list_class_folders, list_images
@@ -52,7 +52,7 @@ def SplitImageNetR(
     *,
     dataset_root: str | Path,
     download: bool = False,
-    preprocessing: ImagePreprocessing | None = None,
+    preprocessing: ImagePreprocessing | nn.Module | None = None,
     train_transform: Callable[[Tensor], Any] | None = None,
     eval_transform: Callable[[Tensor], Any] | None = None,
     classes: Sequence[str] | None = None,
@@ -78,15 +78,14 @@ def SplitImageNetR(
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=200)
         benchmark = SplitImageNetR(
-            10, dataset_root="data", preprocessing=image_preprocessing(model), seed=0
+            10, dataset_root="data", preprocessing=model, seed=0
         )
 
     :param n_experiences: number of experiences; a divisor of the number of classes.
     :param dataset_root: the folder that contains ``imagenet-r``, or that folder itself.
     :param download: whether to download and unpack a missing archive (2.2 GB).
-    :param preprocessing: resizing and normalisation of the images; pass
-        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
-        ImageNet at 224 pixels.
+    :param preprocessing: resizing and normalisation of the images: pass the timm model, or its
+        ``image_preprocessing(model)``. By default timm's for ImageNet at 224 pixels.
     :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.
@@ -108,7 +107,7 @@ def SplitImageNetR(
         cannot be read (on access if the images are not cached).
     """
     root = published_folder(IMAGENET_R, dataset_root, download, _is_imagenet_r)
-    preprocessing = preprocessing or ImagePreprocessing()
+    preprocessing = as_preprocessing(preprocessing)
     if classes is None:
         _check_classes(root)
     train, test, class_names = list_images(root, classes, test_fraction, seed)
@@ -119,7 +118,7 @@ def SplitImageNetR(
             "use in `classes=`: their images are not counted."
         )
     train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
-    return split_by_class(
+    benchmark = split_by_class(
         train_set,
         test_set,
         class_names,
@@ -131,6 +130,8 @@ def SplitImageNetR(
         train_transform=train_transform or preprocessing.normalize,
         eval_transform=eval_transform or preprocessing.normalize,
     )
+    benchmark.preprocessing = preprocessing if eval_transform is None else None
+    return benchmark
 
 
 def _parts(root: Path) -> list[Path]:

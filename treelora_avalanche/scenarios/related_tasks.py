@@ -17,7 +17,7 @@ from avalanche.benchmarks import (
     NCScenario,
     dataset_benchmark,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.experiences import classes_of
@@ -105,7 +105,7 @@ def GroupedImageFolder(
     groups: Mapping[str, Sequence[str]],
     classes_per_task: int = 4,
     *,
-    preprocessing: ImagePreprocessing | None = None,
+    preprocessing: ImagePreprocessing | nn.Module | None = None,
     train_transform: Callable[[Tensor], Any] | None = None,
     eval_transform: Callable[[Tensor], Any] | None = None,
     seed: int | None = None,
@@ -126,9 +126,8 @@ def GroupedImageFolder(
     :param dataset_root: the folder.
     :param groups: the class folders of each group, such as :data:`CALTECH101_GROUPS`.
     :param classes_per_task: classes in each task; a divisor of the size of every group.
-    :param preprocessing: resizing and normalisation of the images; pass
-        ``image_preprocessing(model)`` of :mod:`treelora_avalanche.models`. By default timm's for
-        ImageNet at 224 pixels.
+    :param preprocessing: resizing and normalisation of the images: pass the timm model, or its
+        ``image_preprocessing(model)``. By default timm's for ImageNet at 224 pixels.
     :param train_transform: applied to the resized uint8 image ``(3, height, width)`` of the train
         stream; by default ``preprocessing.normalize``. For augmentation, compose it with that.
     :param eval_transform: the same for the test stream.

@@ -59,7 +59,7 @@ class TreeLoRAStrategy(SeqLoRA):
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=100)
         strategy = TreeLoRAStrategy(model, head="task_adaptive", lr=0.005, train_epochs=20)
-        for experience in SplitCIFAR100().train_stream:
+        for experience in SplitCIFAR100(preprocessing=model).train_stream:
             strategy.train(experience)
         print(strategy.tree)
 

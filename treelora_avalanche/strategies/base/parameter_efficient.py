@@ -27,6 +27,7 @@ from treelora_avalanche.plugins import (
 from treelora_avalanche.strategies.base.accumulation import GradientAccumulation, check_accumulation
 from treelora_avalanche.strategies.base.arguments import NamedArguments, TemplateOptions
 from treelora_avalanche.strategies.base.defaults import LANGUAGE, VISION, OptimizerFactory, Training
+from treelora_avalanche.strategies.base.preprocessing import warn_of_other_preprocessing
 from treelora_avalanche.strategies.base.summary import StrategySummary
 from treelora_avalanche.strategies.base.token_batches import TokenBatches
 
@@ -148,6 +149,8 @@ class ParameterEfficientStrategy(
                 " has no samples. Leave it out of the stream."
             )
         check_classes(self.model, experience)
+        if self.clock.train_exp_counter == 0:
+            warn_of_other_preprocessing(self.model, experience)
         super()._before_training_exp(**kwargs)
 
     def _before_eval_exp(self, **kwargs: Any) -> None:
