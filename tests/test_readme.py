@@ -239,7 +239,8 @@ def small(monkeypatch, tiny_benchmark, tiny_texts, tiny_vit, make_tokenizer):
     monkeypatch.setattr(timm, "create_model", model)
     package = "treelora_avalanche"
     monkeypatch.setattr(
-        f"{package}.scenarios.SplitCIFAR100", lambda n_experiences, dataset_root: tiny_benchmark
+        f"{package}.scenarios.SplitCIFAR100",
+        lambda n_experiences, *, dataset_root, preprocessing: tiny_benchmark,
     )
     monkeypatch.setattr(
         f"{package}.scenarios.SplitDigits", lambda n_experiences, *, seed: tiny_benchmark
