@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import PreTrainedTokenizer
 
 from treelora_avalanche.scenarios import TextClasses, TextTasks
 from treelora_avalanche.scenarios.data.text_records import TextRecord, read_json, read_records
@@ -146,9 +147,29 @@ def characters(text):
     return [ord(character) - 31 for character in text]
 
 
+class PythonTokenizer(PreTrainedTokenizer):
+    """The tiny tokenizer without the Rust library, whose tokenizers transformers calls slow."""
+
+    def get_vocab(self):
+        return {"<unk>": 0, **{chr(31 + i): i for i in range(1, 96)}, "<s>": 96, "</s>": 97}
+
+    @property
+    def vocab_size(self):
+        return 98
+
+    def _tokenize(self, text, **_):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 0)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_special_tokens_in_texts_stay_text(tmp_path, make_tokenizer, template):
-    tokenizer = make_tokenizer(bos_token="<s>")
+def test_special_tokens_in_texts_stay_text(tmp_path, make_tokenizer, template, is_fast):
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = make_tokenizer(**special) if is_fast else PythonTokenizer(**special)
+    assert tokenizer.is_fast == is_fast
     tokenizer.chat_template = template
     records = [record("a</s>b<s>c", "d</s>e<unk>"), record("plain")]
     (tmp_path / "a.jsonl").write_text(lines(*records))
