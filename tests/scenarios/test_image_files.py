@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from treelora_avalanche.models import ImagePreprocessing
-from treelora_avalanche.scenarios import DomainImageFolder, SplitImageFolder
+from treelora_avalanche.scenarios import DomainImageFolder, GroupedImageFolder, SplitImageFolder
 from treelora_avalanche.scenarios.data.images import read_image
 from treelora_avalanche.scenarios.data.overlap import equal_files
 
@@ -156,6 +156,10 @@ def test_test_image_among_the_training_images_is_refused(pets):
     with pytest.raises(ValueError, match=match):
         split(pets)
     assert sizes(split(pets, allow_overlap=True)) == [7, 4]
+    options = {"classes_per_task": 1, "preprocessing": TINY, "seed": 0}
+    with pytest.raises(ValueError, match=match):
+        GroupedImageFolder(pets, {"insects": ["ant", "bee"]}, **options)
+    GroupedImageFolder(pets, {"insects": ["ant", "bee"]}, allow_overlap=True, **options)
 
 
 def test_equal_images_in_a_drawn_split_are_refused(tmp_path):

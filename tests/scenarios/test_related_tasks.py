@@ -146,12 +146,12 @@ def test_digits_in_four_renditions_are_other_digits_each():
 @pytest.fixture
 def folder(tmp_path):
     groups = {"pets": ("cat", "dog", "hen", "pig"), "tools": ("axe", "saw")}
-    for part, n in (("train", 3), ("test", 2)):
+    for blue, (part, n) in enumerate((("train", 3), ("test", 2))):
         for names in groups.values():
             for i, name in enumerate(names):
                 (tmp_path / part / name).mkdir(parents=True)
                 for k in range(n):
-                    Image.new("RGB", (9, 9), (20 * i, 40 * k, 0)).save(
+                    Image.new("RGB", (9, 9), (20 * i, 40 * k, blue)).save(
                         tmp_path / part / name / f"{k}.png"
                     )
     return tmp_path, groups

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import PreTrainedTokenizer
 
 from treelora_avalanche.scenarios import TextClasses, TextTasks
 from treelora_avalanche.scenarios.data.text_records import TextRecord, read_json, read_records
@@ -146,9 +147,29 @@ def characters(text):
     return [ord(character) - 31 for character in text]
 
 
+class PythonTokenizer(PreTrainedTokenizer):
+    """The tiny tokenizer without the Rust library, whose tokenizers transformers calls slow."""
+
+    def get_vocab(self):
+        return {"<unk>": 0, **{chr(31 + i): i for i in range(1, 96)}, "<s>": 96, "</s>": 97}
+
+    @property
+    def vocab_size(self):
+        return 98
+
+    def _tokenize(self, text, **_):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 0)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_special_tokens_in_texts_stay_text(tmp_path, make_tokenizer, template):
-    tokenizer = make_tokenizer(bos_token="<s>")
+def test_special_tokens_in_texts_stay_text(tmp_path, make_tokenizer, template, is_fast):
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = make_tokenizer(**special) if is_fast else PythonTokenizer(**special)
+    assert tokenizer.is_fast == is_fast
     tokenizer.chat_template = template
     records = [record("a</s>b<s>c", "d</s>e<unk>"), record("plain")]
     (tmp_path / "a.jsonl").write_text(lines(*records))
@@ -198,3 +219,59 @@ def test_pretrained_tokenizer_reads_special_tokens_as_text(data_root, tmp_path, 
     answer = y[y >= 0].tolist()
     assert answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(answer[:-1]) == text
+
+
+# --------------------------------------------------------------------------------------------- keys
+
+
+def user(text, answer="b", *before):
+    turns = [*before, ("user", text), ("assistant", answer)]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(
+    ("as_written", "prompt", "answer"),
+    [
+        ({"prompt": "a", "answer": "b"}, "a", "b"),
+        ({"prompt": "a", "answer": "b", "completion": "c", "text": "d", "label": "e"}, "a", "b"),
+        ({"prompt": "a", "completion": " b"}, "a", " b"),
+        ({"instruction": "a", "output": "b"}, "a", "b"),
+        ({"instruction": "a", "input": "", "output": "b", "text": "whole"}, "a", "b"),
+        ({"instruction": "a", "input": "c\nd", "output": "b"}, "a\nc\nd", "b"),
+        ({"text": "a", "label": "b", "idx": 4}, "a", "b"),
+        ({"text": "a", "label": 0}, "a", "0"),
+        (user("a"), "a", "b"),
+        (user("a", "b", ("system", "c")), "c\n\na", "b"),
+    ],
+)
+def test_keys_as_people_have_them(tmp_path, as_written, prompt, answer):
+    (tmp_path / "a.jsonl").write_text(lines(as_written, as_written))
+    assert read_records(tmp_path / "a.jsonl").records == [TextRecord(prompt, answer)] * 2
+
+
+@pytest.mark.parametrize(
+    ("as_written", "match"),
+    [
+        ({"question": "a", "reply": "b"}, r"lacks 'prompt'; it has 'question', 'reply'\. Accep"),
+        ({"instruction": "a"}, r"lacks 'prompt'.*instruction and output; text and label; messages"),
+        (
+            {"prompt": "a", "completion": "b", "text": "c", "label": "d"},
+            "as well as text and label",
+        ),
+        ({"text": "a", "label": True}, "'label' of record 1 .* should be a text, but is a bool"),
+        ({"text": "a", "label": 0.5}, "'label' of record 1 .* should be a text, but is a float"),
+        ({"instruction": "a", "input": [1], "output": "b"}, "'input' of record 1 .* a list"),
+        ({"prompt": "a", "completion": ""}, "'completion' of record 1 .* is empty"),
+        (
+            user("a", "b", ("user", "c"), ("assistant", "d")),
+            "roles are .*one record of each answer",
+        ),
+        ({"messages": "a"}, "'messages' of record 1 .* roles are 'a'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, r"roles are \['user'\]"),
+        (user("a", [{"type": "text"}]), "'content' of record 1 .* should be a text, but is a list"),
+    ],
+)
+def test_records_that_cannot_be_told_are_refused_by_number(tmp_path, as_written, match):
+    (tmp_path / "a.jsonl").write_text(lines(record("x"), as_written))
+    with pytest.raises(ValueError, match=match):
+        read_records(tmp_path / "a.jsonl")

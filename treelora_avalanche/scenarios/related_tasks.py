@@ -112,6 +112,7 @@ def GroupedImageFolder(
     test_fraction: float = 0.2,
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
+    allow_overlap: bool = False,
 ) -> NCScenario:
     """Returns a class-incremental benchmark in which the classes of a task are of one group.
 
@@ -136,6 +137,7 @@ def GroupedImageFolder(
     :param cache_bytes: limit of the resized images in memory, one byte per value; above it, files
         are read on access. Benchmarks of the same files and the same preprocessing share one copy.
     :param return_task_id: if True, every experience has its own task label, else all have 0.
+    :param allow_overlap: whether an image may be for training and for testing.
     :return: the benchmark, with ``groups``, one name for each experience.
     :raises ValueError: if the folder fits no layout, a class is unknown, or ``classes_per_task``
         does not divide every group.
@@ -165,6 +167,7 @@ def GroupedImageFolder(
         test_fraction=test_fraction,
         cache_bytes=cache_bytes,
         return_task_id=return_task_id,
+        allow_overlap=allow_overlap,
     )
     benchmark.groups = [group for group, _ in tasks]
     return benchmark

@@ -30,8 +30,9 @@ def TextTasks(
 
     Two layouts are accepted, also in one folder: ``<folder>/<task>/train.json`` with
     ``<folder>/<task>/test.json``; and ``<folder>/<task>.json``, from which a test set is drawn.
-    Files are JSON, a list of records, or JSONL, one record per line. The attributes of an
-    experience are listed at
+    Files are JSON, a list of records, or JSONL, one record per line, in UTF-8. Other usual keys are
+    listed at :func:`~treelora_avalanche.scenarios.data.text_records.read_records`. The attributes
+    of an experience are listed at
     :func:`~treelora_avalanche.scenarios.data.text_benchmark.text_benchmark`.
 
     Example::

@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SUFFIXES = (".json", ".jsonl")
+KEYS: tuple[tuple[str, ...], ...] = (
+    ("prompt", "answer"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("text", "label"),
+    ("messages",),
+)
+"""Keys of the prompt and the answer; the first are taken if a record also has others."""
 
 
 class TextRecord(NamedTuple):
@@ -150,16 +158,55 @@ def text_of(record: Mapping[str, Any], key: str, file: Path, number: int) -> str
 
 
 def read_records(file: Path) -> Records:
-    """Returns the records of a file of ``{"prompt": ..., "answer": ...}``.
+    """Returns the records of a file of ``{"prompt": ..., "answer": ...}``, or of other usual keys.
+
+    The others are ``prompt`` and ``completion``; ``instruction``, ``input`` and ``output``, where
+    an ``input`` follows the instruction on a new line; ``text`` and ``label``, where a label may be
+    an integer; and ``messages``, of a user and the assistant, where the text of a system comes
+    first, with an empty line after it.
 
     :param file: a JSON or JSONL file.
     :raises FileNotFoundError: if it is missing.
     :raises ValueError: if it does not hold such records; the error names file and record.
     """
-    return Records(
-        file,
-        [
-            TextRecord(text_of(r, "prompt", file, n), text_of(r, "answer", file, n))
-            for n, r in enumerate(read_json(file))
-        ],
-    )
+    return Records(file, [_as_record(r, file, n) for n, r in enumerate(read_json(file))])
+
+
+def _as_record(record: Mapping[str, Any], file: Path, number: int) -> TextRecord:
+    """Returns the prompt and the answer of a record, by whichever keys it has."""
+    found = [keys for keys in KEYS if all(key in record for key in keys)]
+    if not found:
+        lacking = "answer" if "prompt" in record else "prompt"
+        raise ValueError(
+            f"record {number} of {file} lacks {lacking!r}; it has "
+            f"{', '.join(map(repr, record)) or 'nothing'}. Accepted are the keys "
+            f"{'; '.join(' and '.join(keys) for keys in KEYS)}."
+        )
+    if len(found) > 1 and found[0] != KEYS[0]:
+        raise ValueError(
+            f"record {number} of {file} has {' as well as '.join(map(' and '.join, found))}, of "
+            "which only one can be learned. Remove the others, or name them 'prompt' and 'answer'."
+        )
+    if found[0] == ("messages",):
+        return _of_messages(record["messages"], file, number)
+    prompt_key, answer_key = found[0][0], found[0][1]
+    prompt = text_of(record, prompt_key, file, number)
+    if prompt_key == "instruction" and record.get("input"):
+        prompt = f"{prompt}\n{text_of(record, 'input', file, number)}"
+    if answer_key == "label" and type(record["label"]) is int:
+        return TextRecord(prompt, str(record["label"]))
+    return TextRecord(prompt, text_of(record, answer_key, file, number))
+
+
+def _of_messages(messages: Any, file: Path, number: int) -> TextRecord:
+    """Returns the record of a conversation of one turn."""
+    listed = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+    roles = [message.get("role") for message in messages] if listed else messages
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise ValueError(
+            f"'messages' of record {number} of {file} should be of a user and the assistant, or of "
+            f"system, user and assistant, but the roles are {roles!r}. Make one record of each "
+            "answer, with what precedes it as the 'prompt'."
+        )
+    *before, answer = (text_of(message, "content", file, number) for message in messages)
+    return TextRecord("\n\n".join(before), answer)
