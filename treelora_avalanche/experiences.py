@@ -26,9 +26,8 @@ def classes_of(experience: Any) -> list[int]:
 
     :param experience: an experience of any benchmark with a dataset of images or texts and classes.
     """
-    origin = origin_of(experience)
-    if origin is not None and origin is not experience:
-        return classes_of(origin)
+    if is_part(experience):
+        return classes_of(origin_of(experience))
     known = getattr(experience, "classes_in_this_experience", None)
     if known is not None:
         return sorted(known)
@@ -49,7 +48,40 @@ def origin_of(experience: Any) -> Any | None:
     :return: the experience itself where it is no part; None for a part of several experiences
         (``split_continuous_linear_decay_stream``).
     """
-    return getattr(experience, "origin_experience", experience)
+    try:
+        return getattr(experience, "origin_experience", experience)
+    except ValueError:  # Avalanche hides it in `experience.train()`
+        return experience
+
+
+def is_part(experience: Any) -> bool:
+    """Returns whether an experience was cut from a single other one, as in an online stream.
+
+    :param experience: an experience of any stream.
+    """
+    origin = origin_of(experience)
+    return origin is not None and origin is not experience
+
+
+def n_parts(experience: Any) -> int:
+    """Returns the number of parts of the task that an experience belongs to; 1 if unknown.
+
+    :param experience: an experience of any stream.
+    """
+    return (is_part(experience) and experience.sub_stream_length) or 1
+
+
+def task_number(experience: Any) -> int | None:
+    """Returns the number of the task in its stream, which the parts of a task share.
+
+    :param experience: an experience of any stream.
+    :return: None for a part of several tasks, or where the task has no number.
+    """
+    origin = origin_of(experience)
+    try:
+        return None if origin is None else int(origin.current_experience)
+    except AssertionError:  # Avalanche's, outside a stream
+        return None
 
 
 def stream_length(experience: Any) -> int | None:

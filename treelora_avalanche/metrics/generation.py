@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from treelora_avalanche.choices import check_known
+from treelora_avalanche.experiences import task_number
 from treelora_avalanche.metrics.score_matrix import (
     SIGN,
     NumberOfMatrix,
@@ -294,10 +295,10 @@ class GenerationBackwardTransfer(NumberOfMatrix, GenerationScore):
         return backward_transfer(matrix)
 
     def _emit_experience(self, strategy: SupervisedTemplate, score: float) -> MetricResult:
-        experience: Any = strategy.experience
-        if experience.current_experience not in self.trained:
+        task = task_number(strategy.experience)
+        if task not in self.trained:
             return None
-        k = self.trained.index(experience.current_experience)
+        k = self.trained.index(task)
         drop = self.matrix()[k, k].item() - score
         if math.isnan(drop):  # not evaluated after its own training
             return None

@@ -22,6 +22,7 @@ from avalanche.evaluation.metric_results import MetricResult, MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name, stream_type
 from torch import Tensor
 
+from treelora_avalanche.experiences import task_number
 from treelora_avalanche.state import check_keys
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ class ScoreMatrix(PluginMetric[Tensor]):
     def __init__(self) -> None:
         super().__init__()
         self.trained: list[int] = []
-        """ Ids of the trained experiences, in order of their first training. """
+        """ Ids of the trained experiences, in order of their first training. The parts of a task in
+        an online stream have the id of that task; parts of several tasks have ids below 0. """
         self.untrained: dict[str, dict[int, float]] = {}
         """ Score by stream and experience id before any training, if evaluated. """
         self._rows: dict[str, dict[int, dict[int, float]]] = {}  # stream -> row -> id -> score
@@ -191,9 +193,11 @@ class ScoreMatrix(PluginMetric[Tensor]):
         self._last_stream = state["last_stream"]
 
     def before_training_exp(self, strategy: SupervisedTemplate) -> None:
-        experience: Any = strategy.experience
-        if experience.current_experience not in self.trained:
-            self.trained.append(experience.current_experience)
+        number = task_number(strategy.experience)
+        if number is None:  # a part of several tasks, which is none of those evaluated
+            number = -1 - len(self.trained)
+        if number not in self.trained:
+            self.trained.append(number)
 
     def before_eval(self, strategy: SupervisedTemplate) -> None:
         self._last_stream = None
@@ -206,13 +210,14 @@ class ScoreMatrix(PluginMetric[Tensor]):
         :return: the values that the metric emits for an experience.
         """
         experience: Any = strategy.experience
+        task = task_number(experience)
         stream = stream_type(experience)
         self._last_stream = stream
         if self.trained:
             row = self._rows.setdefault(stream, {}).setdefault(len(self.trained) - 1, {})
         else:
             row = self.untrained.setdefault(stream, {})
-        row[experience.current_experience] = score
+        row[experience.current_experience if task is None else task] = score
         return self._emit_experience(strategy, score)
 
     def _emit_experience(self, strategy: SupervisedTemplate, score: float) -> MetricResult:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from treelora_avalanche.adapters import LoRAFactors, SignatureSketch
 from treelora_avalanche.bandit import LCBSearch
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.experiences import n_parts
+from treelora_avalanche.plugins.task_parts import TaskParts
+from treelora_avalanche.state import check_keys, clone_state
 from treelora_avalanche.tree import AdapterTree
 
 
@@ -24,7 +26,8 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
     """Base class of the selectors: keeps the running signature and the picks.
 
     A subclass implements ``_start_search``, ``_select`` and, to learn from the signature,
-    ``_observe``. Example::
+    ``_observe``. In an online stream a search lasts for all parts of a task; to continue it in
+    another process, a subclass implements ``_search_state`` and ``_load_search``. Example::
 
         class FirstSelectorPlugin(SelectorPlugin):
             def _start_search(self, strategy):
@@ -41,6 +44,9 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         self.tree = tree
         self.picks: Tensor | None = None
         """Index of the picked adapter of every layer, ``(n_layers,)``; None in the first task."""
+        self._parts = TaskParts()
+        self._kept: dict[str, Any] | None = None
+        """Start and search of a task that was saved between two of its parts."""
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Records where the adapter starts, and moves the stored signatures to the device."""
@@ -49,9 +55,15 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
             self._factors = LoRAFactors(strategy.model)
             device = self._factors.stack.device
             self._sketch = SignatureSketch(self._factors.shapes, device=device)
-            self._start = self._sketch(self._factors.stack)
             self._signatures = self.tree.signatures.to(device)  # (n_adapters, n_layers, size)
-            self._start_search(strategy)
+            if not self._parts.continues(strategy.experience):
+                self._start = self._sketch(self._factors.stack)
+                self._start_search(strategy)
+            elif self._kept is not None:
+                self._start = self._kept["start"].to(device)
+                self._start_search(strategy)
+                self._load_search(self._kept["search"])
+        self._kept = None
 
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Picks an adapter for every layer."""
@@ -63,9 +75,21 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         if self.picks is not None:
             self._observe(self._sketch.direction(self._factors.stack, self._start))
 
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Records the task, to recognise its further parts."""
+        self._parts.finish(strategy.experience)
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns the last picks and the seed. The search itself ends with its experience."""
-        return {"seed": getattr(self, "seed", None), "picks": self.picks}
+        """Returns the last picks and the seed; after a part of a task, its search too."""
+        kept = self._kept
+        if kept is None and self._parts.task is not None and self.picks is not None:
+            kept = {"start": self._start, "search": self._search_state()}
+        return {
+            "seed": getattr(self, "seed", None),
+            "picks": self.picks,
+            "task": self._parts.task,
+            "kept": kept,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the last picks; the seed must be the same.
@@ -74,7 +98,7 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
         :raises ValueError: if the seed differs; the selector is then unchanged.
         """
         where = f"the state of {type(self).__name__}"
-        check_keys(state, {"seed", "picks"}, where)
+        check_keys(state, {"seed", "picks", "task", "kept"}, where)
         seed = getattr(self, "seed", None)
         if state["seed"] != seed:
             raise ValueError(
@@ -82,6 +106,7 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
                 f"is {seed}. Build it with seed={state['seed']} to continue."
             )
         self.picks = None if state["picks"] is None else state["picks"].clone()
+        self._parts.task, self._kept = state["task"], clone_state(state["kept"])
 
     def _start_search(self, strategy: Any) -> None:
         raise NotImplementedError
@@ -92,13 +117,19 @@ class SelectorPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
     def _observe(self, signature: Tensor) -> None:
         """Updates the selector with the running signature, ``(n_layers, size)``."""
 
+    def _search_state(self) -> dict[str, Any]:
+        """Returns the search as tensors and plain values."""
+        return {}
+
+    def _load_search(self, state: dict[str, Any]) -> None:
+        """Continues the search from a state."""
+
 
 class LCBSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Picks by lower confidence bound on the tree: one past task per layer and step (Eq. 2).
 
-    A new search starts with every experience; its horizon is the number of steps of that
-    experience. Works with any strategy whose model carries LoRA. Task labels are not used.
-    Example::
+    A new search starts with every task; its horizon is the number of steps of that task. Works with
+    any strategy whose model carries LoRA. Task labels are not used. Example::
 
         tree, bank = AdapterTree(), AdapterBank()
         selector = LCBSelectorPlugin(tree)
@@ -117,10 +148,11 @@ class LCBSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ign
 
     def _start_search(self, strategy: Any) -> None:
         n_layers = self._signatures.shape[1]
+        n_steps = strategy.train_epochs * len(strategy.dataloader)
         self.search = LCBSearch(
             self.tree.flatten(),
             n_layers,
-            horizon=strategy.train_epochs * len(strategy.dataloader),
+            horizon=n_steps * n_parts(strategy.experience),
             seed=self.seed + strategy.clock.train_exp_counter,
             device=self._signatures.device,
         )
@@ -132,6 +164,12 @@ class LCBSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ign
     def _observe(self, signature: Tensor) -> None:
         picked = self._signatures[self.picks, self._layers]  # (n_layers, size)
         self.search.update((signature - picked).abs().sum(-1))
+
+    def _search_state(self) -> dict[str, Any]:
+        return self.search.state_dict()
+
+    def _load_search(self, state: dict[str, Any]) -> None:
+        self.search.load_state_dict(state)
 
 
 class NearestSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -153,6 +191,12 @@ class NearestSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type:
 
     def _observe(self, signature: Tensor) -> None:
         self._nearest = (self._signatures - signature).abs().sum(-1).argmin(0)
+
+    def _search_state(self) -> dict[str, Any]:
+        return {"nearest": self._nearest}
+
+    def _load_search(self, state: dict[str, Any]) -> None:
+        self._nearest = state["nearest"].to(self._nearest)
 
 
 class RandomSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -178,3 +222,9 @@ class RandomSelectorPlugin(SelectorPlugin, supports_distributed=True):  # type: 
         return torch.randint(
             n_adapters, (n_layers,), generator=self._generator, device=self._signatures.device
         )
+
+    def _search_state(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state()}
+
+    def _load_search(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"].cpu())

@@ -17,6 +17,8 @@ from treelora_avalanche.models.features.gaussians import (
     train_head,
 )
 from treelora_avalanche.models.views.router import RoutedView, Router
+from treelora_avalanche.plugins.task_parts import TaskParts
+from treelora_avalanche.state import check_keys
 from treelora_avalanche.tree import AdapterTree
 
 
@@ -26,7 +28,8 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     The router classifies features of the frozen backbone, which never drift, by the classes of each
     task (task-identity inference, HiDe); all texts of a task count as one class. It is trained like
     the head, on pseudo-features; no image is stored. Costs one pass through the frozen backbone per
-    experience, and stores per class what ``kind`` defines. Task labels are not used. Example::
+    experience, and stores per class what ``kind`` defines. With a ``tree``, the parts of a task in
+    an online stream are one task. Task labels are not used. Example::
 
         view = RoutedAdapters(model, bank)
         strategy = Naive(view, plugins=[TaskAdaptersPlugin(bank), RouterPlugin()])
@@ -49,6 +52,18 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self.seed = seed
         self.kind: StatisticsKind = Gaussians() if kind is None else kind
         self.statistics: list[Any] = []
+        self._parts = TaskParts()
+        self._continues = False
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Routes to the tasks before, if this is a further part of a task in the tree.
+
+        The tree holds only those while the part is trained.
+        """
+        self._continues = self.tree is not None and self._parts.continues(strategy.experience)
+        if self._continues:
+            task = self.statistics[-1].task
+            self._fit(strategy.model, [s for s in self.statistics if s.task < task])
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Adds the statistics of the task's frozen features, and refits the router."""
@@ -64,9 +79,11 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             [y if y.ndim == 1 else y.new_zeros(len(y)) for _, y in batches]
         ).to(features.device)
         self.statistics = move_statistics(self.statistics, features.device)
-        task = self.statistics[-1].task + 1 if self.statistics else 0
+        last = self.statistics[-1].task if self.statistics else -1
+        task = last if self._continues else last + 1
         self.statistics += self.kind.of(features, targets, task)
-        self._fit(view)
+        self._fit(view, self.statistics)
+        self._parts.finish(strategy.experience)
 
     def prepare_loaded(self, strategy: Any) -> None:
         """Fits the router of a strategy that has just been loaded.
@@ -74,13 +91,14 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         :param strategy: the strategy, all of whose plugins are loaded.
         """
         self.statistics = move_statistics(self.statistics, strategy.device)
-        strategy.model.router = None
-        if self.statistics:
-            self._fit(strategy.model)
+        self._fit(strategy.model, self.statistics)
 
-    def _fit(self, view: RoutedView) -> None:
+    def _fit(self, view: RoutedView, statistics: list[Any]) -> None:
         """Trains the router from zero, so that it depends on the statistics alone."""
-        clusters = [s._replace(label=i) for i, s in enumerate(self.statistics)]
+        if not statistics:
+            view.router = None
+            return
+        clusters = [s._replace(label=i) for i, s in enumerate(statistics)]
         source = self.kind.draws(clusters)
         device = source.labels.device
         # The usual initialisation would draw from the global generator.
@@ -96,7 +114,7 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             learning_rate=0.01,
             generator=generator,
         )
-        adapters = [s.task for s in self.statistics]
+        adapters = [s.task for s in statistics]
         if self.tree is not None:
             adapter_of_task = self.tree.adapter_of_task
             adapters = [adapter_of_task[task] for task in adapters]
@@ -106,11 +124,13 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the statistics of the classes so far, as tensors and plain values."""
-        return {"statistics": statistics_state(self.statistics)}
+        return {"statistics": statistics_state(self.statistics), "task": self._parts.task}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from the state of another plugin of this class.
 
         :param state: what :meth:`state_dict` returned.
         """
+        check_keys(state, {"statistics", "task"}, "the state of RouterPlugin")
         self.statistics = self.kind.load(state["statistics"])
+        self._parts.task = state["task"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.models.features.signature import activation_signature, stack_samples
+from treelora_avalanche.plugins.task_parts import TaskParts
 from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 from treelora_avalanche.tree import AdapterTree
 
@@ -28,7 +29,8 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     :class:`~treelora_avalanche.plugins.MergedAdapterPlugin` or a router. Where predictions use only
     the active adapter, starting from an older one discards what was learned since. The adapter
     moves before the first epoch: in ``before_training_exp`` other plugins still see the previous
-    one. Draws no global random numbers. Task labels are not used. Example::
+    one. Draws no global random numbers. In an online stream the task starts, and its signature is
+    computed, at its first part. Task labels are not used. Example::
 
         plugins = [TreeBuilderPlugin(tree, bank), TaskStartPlugin(tree, bank), RouterPlugin(tree)]
 
@@ -57,9 +59,14 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         """Signatures of the experiences so far, ``(n_layers, dim)`` each."""
         self.starts: list[int | None] = []
         """For each experience the one whose adapter it started from; None for the first."""
+        self._parts = TaskParts()
+        self._continues = False
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Computes the signature of the experience."""
+        """Computes the signature of the experience, unless it continues a task."""
+        self._continues = self._parts.continues(strategy.experience)
+        if self._continues:
+            return
         dataset = strategy.experience.dataset.eval()
         seed = self.seed + strategy.clock.train_exp_counter
         generator = torch.Generator().manual_seed(seed)
@@ -69,7 +76,7 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Copies the adapter of the nearest task, before the first epoch."""
-        if strategy.clock.train_exp_epochs > 0:
+        if strategy.clock.train_exp_epochs > 0 or self._continues:
             return
         nearest = self.nearest(self._signature) if self.signatures else None
         self.starts.append(nearest)
@@ -81,7 +88,9 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Stores the signature."""
-        self.signatures.append(self._signature)
+        if not self._continues:
+            self.signatures.append(self._signature)
+        self._parts.finish(strategy.experience)
 
     def nearest(self, signature: Tensor) -> int:
         """Returns the past experience with the nearest signature.
@@ -97,6 +106,7 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
             "starts": list(self.starts),
             "n_samples": self.n_samples,
             "seed": self.seed,
+            "task": self._parts.task,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,7 +115,8 @@ class TaskStartPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if its arguments differ.
         """
-        keys = {"signatures", "starts", "n_samples", "seed"}
+        keys = {"signatures", "starts", "n_samples", "seed", "task"}
         check_keys(state, keys, "the state of TaskStartPlugin")
         check_same_settings(state, {"n_samples": self.n_samples, "seed": self.seed})
         self.signatures, self.starts = list(state["signatures"]), list(state["starts"])
+        self._parts.task = state["task"]

@@ -88,6 +88,8 @@ class InfLoRAPlugin(PastAdaptersPlugin):
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Folds the last adapter, and fixes A for the new one."""
         super().before_training_exp(strategy, *args, **kwargs)
+        if self._continues:
+            return
         if not self.memories:
             self.memories = [SubspaceMemory(shape.n_in) for shape in self._factors.shapes]
         covariances = self._covariances(strategy)
@@ -106,12 +108,13 @@ class InfLoRAPlugin(PastAdaptersPlugin):
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Adds the experience's inputs to the subspace of the past."""
+        self.n_tasks += not self._continues
         length = stream_length(strategy.experience)
-        done = 0.0 if length is None else min(1.0, self.n_tasks / length)
+        done = 0.0 if length is None else min(1.0, (self.n_tasks - 1) / length)
         threshold = self.threshold + (1 - self.threshold) * done
         for memory, covariance in zip(self.memories, self._covariances(strategy), strict=True):
             memory.add(covariance, threshold)
-        self.n_tasks += 1
+        super().after_training_exp(strategy, *args, **kwargs)
 
     def _covariances(self, strategy: Any) -> list[Tensor]:
         tokens = not strategy.experience.dataset[0][0].is_floating_point()
@@ -136,12 +139,14 @@ class InfLoRAPlugin(PastAdaptersPlugin):
         :raises ValueError: if it does not fit; nothing has changed then.
         """
         check_keys(
-            state, {"past", "threshold", "n_tasks", "memories"}, "the state of InfLoRAPlugin"
+            state,
+            {"past", "task", "threshold", "n_tasks", "memories"},
+            "the state of InfLoRAPlugin",
         )
         check_same_settings(state, {"threshold": self.threshold})
         memories = []
         for kept in state["memories"]:
             memories.append(SubspaceMemory(kept["basis"].shape[-1]))
             memories[-1].load_state_dict(kept)
-        super().load_state_dict({"past": state["past"]})
+        super().load_state_dict({"past": state["past"], "task": state["task"]})
         self.n_tasks, self.memories = int(state["n_tasks"]), memories

@@ -75,6 +75,7 @@ class OLoRAPlugin(PastAdaptersPlugin):
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Deletes the stacked copies."""
+        super().after_training_exp(strategy, *args, **kwargs)
         self._layers = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,6 +88,6 @@ class OLoRAPlugin(PastAdaptersPlugin):
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if it does not fit; nothing has changed then.
         """
-        check_keys(state, {"past", "orthogonality"}, "the state of OLoRAPlugin")
+        check_keys(state, {"past", "task", "orthogonality"}, "the state of OLoRAPlugin")
         check_same_settings(state, {"orthogonality": self.orthogonality})
-        super().load_state_dict({"past": state["past"]})
+        super().load_state_dict({"past": state["past"], "task": state["task"]})

@@ -8,6 +8,7 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 
 from treelora_avalanche.adapters import LoRAFactors, PastAdapters
+from treelora_avalanche.plugins.task_parts import TaskParts
 from treelora_avalanche.state import check_keys, reset_optimizer_state
 
 
@@ -17,7 +18,8 @@ class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     The common part of O-LoRA and InfLoRA. An adapter with B ≠ 0 at the start of an experience
     counts as past, so a trained adapter that the user brings along is frozen too. It is folded only
     then: the adapter that is saved after an experience is that experience's own. The optimizer's
-    state of the old adapter is reset. Example::
+    state of the old adapter is reset. In an online stream the parts of a task share one adapter.
+    Example::
 
         past = PastAdapters(model)
         strategy = Naive(model, plugins=[PastAdaptersPlugin(past)])
@@ -31,17 +33,25 @@ class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     def __init__(self, past: PastAdapters):
         super().__init__()
         self.past = past
+        self._parts = TaskParts()
+        self._continues = False
+        """Whether the experience is a further part of a task."""
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Folds the adapter of the last experience."""
         self._factors = LoRAFactors(strategy.model)
-        if any(b.detach().any() for _, b in self._factors.parameters):
+        self._continues = self._parts.continues(strategy.experience)
+        if not self._continues and any(b.detach().any() for _, b in self._factors.parameters):
             self.past.fold()
             reset_optimizer_state(strategy.optimizer, chain.from_iterable(self._factors.parameters))
 
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Records the task, to recognise its further parts."""
+        self._parts.finish(strategy.experience)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the past adapters."""
-        return {"past": self.past.state_dict()}
+        return {"past": self.past.state_dict(), "task": self._parts.task}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the past adapters into the model.
@@ -49,5 +59,6 @@ class PastAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if they do not fit the model; it is then unchanged.
         """
-        check_keys(state, {"past"}, f"the state of {type(self).__name__}")
+        check_keys(state, {"past", "task"}, f"the state of {type(self).__name__}")
         self.past.load_state_dict(state["past"])
+        self._parts.task = state["task"]
