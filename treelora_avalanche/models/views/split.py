@@ -15,8 +15,8 @@ class SplitView(TrainableView):
     """Splits a model at the first trainable block: ``f(x) = trained part(frozen part(x))``.
 
     The output of the frozen blocks for a sample is the same in every epoch. It needs no gradient,
-    can be cached (:class:`~treelora_avalanche.plugins.PrefixCachePlugin`), and ``forward`` takes it
-    in place of the sample::
+    can be cached (:class:`~treelora_avalanche.plugins.ActivationCachePlugin`), and ``forward``
+    takes it in place of the sample::
 
         hidden = view.frozen_output(x)
         view(hidden)  # = view(x), up to rounding
