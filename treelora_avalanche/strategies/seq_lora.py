@@ -17,6 +17,7 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
+from treelora_avalanche.adapters.graph import check_trainable
 from treelora_avalanche.models.views.split_language import SplitLanguageModel, supports_split
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import ActivationCachePlugin
@@ -80,6 +81,7 @@ class SeqLoRA(ParameterEfficientStrategy):
         check_training(model, plugins=plugins, **kwargs)
         _check_returns_logits(model)
         activation_cache = ActivationCachePlugin(cache)
+        check_trainable(model)
         if not lora_layers(model):
             model = add_lora(
                 model, rank=rank, alpha=alpha, layers=layers, target_modules=target_modules
