@@ -12,12 +12,13 @@ import pytest
 import timm
 import torch
 from avalanche.benchmarks import nc_benchmark
+from avalanche.models import as_multitask
 from peft import LoraConfig, get_peft_model
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from support import identical, make, train, weights
+from support import identical, images_of, make, train, weights
 from treelora_avalanche.adapters import (
     add_lora,
     find_classifier,
@@ -27,8 +28,17 @@ from treelora_avalanche.adapters import (
 )
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.adapters.graph import trace
+from treelora_avalanche.models.views.split_vit import SplitViT
 from treelora_avalanche.state import random_state
-from treelora_avalanche.strategies import L2P, OGD, InfLoRA, OLoRA, SeqLoRA, TreeLoRAStrategy
+from treelora_avalanche.strategies import (
+    L2P,
+    OGD,
+    SAPT,
+    InfLoRA,
+    OLoRA,
+    SeqLoRA,
+    TreeLoRAStrategy,
+)
 
 LORA = [SeqLoRA, TreeLoRAStrategy, OLoRA, OGD, InfLoRA]
 N_CLASSES = 4
@@ -330,23 +340,61 @@ def test_trace_leaves_no_trace(tiny_vit, compiled):
     assert model.base_model.model.passes == 0
 
 
-@pytest.mark.parametrize("strategy_class", LORA)
+def run_both(monkeypatch, strategy_class, run):
+    """Results of a run with the check and without, and how often the check was called."""
+    checked, calls = run(), []
+    monkeypatch.setattr(strategy_class, "_check_gradients", lambda *_, **__: calls.append(1))
+    return checked, run(), len(calls)
+
+
+VARIANTS = [
+    *((kind, {}) for kind in LORA),
+    (SeqLoRA, {"accumulation_steps": 2, "cache": None}),
+    (TreeLoRAStrategy, {"head": "task_adaptive", "inference": "routed"}),
+]
+
+
+@pytest.mark.parametrize(("strategy_class", "options"), VARIANTS)
 def test_training_is_the_same_bit_for_bit_without_the_check(
-    tiny_vit, tiny_benchmark, strategy_class, monkeypatch
+    tiny_vit, tiny_benchmark, strategy_class, options, monkeypatch
 ):
     def run():
         torch.manual_seed(5)
         vit = tiny_vit()
         vit.pos_drop.p = vit.blocks[1].attn.proj_drop.p = 0.3
-        options = {"accumulation_steps": 2} if strategy_class is SeqLoRA else {}
         strategy = make(strategy_class, vit, layers="last:2", **options)
-        return weights(train(strategy, tiny_benchmark, 0, 1)), random_state()
+        train(strategy, tiny_benchmark, 0, 1)
+        with torch.no_grad():
+            logits = strategy.model.eval()(images_of(tiny_benchmark.test_stream))
+        return [weights(strategy), random_state(), logits]
 
-    checked = run()
-    calls = []
-    monkeypatch.setattr(strategy_class, "_check_gradients", lambda *_, **__: calls.append(1))
-    assert identical(list(checked), list(run()))
-    assert calls == [1]  # once a strategy
+    checked, unchecked, n_calls = run_both(monkeypatch, strategy_class, run)
+    assert identical(checked, unchecked)
+    assert n_calls == 1  # once a strategy
+
+
+@pytest.mark.parametrize("strategy_class", [SeqLoRA, TreeLoRAStrategy, SAPT])
+def test_training_on_text_is_the_same_bit_for_bit_without_the_check(
+    make_language_model, tiny_texts, strategy_class, monkeypatch
+):
+    def run():
+        strategy = make(strategy_class, make_language_model(), train_mb_size=4)
+        train(strategy, tiny_texts, 0, 1)
+        return [weights(strategy), random_state()]
+
+    checked, unchecked, n_calls = run_both(monkeypatch, strategy_class, run)
+    assert identical(checked, unchecked)
+    assert n_calls == 1
+
+
+@pytest.mark.parametrize("strategy_class", [SeqLoRA, SAPT])
+def test_merged_adapter_of_a_language_model_is_refused(
+    make_language_model, tiny_texts, strategy_class
+):
+    model = add_lora(make_language_model())
+    model.network.merge_adapter()
+    with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn.q_proj`.*unmerge_adapter"):
+        train(make(strategy_class, model, train_mb_size=4), tiny_texts, 0)
 
 
 def test_prompts_are_not_checked(tiny_vit, tiny_benchmark, monkeypatch):
@@ -434,6 +482,62 @@ def test_users_model_with_a_frozen_classifier_is_refused(tiny_vit, tiny_benchmar
     message = r"its logits come from `head` \(Linear\), which is frozen.*name 'head' in"
     with pytest.raises(ValueError, match=message):
         train(make(SeqLoRA, model), tiny_benchmark, 0)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, x):
+        return self.vit(x)
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, lambda vit: nn.Sequential(nn.Identity(), vit)])
+def test_head_of_a_wrapped_model_is_trained(tiny_vit, tiny_benchmark, wrap):
+    strategy = make(SeqLoRA, wrap(tiny_vit()), head="task_adaptive")
+    assert not isinstance(strategy.model, SplitViT)  # which would leave out the rest
+    before = weights(strategy)
+    assert sum("head" in name for name in before) == 2
+    train(strategy, tiny_benchmark, 0)
+    after = weights(strategy)
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_module_around_a_transformer_is_not_left_out(tiny_vit):
+    softened = nn.Sequential(tiny_vit(), nn.Softmax(-1))
+    images = torch.randn(2, 1, 8, 8)
+    expected = softened.eval()(images)
+    assert torch.equal(make(SeqLoRA, softened).model.eval()(images), expected)
+    with pytest.raises(ValueError, match="`inference` is 'routed'"):
+        make(TreeLoRAStrategy, nn.Sequential(tiny_vit()), inference="routed")
+
+
+def test_classifier_without_a_usual_name_is_refused_by_its_name(tiny_vit, tiny_benchmark):
+    model = nn.Sequential(tiny_vit(num_classes=0), nn.Linear(16, 6))
+    with pytest.raises(ValueError, match=r"come from `1` \(Linear\), which is frozen"):
+        train(make(SeqLoRA, model), tiny_benchmark, 0)
+
+
+def test_heads_by_task_label_are_refused(tiny_vit):
+    model = as_multitask(tiny_vit(), "head")
+    with pytest.raises(ValueError, match=r"one head for all tasks.*without `as_multitask`"):
+        make(SeqLoRA, model)
+    assert not lora_layers(model)
+
+
+def test_heads_of_a_list_are_all_trained():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "crossvit_tiny_240",
+        num_classes=N_CLASSES,
+        depth=([1, 1, 0],),
+        embed_dim=(16, 16),
+        num_heads=(2, 2),
+    )
+    strategy = build(model, 240, target_modules=("qkv",))
+    assert sum("head" in name for name in weights(strategy)) == 4
+    assert still_factors(strategy) == []
 
 
 def test_distilled_model_with_one_head_trained_is_refused():

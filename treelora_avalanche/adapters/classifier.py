@@ -35,15 +35,28 @@ def classifier_names(model: nn.Module) -> list[str]:
 
     :param model: a model, with or without LoRA; see :func:`classifier_name`.
     """
+    heads = _heads_of(model) or _usual_head(model)
+    if not heads:  # perhaps a wrapper around a model of timm
+        inner = (m for m in model.modules() if hasattr(type(m), "get_classifier"))
+        heads = _heads_of(next(inner, model))
+    chosen = {id(head) for head in heads}
+    return [name for name, module in model.named_modules() if id(module) in chosen]
+
+
+def _heads_of(model: nn.Module) -> list[nn.Module]:
+    """Returns the classifiers that ``get_classifier()`` of a model gives, if they have weights."""
     get_classifier: Any = getattr(model, "get_classifier", None)
     heads: Any = get_classifier() if callable(get_classifier) else None
-    heads = list(heads) if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
-    if not any(_has_parameters(head) for head in heads):
-        usual = [getattr(model, name, None) for name in _USUAL]
-        linear = [module for module in usual if isinstance(_active(module), nn.Linear)]
-        heads = (linear or [module for module in usual if _has_parameters(module)])[:1]
-    chosen = {id(head) for head in heads if _has_parameters(head)}
-    return [name for name, module in model.named_modules() if id(module) in chosen]
+    heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
+    return [head for head in heads if _has_parameters(head)]
+
+
+def _usual_head(model: nn.Module) -> list[nn.Module]:
+    """Returns the module with a usual name for a classifier; a linear one before others."""
+    named: list[Any] = [getattr(model, name, None) for name in _USUAL]
+    usual = [module for module in named if _has_parameters(module)]
+    linear = [module for module in usual if isinstance(_active(module), nn.Linear)]
+    return (linear or usual)[:1]
 
 
 def _has_parameters(module: object) -> bool:
