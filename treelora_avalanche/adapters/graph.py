@@ -27,12 +27,14 @@ class Trace(NamedTuple):
     :param still: names of those whose factor B got the gradient 0.
     :param last: name of the last module with parameters that ran, which produces the output.
     :param last_module: that module; None if there is none.
+    :param of_samples: whether the output is ``(batch, n_values)``, and not one of every token.
     """
 
     outside: dict[str, Any]
     still: list[str]
     last: str
     last_module: nn.Module | None
+    of_samples: bool
 
 
 def trace(model: nn.Module, x: Tensor) -> Trace:
@@ -49,7 +51,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     network = model.module if isinstance(model, TrainableView) else model
     with _untouched(network):
         with _last_module(network) as ran, torch.enable_grad():
-            total = _total(active_forward(model)(x))
+            output = active_forward(model)(x)
+            total = _total(output)
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call, unused-ignore]
         outside, still = {}, []
@@ -60,7 +63,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
             elif trained and not any(bool(p.grad.any()) for p in trained if p.grad is not None):
                 still.append(readable(name))
     name, module = ran[-1] if ran else ("", None)
-    return Trace(outside, still, readable(name), module)
+    of_samples = isinstance(output, Tensor) and output.ndim == 2
+    return Trace(outside, still, readable(name), module, of_samples)
 
 
 def check_trainable(model: nn.Module) -> None:

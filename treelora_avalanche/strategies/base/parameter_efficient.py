@@ -175,7 +175,7 @@ class ParameterEfficientStrategy(
         of_features = not isinstance(self._criterion, nn.CrossEntropyLoss) and not find_classifiers(
             self.model
         )
-        if find_host(self.model) is None and not of_features:
+        if traced.of_samples and not of_features:  # an output layer over a vocabulary stays frozen
             check_logits(traced, self.model)
 
     def _before_eval_exp(self, **kwargs: Any) -> None:
@@ -202,7 +202,7 @@ def _first_samples(
         x: torch.Tensor = collate(samples)[0]
     finally:
         set_random_state(before)
-    return x[:, :_TRACED_TOKENS] if x.ndim == 2 and not x.is_floating_point() else x
+    return x[:, :_TRACED_TOKENS] if hasattr(dataset, "lengths") else x  # token sequences
 
 
 def _sharded_first(
