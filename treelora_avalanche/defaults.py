@@ -43,7 +43,7 @@ class TrainingDefaults(NamedTuple):
     eval_mb_size: int
 
 
-VISION_LORA = LoRADefaults(10, 10, "first:5", (("qkv",),))
+VISION_LORA = LoRADefaults(10, 10, "first:5", (("qkv",), ("q_proj", "k_proj", "v_proj")))
 """timm's vision transformers; rank and scaling are HiDeLoRA's bottleneck."""
 
 LANGUAGE_LORA = LoRADefaults(

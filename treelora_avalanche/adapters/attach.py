@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from treelora_avalanche.adapters.classifier import classifier_name
+from treelora_avalanche.adapters.classifier import classifier_names
 from treelora_avalanche.choices import check_known, did_you_mean
 from treelora_avalanche.defaults import LANGUAGE_LORA, VISION_LORA, LoRADefaults
 
 LayerChoice = str | Sequence[int]
+
+PROJECTION_SWITCH = "qkv_bias_separate"
+"""Attribute of timm's attention modules (BEiT, EVA, Swin V2). False: they multiply with the weight
+of ``qkv`` and never call the layer, so that an adapter around it has no effect."""
 
 
 class AdapterHost(nn.Module):
@@ -107,10 +112,16 @@ def _target_kinds(
 
     families = defaults.target_modules
     kinds = next((kinds for kinds in families if all(map(known_kind, kinds))), families[0])
+    known = list(dict.fromkeys(name.split(".")[-1] for name in names))
+    if target_modules is None and not all(map(known_kind, kinds)):
+        raise ValueError(
+            f"`target_modules` should be given for this model, whose blocks have no layer "
+            f"{' or '.join('+'.join(kinds) for kinds in families)}, but is None. Choose among "
+            f"{', '.join(known)}."
+        )
     kinds = kinds if target_modules is None else tuple(target_modules)
     for kind in kinds:
         if not known_kind(kind):
-            known = dict.fromkeys(name.split(".")[-1] for name in names)
             check_known("every name in `target_modules`", kind, known)
     return kinds
 
@@ -146,8 +157,10 @@ def add_lora(
 ) -> nn.Module:
     """Freezes a pretrained model and attaches LoRA to some of its layers, with peft.
 
-    The classifier, if the model has one, is trained with the adapter and saved with it. Defaults
-    depend on the kind of model, see :data:`VISION_LORA` and :data:`LANGUAGE_LORA`::
+    The classifier, if the model has one, is trained with the adapter and saved with it, whatever
+    its layers. Attention modules of timm that can call their projection as a layer do so from here
+    on, see :func:`call_projections`. Defaults depend on the kind of model, see :data:`VISION_LORA`
+    and :data:`LANGUAGE_LORA`::
 
         model = add_lora(create_vit("vit_base_patch16_224", num_classes=100), rank=4)
 
@@ -167,22 +180,37 @@ def add_lora(
         raise ValueError(f"`alpha` should be positive, but is {alpha}.")
     names = find_adaptable_layers(model, layers, target_modules)
     network = _network(model)
-    classifier = classifier_name(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by r: any number does
         target_modules=names,
-        modules_to_save=[classifier] if classifier else None,
+        modules_to_save=classifier_names(model) or None,
         # GPT-2 stores its weights transposed, which peft does not detect.
         fan_in_fan_out=all(isinstance(network.get_submodule(name), Conv1D) for name in names),
         task_type=model.task_type if isinstance(model, AdapterHost) else None,
     )
+    call_projections(network, names)
     # peft's annotation is for models of transformers, but any module works.
     adapted = get_peft_model(network, config)  # type: ignore[arg-type, unused-ignore]
     if not isinstance(model, AdapterHost):
         return adapted
     model.network = adapted
     return model
+
+
+def call_projections(network: nn.Module, names: Iterable[str]) -> None:
+    """Lets timm's attention modules call adapted projections, by :data:`PROJECTION_SWITCH`.
+
+    The bias is then added to the layer's output; the outputs stay the same up to rounding. Modules
+    without the switch are left as they are.
+
+    :param network: the network that holds the layers.
+    :param names: names of the adapted layers.
+    """
+    for name in names:
+        attention: Any = network.get_submodule(name.rpartition(".")[0])
+        if hasattr(attention, PROJECTION_SWITCH):
+            attention.qkv_bias_separate = True
 
 
 def _network(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from treelora_avalanche.adapters.attach import lora_layers
+from treelora_avalanche.adapters.attach import call_projections, lora_layers
 from treelora_avalanche.adapters.past import past_factors
 
 
@@ -86,4 +86,6 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
             f"`folder` should hold an adapter, but {str(folder)!r} has no adapter_config.json. "
             "Pass one that save_adapter has written."
         )
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    call_projections(adapted, lora_layers(adapted))
+    return adapted

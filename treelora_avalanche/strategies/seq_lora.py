@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from avalanche.models import MultiTaskModule
 from avalanche.training.plugins import SupervisedPlugin
 from peft import PeftModel
 from torch import nn
@@ -17,6 +18,7 @@ from treelora_avalanche.adapters import (
     add_lora,
     lora_layers,
 )
+from treelora_avalanche.adapters.graph import check_trainable
 from treelora_avalanche.models.views.split_language import SplitLanguageModel, supports_split
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import ActivationCachePlugin
@@ -80,6 +82,7 @@ class SeqLoRA(ParameterEfficientStrategy):
         check_training(model, plugins=plugins, **kwargs)
         _check_returns_logits(model)
         activation_cache = ActivationCachePlugin(cache)
+        check_trainable(model)
         if not lora_layers(model):
             model = add_lora(
                 model, rank=rank, alpha=alpha, layers=layers, target_modules=target_modules
@@ -104,4 +107,10 @@ def _check_returns_logits(model: nn.Module) -> None:
             f"({type(inner).__name__}), which returns more. "
             "Wrap it as `treelora_avalanche.models.LanguageModel(model, tokenizer)`, or make it "
             "with `create_language_model` or `create_text_encoder`."
+        )
+    if any(isinstance(module, MultiTaskModule) for module in inner.modules()):
+        raise ValueError(
+            f"`model` should have one head for all tasks, but this {type(inner).__name__} has one "
+            "for each, chosen by task labels, which are not used. Pass it without `as_multitask`, "
+            "with num_classes for all tasks together."
         )

@@ -156,7 +156,7 @@ def test_weights_are_the_same_but_for_rounding(kind, make_model, tiny_texts):
     assert before.first == before.adapted
     # Two sets of eight to train on and two to test: each once, a token of a text for the shape, two
     # twice to check that nothing is random, and two to check that the model can be split.
-    assert now.first == 2 * (8 + 1 + 2 + 4) + 2 * (8 + 1 + 2)
+    assert now.first == 2 * (8 + 1 + 2 + 4) + 2 * (8 + 1 + 2) + 2  # two before the first task
     assert now.adapted >= before.adapted
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.models.views.router import RoutedView, Router, forward_by_adapter
-from treelora_avalanche.models.views.split_vit import SplitViT, find_transformer
+from treelora_avalanche.models.views.split_vit import SplitViT, is_transformer
 
 
 class RoutedAdapters(SplitViT, RoutedView):
@@ -26,7 +26,7 @@ class RoutedAdapters(SplitViT, RoutedView):
     """
 
     def __init__(self, module: nn.Module, bank: AdapterBank):
-        if find_transformer(module) is None:
+        if not is_transformer(module):
             raise ValueError(
                 "`inference` is 'routed', which takes a timm VisionTransformer with timm's own "
                 "forward pass; use inference='last'."

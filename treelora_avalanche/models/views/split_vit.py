@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -37,7 +38,19 @@ def trainable_view(model: nn.Module) -> TrainableView:
 
     :param model: a model with LoRA.
     """
-    return TrainableView(model) if find_transformer(model) is None else SplitViT(model)
+    return SplitViT(model) if is_transformer(model) else TrainableView(model)
+
+
+def is_transformer(model: nn.Module) -> bool:
+    """Returns whether a model is a timm vision transformer, and not a module that contains one.
+
+    :param model: a plain model, or one with LoRA.
+    """
+    vit = find_transformer(model)
+    # A module around it computes more, which a view of the transformer would leave out.
+    return vit is not None and vit is (
+        model.get_base_model() if isinstance(model, PeftModel) else model
+    )
 
 
 def frozen_blocks(vit: VisionTransformer) -> int | None:
@@ -113,9 +126,9 @@ class SplitViT(SplitView):
     """
 
     def __init__(self, module: nn.Module):
-        if find_transformer(module) is None:
+        if not is_transformer(module):
             raise ValueError(
-                f"`module` ({type(module).__name__}) has no timm VisionTransformer with timm's own "
+                f"`module` ({type(module).__name__}) is no timm VisionTransformer with timm's own "
                 "forward pass; use TrainableView."
             )
         super().__init__(module)

@@ -12,10 +12,21 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import default_collate
 from typing_extensions import Unpack
 
-from treelora_avalanche.adapters import TrainableView, find_host
-from treelora_avalanche.adapters.classifier import check_classes
+from treelora_avalanche.adapters import TrainableView, find_host, lora_layers
+from treelora_avalanche.adapters.classifier import (
+    check_classes,
+    classifier_of,
+    find_classifiers,
+)
+from treelora_avalanche.adapters.graph import (
+    check_adapters,
+    check_logits,
+    trace,
+    warn_of_still_adapters,
+)
 from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.choices import HEADS, PRECISIONS, SCHEDULES, check_known
 from treelora_avalanche.models.views.precision import set_precision
@@ -24,6 +35,7 @@ from treelora_avalanche.plugins import (
     FiniteLossPlugin,
     TaskAdaptiveHeadPlugin,
 )
+from treelora_avalanche.state import random_state, set_random_state
 from treelora_avalanche.strategies.base.accumulation import GradientAccumulation, check_accumulation
 from treelora_avalanche.strategies.base.arguments import NamedArguments, TemplateOptions
 from treelora_avalanche.strategies.base.defaults import LANGUAGE, VISION, OptimizerFactory, Training
@@ -151,11 +163,49 @@ class ParameterEfficientStrategy(
         check_classes(self.model, experience)
         if self.clock.train_exp_counter == 0:
             warn_of_other_preprocessing(self.model, experience)
+            if lora_layers(self.model):
+                self._check_gradients(**kwargs)
         super()._before_training_exp(**kwargs)
+
+    def _check_gradients(self, **kwargs: Any) -> None:
+        """Raises an error for an adapter or a classifier that training would not reach."""
+        x = _first_samples(
+            self.experience.dataset, min(_TRACED_SAMPLES, self.train_mb_size), **kwargs
+        )
+        traced = trace(self.model, x.to(self.device))
+        check_adapters(traced, self.model)
+        warn_of_still_adapters(traced)
+        of_features = not isinstance(self._criterion, nn.CrossEntropyLoss) and not find_classifiers(
+            self.model
+        )
+        if traced.of_samples and not of_features:  # an output layer over a vocabulary stays frozen
+            check_logits(traced, self.model)
 
     def _before_eval_exp(self, **kwargs: Any) -> None:
         check_classes(self.model, self.experience)
         super()._before_eval_exp(**kwargs)
+
+
+_TRACED_SAMPLES = 2
+_TRACED_TOKENS = 32  # of a text: its memory is then below that of any step of training
+
+
+def _first_samples(
+    dataset: Any, n: int, collate_fn: Callable[..., Any] | None = None, **_: Any
+) -> torch.Tensor:
+    """Returns the first samples of a dataset, and leaves the random generators as they were."""
+    before = random_state()
+    try:
+        # Transforms of training may have generators of their own, but may be the only ones.
+        for reading in (dataset.eval(), dataset.train()):
+            samples = [reading[i] for i in range(min(n, len(reading)))]
+            if isinstance(samples[0][0], torch.Tensor):
+                break
+        collate: Any = collate_fn or getattr(reading, "collate_fn", default_collate)
+        x: torch.Tensor = collate(samples)[0]
+    finally:
+        set_random_state(before)
+    return x[:, :_TRACED_TOKENS] if hasattr(dataset, "lengths") else x  # token sequences
 
 
 def _sharded_first(
@@ -226,3 +276,6 @@ def check_training(
             f"`head` should be 'linear' for a language model, which has no classifier to re-train, "
             f"but is {head!r}. Leave it out."
         )
+    fitted = head == "task_adaptive" or any(getattr(p, "fits_head", False) for p in plugins or ())
+    if fitted and find_host(model) is None:
+        classifier_of(model)  # raises where there is not one linear classifier

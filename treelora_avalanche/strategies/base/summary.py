@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 from treelora_avalanche.adapters import TrainableView, find_host, lora_layers
-from treelora_avalanche.adapters.classifier import find_classifier
+from treelora_avalanche.adapters.classifier import find_classifiers
 from treelora_avalanche.metrics.footprint import count_parameters
 
 
@@ -78,12 +78,18 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _head_in_words(strategy: Any) -> str:
-    head = find_classifier(strategy.model)
-    if head is None:
+    heads = find_classifiers(strategy.model).values()
+    if not heads:
         return "none"
-    text = f"Linear({head.in_features}, {head.out_features})"
+    text = ", ".join(map(_module_in_words, heads))
     fitted = [type(p).__name__ for p in strategy.plugins if getattr(p, "fits_head", False)]
     return f"{text}, fitted by {fitted[0]}" if fitted else text
+
+
+def _module_in_words(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return f"Linear({module.in_features}, {module.out_features})"
+    return type(module).__name__
 
 
 def _optimizer_in_words(strategy: Any) -> str:
