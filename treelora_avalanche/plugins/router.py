@@ -28,8 +28,8 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     The router classifies features of the frozen backbone, which never drift, by the classes of each
     task (task-identity inference, HiDe); all texts of a task count as one class. It is trained like
     the head, on pseudo-features; no image is stored. Costs one pass through the frozen backbone per
-    experience, and stores per class what ``kind`` defines. With a ``tree``, the parts of a task in
-    an online stream are one task. Task labels are not used. Example::
+    experience, and stores per class what ``kind`` defines. In an online stream the parts of a task
+    are one task. Task labels are not used. Example::
 
         view = RoutedAdapters(model, bank)
         strategy = Naive(view, plugins=[TaskAdaptersPlugin(bank), RouterPlugin()])
@@ -56,11 +56,11 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self._continues = False
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Routes to the tasks before, if this is a further part of a task in the tree.
+        """Routes to the tasks before, if this is a further part of a task.
 
-        The tree holds only those while the part is trained.
+        A tree holds only those while the part is trained.
         """
-        self._continues = self.tree is not None and self._parts.continues(strategy.experience)
+        self._continues = self._parts.continues(strategy.experience)
         if self._continues:
             task = self.statistics[-1].task
             self._fit(strategy.model, [s for s in self.statistics if s.task < task])

@@ -24,6 +24,7 @@ from treelora_avalanche.models.features.gaussians import (
     train_head,
 )
 from treelora_avalanche.models.views.router import RoutedView
+from treelora_avalanche.plugins.task_parts import TaskParts
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
 from treelora_avalanche.processes import shared_work
 from treelora_avalanche.state import check_keys
@@ -35,7 +36,8 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
     Works with any strategy, including Avalanche's, whose model ends in a linear classifier. Costs
     one pass over the data before and one after each experience, and stores per class what ``kind``
     defines: mean and at most 64 directions of the covariance, or centroids with variances. In a
-    domain-incremental stream a class has statistics for every task. Old statistics follow the drift
+    domain-incremental stream a class has statistics for every task, in an online stream for every
+    part of a task. Old statistics follow the drift
     of the features, estimated on the current images
     (:func:`~treelora_avalanche.models.features.gaussians.feature_drift`); not so in a
     :class:`~treelora_avalanche.models.views.router.RoutedView`, where each class is predicted with
@@ -71,9 +73,12 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
         self.seed = seed
         self.n_tasks = 0
         self.statistics: list[Any] = []
+        self._parts = TaskParts()
+        self._continues = False
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Restricts the loss to the classes of the experience."""
+        self._continues = self._parts.continues(strategy.experience)
         super().before_training_exp(strategy, *args, **kwargs)
         self._check_backbone(strategy.model)
         if self._follows_drift(strategy):
@@ -87,8 +92,9 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
             drift = feature_drift(self._before, features)
             self.statistics = [s.moved(*drift) for s in self.statistics]
             del self._before
-        self.statistics += self.kind.of(features, targets, self.n_tasks)
-        self.n_tasks += 1
+        self.n_tasks += not self._continues
+        self.statistics += self.kind.of(features, targets, self.n_tasks - 1)
+        self._parts.finish(strategy.experience)
         train_head(
             classifier_of(strategy.model),
             self.kind.draws(self.statistics),
@@ -97,6 +103,11 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
             learning_rate=self.learning_rate,
             generator=torch.Generator().manual_seed(self.seed + self.n_tasks),
         )
+
+    def past_statistics(self) -> list[Any]:
+        """Returns the statistics of the tasks before the one in training."""
+        task = self.n_tasks - self._continues
+        return [s for s in self.statistics if s.task < task]
 
     def _follows_drift(self, strategy: Any) -> bool:
         return len(self.statistics) > 0 and not isinstance(strategy.model, RoutedView)
@@ -124,7 +135,11 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the statistics of the classes so far, as tensors and plain values."""
-        return {"n_tasks": self.n_tasks, "statistics": statistics_state(self.statistics)}
+        return {
+            "n_tasks": self.n_tasks,
+            "statistics": statistics_state(self.statistics),
+            "task": self._parts.task,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from the state of another plugin of this class.
@@ -133,6 +148,8 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
         :raises ValueError: if keys are missing or unknown, or its statistics are of another kind;
             the plugin is then unchanged.
         """
-        check_keys(state, {"n_tasks", "statistics"}, "the state of TaskAdaptiveHeadPlugin")
+        keys = {"n_tasks", "statistics", "task"}
+        check_keys(state, keys, "the state of TaskAdaptiveHeadPlugin")
         self.statistics = self.kind.load(state["statistics"])
         self.n_tasks = state["n_tasks"]
+        self._parts.task = state["task"]

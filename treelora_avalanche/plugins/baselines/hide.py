@@ -21,6 +21,7 @@ from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins.task_parts import TaskParts
 from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
@@ -80,8 +81,9 @@ class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Collects the centroids of past classes, and hooks the inputs of the classifier."""
         self._remove_hook()
-        if self.head.statistics:
-            means = torch.cat([s.means for s in self.head.statistics])
+        past = self.head.past_statistics()
+        if past:
+            means = torch.cat([s.means for s in past])
             self._centroids = F.normalize(means.to(strategy.device), dim=1)
             self._hook = classifier_of(strategy.model).register_forward_pre_hook(self._record)
 
@@ -134,7 +136,8 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
     A task starts from the adapter of the previous one, with a new optimizer state. In a fused
     ``qkv`` the rows of B that would change the queries are held at zero: one operation for all
-    layers per step. Stores one adapter per task, on the host. Works with any strategy whose model
+    layers per step. Stores one adapter per task, on the host; in an online stream the parts of a
+    task share it. Works with any strategy whose model
     carries LoRA. Task labels are not used. Example::
 
         bank = AdapterBank()
@@ -149,6 +152,8 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     def __init__(self, bank: AdapterBank):
         super().__init__()
         self.bank = bank
+        self._parts = TaskParts()
+        self._continues = False
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Finds the active adapter and the part of it that changes queries."""
@@ -160,7 +165,8 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
             if name.endswith("qkv"):
                 _, b = shape.split(row)
                 b[: shape.n_out // 3] = True
-        if len(self.bank):
+        self._continues = self._parts.continues(strategy.experience)
+        if len(self.bank) and not self._continues:
             reset_optimizer_state(strategy.optimizer, chain.from_iterable(self._factors.parameters))
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -169,11 +175,15 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Stores the adapter in the bank."""
-        self.bank.append(self._factors)
+        if self._continues:
+            self.bank.factors[-1] = self._factors.stack.detach()
+        else:
+            self.bank.append(self._factors)
+        self._parts.finish(strategy.experience)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the bank."""
-        return {"bank": self.bank.state_dict()}
+        return {"bank": self.bank.state_dict(), "task": self._parts.task}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the bank into the object that the view shares.
@@ -181,8 +191,9 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if it does not fit; the bank is then unchanged.
         """
-        check_keys(state, {"bank"}, "the state of TaskAdaptersPlugin")
+        check_keys(state, {"bank", "task"}, "the state of TaskAdaptersPlugin")
         self.bank.load_state_dict(state["bank"])
+        self._parts.task = state["task"]
 
 
 def hide_plugins(

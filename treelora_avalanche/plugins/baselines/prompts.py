@@ -8,6 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from treelora_avalanche.models.prompts.pools import TaskPrompts
+from treelora_avalanche.plugins.task_parts import TaskParts
 from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
@@ -85,7 +86,7 @@ class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     """Freezes the prompt of a task when the next one begins; the new prompt starts from it.
 
     The optimizer's state of the old prompt is reset. Stores one prompt, and its key if it has one,
-    per task. Task labels are not used. Example::
+    per task; in an online stream the parts of a task share it. Task labels are not used. Example::
 
         strategy = Naive(prompted_model, plugins=[TaskPromptsPlugin(prompted_model.prompts)])
 
@@ -95,17 +96,28 @@ class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     def __init__(self, prompts: TaskPrompts):
         super().__init__()
         self.prompts = prompts
+        self._parts = TaskParts()
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Starts the prompt of a new task."""
+        if self._parts.continues(strategy.experience):
+            return
         # An interrupted task that is trained again has its prompt already.
         if len(self.prompts) <= strategy.clock.train_exp_counter:
             self.prompts.fold()
             reset_optimizer_state(strategy.optimizer, self.prompts.parameters())
 
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Records the task, to recognise its further parts."""
+        self._parts.finish(strategy.experience)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns prompts and keys of the past tasks, and their momentum."""
-        return {"past": self.prompts.past_state(), "momentum": float(self.prompts.momentum)}
+        return {
+            "past": self.prompts.past_state(),
+            "momentum": float(self.prompts.momentum),
+            "task": self._parts.task,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the past prompts into the model; the momentum must be the same.
@@ -113,6 +125,7 @@ class TaskPromptsPlugin(SupervisedPlugin, supports_distributed=True):  # type: i
         :param state: what :meth:`state_dict` returned.
         :raises ValueError: if it does not fit; the prompts are then unchanged.
         """
-        check_keys(state, {"past", "momentum"}, "the state of TaskPromptsPlugin")
+        check_keys(state, {"past", "momentum", "task"}, "the state of TaskPromptsPlugin")
         check_same_settings(state, {"momentum": self.prompts.momentum})
         self.prompts.load_past_state(state["past"])
+        self._parts.task = state["task"]
