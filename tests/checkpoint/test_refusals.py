@@ -7,10 +7,12 @@ import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import LwFPlugin
+from avalanche.training.supervised import Naive
 from saved_streams import fresh, make, outcome, train
 
 import support
 from support import identical
+from treelora_avalanche.checkpoint import save_strategy
 from treelora_avalanche.state import (
     TENSOR_FILE,
     VALUE_FILE,
@@ -301,3 +303,26 @@ def test_a_learning_rate_that_the_state_overrules_is_logged(
         loaded.load(tmp_path / schedule)
         assert "lr=0.01 and not 0.5" in caplog.text
         assert [group["lr"] for group in loaded.optimizer.param_groups] == [0.01]
+
+
+@pytest.mark.parametrize("kind", ["ours", "avalanche's"])
+def test_weights_that_are_no_numbers_are_not_saved(kind, tiny_vit, tiny_benchmark, tmp_path):
+    if kind == "ours":
+        strategy = support.make(SeqLoRA, tiny_vit(), train_epochs=1)
+        support.train(strategy, tiny_benchmark, 0)
+    else:
+        model = tiny_vit()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        strategy = Naive(model=model, optimizer=optimizer, train_mb_size=8, evaluator=None)
+        strategy.train(tiny_benchmark.train_stream[0])
+    save_strategy(strategy, tmp_path / "state")
+    before = load_state(tmp_path / "state")
+    name, parameter = next((n, p) for n, p in strategy.model.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.view(-1)[0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"should be numbers to be saved, but .* hold NaN"
+    ) as error:
+        save_strategy(strategy, tmp_path / "state")
+    assert name.removeprefix("module.") in str(error.value)
+    assert identical(load_state(tmp_path / "state"), before), "the last state is kept"

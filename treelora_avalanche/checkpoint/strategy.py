@@ -46,6 +46,7 @@ def strategy_state(strategy: Any) -> State:
     :param strategy: an Avalanche strategy between two experiences.
     :raises RuntimeError: if an experience is being trained or evaluated, or was interrupted.
     :raises TypeError: if a plugin cannot be saved, see :func:`plugins_without_state`.
+    :raises ValueError: if a trained parameter is NaN.
     """
     experience = strategy.experience
     if experience is not None:
@@ -60,11 +61,18 @@ def strategy_state(strategy: Any) -> State:
             f"plugins should have `state_dict` and `load_state_dict`, but {', '.join(stateless)} "
             "do not. Add both (with an empty dictionary if nothing outlives an experience)."
         )
+    parts = collect(strategy)
+    broken = [name for name, p in parts["model"]["parameters"].items() if bool(p.isnan().any())]
+    if broken:
+        raise ValueError(
+            "trained parameters should be numbers to be saved, but "
+            f"{', '.join(broken[:3])} hold NaN. Load the last state, and lower the learning rate."
+        )
     return {
         "strategy": type(strategy).__name__,
         "versions": versions(),
         "backbone": backbone_fingerprint(strategy.model),
-        **collect(strategy),
+        **parts,
     }
 
 
