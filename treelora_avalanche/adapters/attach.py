@@ -72,8 +72,8 @@ def find_adaptable_layers(
         ``"all"``, or a sequence of block numbers; by default that of :data:`VISION_LORA` or
         :data:`LANGUAGE_LORA`, by the kind of model.
     :param target_modules: ends of the names of the linear layers inside a block, such as
-        ``("qkv", "attn.proj", "fc1", "fc2")``; by default the fused ``qkv`` of timm's transformers,
-        and queries and values of language models.
+        ``("qkv", "attn.proj", "fc1", "fc2")``; by default the ``qkv`` of timm's transformers (or
+        ``q_proj``, ``k_proj``, ``v_proj``), and queries and values of language models.
     :return: the full module names; of a host, those inside its network.
     :raises ValueError: if the model has no such layers, or ``layers`` does not name blocks of it.
     """

@@ -54,8 +54,8 @@ class SeqLoRA(ParameterEfficientStrategy):
     :param alpha: LoRA's output is scaled by ``alpha / rank``; default 10, for language models 32.
     :param layers: adapted blocks: ``"first:k"``, ``"last:k"``, ``"all"`` or block numbers; default
         the first five, for language models all.
-    :param target_modules: adapted linear layers inside a block; default the fused ``qkv``, for
-        language models queries and values.
+    :param target_modules: adapted linear layers inside a block; default the fused ``qkv`` (or
+        ``q_proj``, ``k_proj``, ``v_proj``), for language models queries and values.
     :param cache: memory in bytes for the cached outputs of the frozen blocks below the adapter,
         ``"auto"`` or None, see :class:`~treelora_avalanche.plugins.ActivationCachePlugin`.
     :param compile: whether to compile the model with ``torch.compile``.
@@ -63,7 +63,8 @@ class SeqLoRA(ParameterEfficientStrategy):
     :param kwargs: the arguments of
         :class:`~treelora_avalanche.strategies.base.parameter_efficient.ParameterEfficientStrategy`.
     :raises ValueError: if an argument is out of range or the model cannot be adapted; the model is
-        then unchanged.
+        then unchanged. The first ``train`` raises one, before any step, if an adapter gets no
+        gradient or the classifier is frozen.
     """
 
     def __init__(
