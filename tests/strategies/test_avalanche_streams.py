@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from avalanche.benchmarks import (
     nc_benchmark,
     new_instances_benchmark,
     ni_benchmark,
+    paths_benchmark,
     split_continuous_linear_decay_stream,
     split_online_stream,
     task_incremental_benchmark,
@@ -24,12 +27,18 @@ from avalanche.benchmarks import (
     with_classes_timeline,
     with_task_labels,
 )
+from avalanche.benchmarks.scenarios.deprecated.generic_benchmark_creation import (
+    LazyStreamDefinition,
+    create_lazy_generic_benchmark,
+)
 from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
 from avalanche.benchmarks.utils import _make_taskaware_classification_dataset as task_aware
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose, Grayscale, ToTensor
+from torchvision.transforms.functional import to_pil_image
 
 from treelora_avalanche import strategies
 from treelora_avalanche.metrics import EpochAccuracy, EpochLoss, continual_metrics
@@ -93,6 +102,33 @@ def tensors(*classes: int) -> tuple[Tensor, Tensor]:
     return images.images, torch.tensor(images.targets)
 
 
+def lazy() -> Any:
+    """Datasets that are made on the way."""
+
+    def stream() -> Any:
+        return LazyStreamDefinition(
+            (task_aware(Images(*c), task_labels=0) for c in TASKS), 3, [0] * 3
+        )
+
+    return create_lazy_generic_benchmark(stream(), stream())
+
+
+FOLDER = tempfile.TemporaryDirectory()
+
+
+def files() -> Any:
+    for number, image in enumerate(Images(*ALL).images):
+        to_pil_image(image.sigmoid()).save(Path(FOLDER.name) / f"{number}.png")
+    tasks = [
+        [(f"{FOLDER.name}/{4 * c + n}.png", c) for c in classes for n in range(4)]
+        for classes in TASKS
+    ]
+    read = Compose([Grayscale(), ToTensor()])
+    return paths_benchmark(
+        tasks, tasks, task_labels=[0] * 3, train_transform=read, eval_transform=read
+    )
+
+
 def online(split: Callable[..., Any] = split_online_stream, **options: Any) -> Any:
     benchmark = from_datasets(tasks=TASKS[:2])
     benchmark.train_stream = split(benchmark.train_stream, **options)
@@ -129,6 +165,8 @@ GENERATORS: dict[str, Callable[[], Any]] = {
     "dataset_benchmark": lambda: dataset_benchmark(
         [Images(*c) for c in TASKS], [Images(*c) for c in TASKS]
     ),
+    "create_lazy_generic_benchmark": lazy,
+    "paths_benchmark": files,
     "tensors_benchmark": lambda: tensors_benchmark(
         [tensors(*c) for c in TASKS], [tensors(*c) for c in TASKS], task_labels=[0, 0, 0]
     ),
@@ -194,6 +232,12 @@ def test_every_strategy_is_here():
     assert {name.split(",")[0] for name in STRATEGIES} - {"Naive"} | ON_TEXT == set(
         strategies.__all__
     )
+
+
+@pytest.mark.parametrize("name", sorted(ON_TEXT))
+def test_strategies_on_text_refuse_images(name):
+    with pytest.raises(ValueError, match=r"`model` should be a .*LanguageModel"):
+        getattr(strategies, name)(tiny_vit())
 
 
 @pytest.mark.parametrize("strategy_name", STRATEGIES)
