@@ -381,7 +381,7 @@ def test_malformed_statistics_are_refused_with_their_keys(kind):
     ):
         other.load_state_dict(state)
     for change, message in (
-        ({"n_tasks": 1}, "lacks the key 'statistics'"),
+        ({"n_tasks": 1}, "lacks the keys 'statistics', 'task'"),
         ({**state, "extra": 1}, "has the unknown key 'extra'"),
         ({**state, "statistics": [{"label": 0}]}, "of a class, as Class.* lacks the keys"),
     ):
