@@ -15,7 +15,7 @@ from treelora_avalanche.registry.methods import METHODS
 SAMPLED_FILES = 512
 SAMPLED_BYTES = 2**20
 INPUTS = ("data", "checkpoint", "model")
-""" Keys of a configuration that may be paths. """
+"""Keys of a configuration that may be paths."""
 
 
 def fingerprints(config: dict[str, Any], known: dict[Path, str] | None = None) -> dict[str, str]:

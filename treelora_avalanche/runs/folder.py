@@ -98,19 +98,14 @@ def run_name(config: dict[str, Any]) -> str:
     )
 
 
-def finished_results(
-    folder: Path, config: dict[str, Any], inputs: Mapping[str, str] | None = None
-) -> dict[str, Any] | None:
+def finished_results(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the results in a run folder; None unless of this configuration and version.
 
     :param folder: a run folder, which need not exist.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
-    :param inputs: fingerprints that the results should have too, see :func:`changed_inputs`.
     """
     results = read_results(folder / "results.json")
-    if results is None or results["config"] != config:
-        return None
-    return None if changed_inputs(results, inputs or {}) else results
+    return results if results is not None and results["config"] == config else None
 
 
 def read_results(file: Path) -> dict[str, Any] | None:
