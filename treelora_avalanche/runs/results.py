@@ -41,7 +41,7 @@ def results_of(session: Session) -> dict[str, Any]:
         "parameters": count_parameters(session.strategy.model, trained=not session.method.frozen),
         "versions": versions(),
         "git_hash": git_hash(),
-        "fingerprints": fingerprints(config),
+        "fingerprints": fingerprints(config, session.job.ingredients.known),
         "hardware": hardware(session.device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +34,13 @@ class Ingredients:
     :param seed: the seed.
     :param benchmark: the stream.
     :param backbone: the backbone, which each strategy copies.
+    :param known: fingerprints of their files, by path; filled by the first run that needs them.
     """
 
     seed: int
     benchmark: Any
     backbone: nn.Module
+    known: dict[Path, str] = field(default_factory=dict)
 
 
 def prepare(seed: int, settings: RunSettings) -> Ingredients:
