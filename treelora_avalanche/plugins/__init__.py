@@ -20,6 +20,7 @@ from treelora_avalanche.plugins.lcb_selector import (
     SelectorPlugin,
 )
 from treelora_avalanche.plugins.merged_adapter import MergedAdapterPlugin
+from treelora_avalanche.plugins.prompt_router import PromptRouterPlugin
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
@@ -56,6 +57,7 @@ __all__ = [
     "OLoRAPlugin",
     "PrefixCachePlugin",
     "RandomSelectorPlugin",
+    "PromptRouterPlugin",
     "RouterPlugin",
     "SAPTPlugin",
     "SelectorPlugin",
