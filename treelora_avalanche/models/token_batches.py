@@ -121,7 +121,7 @@ def collate_hidden_states(samples: Sequence[Any], width: int | None = None) -> l
     width = max(len(sample[1]) for sample in samples) if width is None else width
     hidden = [F.pad(h, (0, 0, 0, width - len(h)), value=torch.nan) for h, *_ in samples]
     targets = [F.pad(y, (0, width - len(y)), value=IGNORED) for _, y, *_ in samples]
-    rest = default_collate([tuple(sample[2:]) for sample in samples])
+    rest = default_collate([tuple(sample[2:]) for sample in samples]) if samples[0][2:] else []
     return [torch.stack(hidden), torch.stack(targets), *rest]
 
 

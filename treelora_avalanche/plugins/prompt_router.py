@@ -9,6 +9,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
+from treelora_avalanche.experiences import samples_of
 from treelora_avalanche.models.features.discriminant import Discriminant, leave_one_out_distances
 from treelora_avalanche.models.features.signature import stack_samples
 from treelora_avalanche.models.token_batches import prompt_lengths
@@ -115,7 +116,7 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
     def _features(self, strategy: Any) -> Tensor:
         view: RoutedLanguageModel = strategy.model
-        dataset = strategy.experience.dataset.eval()
+        dataset = samples_of(strategy.experience)
         generator = torch.Generator().manual_seed(self.seed + self._n_tasks)
         rows = torch.randperm(len(dataset), generator=generator)[: self.n_samples].tolist()
         batches = []

@@ -13,7 +13,7 @@ from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.adapters.mixed import BASE, named_adapters
 from treelora_avalanche.adapters.trainable_view import evaluating
 from treelora_avalanche.models.language import LanguageModel, length_batches
-from treelora_avalanche.models.tokens import PADDING, crop, mean_over, pad_tokens
+from treelora_avalanche.models.tokens import crop, mean_over, pad_tokens, real_tokens
 from treelora_avalanche.models.views.generating import GeneratingView
 from treelora_avalanche.models.views.prompt_router import PromptRouter, Route
 from treelora_avalanche.models.views.router import RoutedView, Router, forward_by_adapter
@@ -36,8 +36,8 @@ class RoutedLanguageModel(SplitLanguageModel, RoutedView, GeneratingView):
     :param module: a language model with LoRA.
     :param bank: the bank of finished adapters.
     :param layer: decoder layer whose input the router reads, from 1; ``"last"`` for the network's
-        last hidden states. Default: at two thirds of the depth, or, where at least a third of the
-        layers is frozen, at most the lowest adapted one.
+        last hidden states. Default: the lowest adapted layer where at least a third of the layers
+        lies below it, else the one at two thirds of the depth.
     :param query_length: number of tokens at the beginning of a text that the features come from;
         default the whole prompt.
     :raises ValueError: if ``layer`` is not one of the model's.
@@ -66,8 +66,8 @@ class RoutedLanguageModel(SplitLanguageModel, RoutedView, GeneratingView):
     ) -> Tensor:
         """Returns logits, see :meth:`LanguageModel.forward`; routed in evaluation mode.
 
-        :param x: token ids, padded on the right with -1, ``(batch, length)``; in training also the
-            output of the frozen layers for them.
+        :param x: token ids, padded on the right with -1, ``(batch, length)``, or the output of the
+            frozen layers for them.
         :param last: how many columns of logits, counted from the end, are needed; by default all.
         :param prompt_lengths: number of tokens of each prompt, ``(batch,)``, which alone the router
             reads; by default it reads the whole text.
@@ -78,40 +78,47 @@ class RoutedLanguageModel(SplitLanguageModel, RoutedView, GeneratingView):
 
     def routed(  # type: ignore[override]
         self,
-        tokens: Tensor,
+        x: Tensor,
         router: Router | PromptRouter,
         last: int | None = None,
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
         """Returns logits; each text uses the adapter that the router selects.
 
-        :param tokens: see :meth:`forward`, at least one text.
+        :param x: see :meth:`forward`, at least one text.
         :param router: the router.
         :param last: see :meth:`forward`.
         :param prompt_lengths: see :meth:`forward`.
         """
-        tokens = crop(tokens)
+        x = crop(x)
         factors = LoRAFactors(self.module)
-        chosen = router(self.frozen_features(tokens, prompt_lengths))
-        with factors.restored(), self.autocasting():
+        chosen = router(self.frozen_features(x, prompt_lengths))
+        with factors.restored():
             return forward_by_adapter(
-                factors, self.bank, chosen, lambda rows: self.module.logits(tokens[rows], last)
+                factors, self.bank, chosen, lambda rows: self.forward_active(x[rows], last)
             )
 
-    def frozen_features(self, tokens: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def frozen_features(self, x: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Returns the features of texts without any adapter, ``(batch, dim)``, in float32.
 
-        :param tokens: token ids, padded on the right with -1, ``(batch, length)``.
+        :param x: see :meth:`forward`.
         :param prompt_lengths: see :meth:`forward`.
         """
-        tokens = tokens[:, : self.query_length]
-        chosen = tokens != PADDING
+        x = x[:, : self.query_length]
+        chosen = real_tokens(x)
         if prompt_lengths is not None:
-            chosen &= torch.arange(tokens.shape[1]).to(tokens) < prompt_lengths[:, None]
+            chosen &= torch.arange(x.shape[1]).to(prompt_lengths) < prompt_lengths[:, None]
+        if x.ndim == 3:
+            return mean_over(x, chosen)
         factors = LoRAFactors(self.module)
         with evaluating(self), factors.restored(), self.autocasting():
             factors.zero_()
-            return mean_over(self._hidden(tokens), chosen)
+            return mean_over(self._hidden(x), chosen)
+
+    @property
+    def reads_inputs(self) -> bool:  # type: ignore[override]
+        """Whether the router needs token ids: the frozen layers' output is not what it reads."""
+        return self.layer != self.n_frozen
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         if isinstance(self.layer, int):
@@ -237,8 +244,7 @@ def uncompiled(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 def _check_layer(layer: int | str | None, n_layers: int, n_frozen: int) -> int | str:
     if layer is None:
-        usual = max(1, n_layers * 2 // 3)
-        return min(usual, n_frozen) if n_frozen >= max(1, n_layers // 3) else usual
+        return n_frozen if n_frozen >= max(1, n_layers // 3) else max(1, n_layers * 2 // 3)
     if layer != "last" and not (isinstance(layer, int) and 1 <= layer < n_layers):
         raise ValueError(
             f"`router_layer` should be from 1 to {n_layers - 1} for a model of {n_layers} decoder "
