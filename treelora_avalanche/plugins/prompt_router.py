@@ -135,11 +135,7 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
             return
         device = next(view.module.parameters()).device
         features = [task.features for task in self.tasks]
-        threshold = torch.inf
-        if self.quantile is not None:
-            nearest = leave_one_out_distances(features).amin(1)
-            nearest = nearest[nearest.isfinite()]
-            threshold = nearest.quantile(self.quantile).item() if len(nearest) else torch.inf
+        threshold, spread = self._calibrate(features)
         tasks = tuple(task.task for task in self.tasks)
         adapters = [task if self.tree is None else self.tree.adapter_of_task[task] for task in tasks]
         view.router = PromptRouter(
@@ -148,7 +144,20 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
             tasks,
             tuple(task.name for task in self.tasks),
             threshold,
+            spread,
         )
+
+    def _calibrate(self, features: list[Tensor]) -> tuple[float, float]:
+        """Returns the threshold and the spread, see :class:`PromptRouter`."""
+        distances = leave_one_out_distances(features)
+        distances = distances[distances.isfinite().all(1)]
+        if not len(distances):  # one prompt per task
+            return torch.inf, 1.0
+        nearest = distances.amin(1)
+        spread = nearest.square().mean().item() / features[0].shape[1]
+        if self.quantile is None:
+            return torch.inf, max(1.0, spread)
+        return nearest.quantile(self.quantile).item(), max(1.0, spread)
 
     def prepare_loaded(self, strategy: Any) -> None:
         """Fits the router of a strategy that has just been loaded.

@@ -50,6 +50,8 @@ class PromptRouter(NamedTuple):
     :param names: name of each task.
     :param threshold: distance to the nearest task beyond which a prompt is foreign; infinite for
         never.
+    :param spread: mean of ``d^2 / dim`` of prompts that were left out of the fit, which is 1 for a
+        covariance that is known. Few prompts give one too small, and probabilities too extreme.
     """
 
     discriminant: Discriminant
@@ -57,6 +59,7 @@ class PromptRouter(NamedTuple):
     tasks: tuple[int, ...]
     names: tuple[str, ...]
     threshold: float
+    spread: float
 
     def __call__(self, features: Tensor) -> Tensor:
         """Returns the adapter of each prompt, an index in the bank or -1, ``(batch,)``.
@@ -72,7 +75,7 @@ class PromptRouter(NamedTuple):
         :param features: see :meth:`__call__`.
         """
         distances = self.discriminant.distances(features)  # (batch, n_tasks)
-        probability = (-distances.square() / 2).softmax(1)
+        probability = (-distances.square() / (2 * self.spread)).softmax(1)
         return [
             self._route(k, p[k], d[k])
             for k, p, d in zip(

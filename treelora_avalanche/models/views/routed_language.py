@@ -93,9 +93,11 @@ class RoutedLanguageModel(SplitLanguageModel, RoutedView, GeneratingView):
         x = crop(x)
         factors = LoRAFactors(self.module)
         chosen = router(self.frozen_features(x, prompt_lengths))
-        with factors.restored():
+        # Not `forward_active`, which would crop the texts of each adapter by themselves.
+        logits = self.module.logits if x.ndim == 2 else self.logits_above
+        with factors.restored(), self.autocasting():
             return forward_by_adapter(
-                factors, self.bank, chosen, lambda rows: self.forward_active(x[rows], last)
+                factors, self.bank, chosen, lambda rows: logits(x[rows], last)
             )
 
     def frozen_features(self, x: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:  # type: ignore[override]

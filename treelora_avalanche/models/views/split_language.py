@@ -170,6 +170,14 @@ class SplitLanguageModel(SplitView):
             return logits
         if x.device.type == "cpu" or x.shape[1] >= self.module.max_length:
             x = crop(x)  # as the model does with tokens
+        return self.logits_above(x, last)
+
+    def logits_above(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Returns the logits for the output of the frozen layers, none of it cropped.
+
+        :param x: ``(batch, length, dim)``.
+        :param last: see :meth:`forward_active`.
+        """
         real = real_tokens(x)
         # Perhaps cached in fewer bits than the residual stream has. The value at padding affects no
         # output, but has to be a number.
