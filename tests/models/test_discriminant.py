@@ -56,7 +56,7 @@ def test_leave_one_out_distances_are_those_of_fits_without_the_sample(sizes, dim
     residuals = torch.cat([c - c.mean(0) for c in classes]).double()
     target = residuals.square().sum() / (len(residuals) - len(sizes)) / dim  # kept
     row = 0
-    for k, own in enumerate(classes):
+    for own in classes:
         for i in range(len(own)):
             rest = [torch.cat([c[:i], c[i + 1 :]]) if c is own else c for c in classes]
             r = torch.cat([c - c.mean(0) for c in rest]).double()

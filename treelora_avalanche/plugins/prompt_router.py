@@ -43,9 +43,9 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     """Fits the router of a :class:`RoutedLanguageModel` after every task, in closed form.
 
     Tasks are Gaussians of the frozen network's features with one covariance (linear discriminant
-    analysis, :class:`~treelora_avalanche.models.features.discriminant.Discriminant`). A prompt whose
-    distance to the nearest task is above the threshold is foreign, and gets the base model: the
-    threshold is a quantile of the distances of the training prompts, each left out of the fit.
+    analysis, :class:`~treelora_avalanche.models.features.discriminant.Discriminant`). A prompt
+    whose distance to the nearest task is above the threshold is foreign, and gets the base model:
+    the threshold is a quantile of the distances of the training prompts, each left out of the fit.
 
     A task whose prompts the router cannot tell from those of an earlier one, see :data:`SEPARABLE`,
     is that task returning: its adapter, the newer one, then answers the prompts of both. No past
@@ -137,7 +137,9 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         features = [task.features for task in self.tasks]
         threshold, spread = self._calibrate(features)
         tasks = tuple(task.task for task in self.tasks)
-        adapters = [task if self.tree is None else self.tree.adapter_of_task[task] for task in tasks]
+        adapters = [
+            task if self.tree is None else self.tree.adapter_of_task[task] for task in tasks
+        ]
         view.router = PromptRouter(
             Discriminant(*(part.to(device) for part in Discriminant.fit(features))),
             torch.tensor(adapters, device=device),

@@ -96,7 +96,7 @@ def leave_one_out_distances(classes: Sequence[Tensor], shrinkage: float = SHRINK
     correction = share * factor / (1 - share * factor * energy)  # (n,)
     columns = []
     for k, mean in enumerate(means):
-        apart = white + whitened((means[own] - mean))  # x - mean_k, whitened
+        apart = white + whitened(means[own] - mean)  # x - mean_k, whitened
         apart = torch.where((own == k)[:, None], white * factor[:, None], apart)
         along = (apart * white).sum(1)
         columns.append(apart.square().sum(1) + correction * along.square())
