@@ -111,6 +111,10 @@ class GreedyGeneration:
         self.batch_size = batch_size
         self.generated: dict[str, list[tuple[str, str, str]]] = {}
         """ (prompt, answer, prediction) of all samples of the last evaluation, by task name. """
+        self.routes: dict[str, list[Any]] = {}
+        """ The same for the routes of the prompts, see
+        :class:`~treelora_avalanche.models.views.prompt_router.Route`; none where the model routes
+        no prompts. """
         self.tokens_per_second = math.nan
         """ Generated tokens over seconds of generation, of the last experience. """
         self._score: float | None = None
@@ -118,7 +122,7 @@ class GreedyGeneration:
 
     def start_evaluation(self) -> None:
         """Clears the texts of the previous evaluation."""
-        self.generated = {}
+        self.generated, self.routes = {}, {}
 
     def start_experience(self, experience: Any) -> None:
         """Checks the next experience and clears the score of the previous one.
@@ -156,13 +160,18 @@ class GreedyGeneration:
                 batch_size=self.batch_size or strategy.eval_mb_size,
                 progress=bar.update,
             )
+        routes = list(getattr(model, "routes", ()))
         if processes is not None:
             predictions = processes.whole_list(predictions, len(prompts))
+            if routes:
+                routes = processes.whole_list(routes, len(prompts))
         seconds = time.perf_counter() - begin
         # Counted in the texts, so that end tokens and padding are left out.
         tokens = model.tokenizer(predictions, add_special_tokens=False)["input_ids"]
         self.tokens_per_second = sum(map(len, tokens)) / seconds
         self.generated[experience.task_name] = list(zip(prompts, answers, predictions, strict=True))
+        if routes:
+            self.routes[experience.task_name] = routes
         sources = getattr(experience, "sources", None)
         score = mean_score(experience.metric, predictions, answers, sources)
         if score == 0 and not self._hinted:

@@ -17,7 +17,6 @@ from treelora_avalanche.choices import (
 from treelora_avalanche.defaults import (
     LANGUAGE_LORA,
     LANGUAGE_TRAINING,
-    LAST_TREE_LAMBDA,
     VISION_LORA,
 )
 from treelora_avalanche.registry.scenarios import SCENARIO_SETTINGS, SCENARIOS, Scenario
@@ -48,7 +47,6 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
     "rank": LANGUAGE_LORA.rank,
     "alpha": float(LANGUAGE_LORA.alpha),
     "layers": LANGUAGE_LORA.layers,
-    "tree_lambda": LAST_TREE_LAMBDA,
 }
 _SMALLEST = {
     "n_experiences": 1,
@@ -281,7 +279,7 @@ class RunSettings:
         metadata=_about(
             "TreeLoRA",
             "strength λ of the pull towards the selected adapter; default: 0.1 if predictions use "
-            "the mean of all adapters or a router, else 0.5",
+            "the mean of all adapters or a router (routed texts: 0), else 0.5",
         ),
     )
     selection: str = field(

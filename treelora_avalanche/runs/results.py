@@ -32,6 +32,7 @@ def results_of(session: Session) -> dict[str, Any]:
         "accuracy_matrix": {kind: matrix.tolist() for kind, matrix in session.accuracy.items()},
         "stream": session.stream,
         "trees": session.trees or None,
+        "routes": session.routes,
         "timings": _timings(session),
         "memory": {
             "peak_bytes": session.memory.bytes,
