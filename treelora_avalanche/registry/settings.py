@@ -75,6 +75,10 @@ _CHOICES = {
 }
 
 
+DIVISIONS = frozenset({"task_classes", "per_exp_classes"})
+"""Options of scenarios that may give the number of experiences."""
+
+
 def _about(group: str, text: str) -> dict[str, str]:
     return {"group": group, "help": text}
 
@@ -124,13 +128,16 @@ class RunSettings:
         default=None,
         metadata=_about(
             "stream",
-            "number of experiences the classes are split into (images, not domains); default: 5 "
-            "for digits, else 10",
+            "number of experiences the classes are split into (images, not domains and "
+            "image_tasks); default: 5 for digits, else 10, or that of the scenario's option "
+            "task_classes or per_exp_classes",
         ),
     )
     tasks: list[str] | None = field(
         default=None,
-        metadata=_about("stream", "tasks in order of training (trace, text_tasks); default: all"),
+        metadata=_about(
+            "stream", "tasks in order of training (trace, text_tasks, image_tasks); default: all"
+        ),
     )
     variant: str = field(
         default="500",
@@ -164,7 +171,9 @@ class RunSettings:
     limit: int | None = field(
         default=None,
         metadata=_about(
-            "stream", "use only the first LIMIT training and test samples of each task (texts)"
+            "stream",
+            "use only LIMIT training and LIMIT test samples of each task: the first ones of texts; "
+            "of images, drawn by the seed and balanced over classes (not digits)",
         ),
     )
     model: str | None = field(
@@ -414,9 +423,12 @@ class RunSettings:
         return SCENARIO_SETTINGS - self._scenario.takes
 
     @property
-    def number_of_experiences(self) -> int:
-        """Number of tasks, with the scenario's default filled in."""
-        return self.n_experiences or self._scenario.n_experiences or 1
+    def number_of_experiences(self) -> int | None:
+        """Number of tasks, with the scenario's default filled in; None if its options give it."""
+        given = self.n_experiences
+        if given is None and DIVISIONS & set(self.scenario_options or {}):
+            return None
+        return given or self._scenario.n_experiences or 1
 
     @property
     def model_name(self) -> str:
