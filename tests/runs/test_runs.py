@@ -391,6 +391,7 @@ def test_every_scenario_passes_on_what_it_takes(name):
     """Checks that settings of a scenario are parameters of its generator, or of the model."""
     scenario = SCENARIOS[name]
     of_model = {"model", "checkpoint", "img_size", "max_length", "dtype", "gradient_checkpointing"}
+    of_model |= {"chat_template"}
     of_training = {"head", "epochs_per_task", "accumulation_steps"}
     folder = {"data", "exclude_classes"}
     parameters = inspect.signature(scenario.load()).parameters

@@ -250,6 +250,7 @@ def create_language_model(
     dtype: torch.dtype | str | None = None,
     max_length: int = 1024,
     gradient_checkpointing: bool = False,
+    chat_template: bool = True,
 ) -> LanguageModel:
     """Loads a pretrained causal language model and its tokenizer, from a folder or from the hub.
 
@@ -263,6 +264,8 @@ def create_language_model(
         default that of the checkpoint. LoRA's factors are float32 in any case.
     :param max_length: see :class:`LanguageModel`.
     :param gradient_checkpointing: see :class:`LanguageModel`.
+    :param chat_template: whether prompts are put into the tokenizer's chat template, where there is
+        one; TRACE's release uses raw prompts.
     :raises FileNotFoundError: if the folder lacks something, such as weights in safetensors.
     :raises OSError: if the hub cannot be reached, or does not have the model.
     :raises ValueError: if the model is no causal language model, or its tokenizer does not fit.
@@ -270,6 +273,8 @@ def create_language_model(
     with from_folder_or_hub(name_or_folder) as (name, safe):
         _check_causal(name, AutoConfig.from_pretrained(name, **safe))  # before gigabytes come
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        if not chat_template:
+            tokenizer.chat_template = None
         network = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", use_safetensors=True, **safe
         )

@@ -21,6 +21,7 @@ _TEXTS = frozenset(
         "max_length",
         "dtype",
         "gradient_checkpointing",
+        "chat_template",
         "accumulation_steps",
     }
 )

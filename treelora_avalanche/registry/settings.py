@@ -214,6 +214,14 @@ class RunSettings:
             "and optimizer keep theirs), auto (bf16 if the device supports it natively)",
         ),
     )
+    chat_template: bool = field(
+        default=True,
+        metadata=_about(
+            "model",
+            "put prompts into the tokenizer's chat template, where there is one (texts); false: raw "
+            "prompts, as in TRACE's release",
+        ),
+    )
     gradient_checkpointing: bool = field(
         default=False,
         metadata=_about(
@@ -365,7 +373,7 @@ class RunSettings:
         defaults = {f.name: f.default for f in fields(self)}
         for name in sorted(self.without_meaning):
             value = getattr(self, name)
-            if value and value != defaults[name]:
+            if value is not None and value != defaults[name]:
                 brings = self._scenario.backbone and name in ("data", "model", "checkpoint")
                 reason = (
                     f"{self.scenario} brings its own data and model. Set another `--scenario`, or "

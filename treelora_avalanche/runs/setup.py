@@ -90,6 +90,7 @@ def language_model(settings: RunSettings, dtype: str) -> nn.Module:
         dtype=dtype,
         max_length=settings.max_length,
         gradient_checkpointing=settings.gradient_checkpointing,
+        chat_template=settings.chat_template,
     )
 
 
