@@ -6,7 +6,8 @@ import pytest
 from transformers import PreTrainedTokenizer
 
 from treelora_avalanche.scenarios import TextClasses, TextTasks
-from treelora_avalanche.scenarios.data.text_records import TextRecord, read_json, read_records
+from treelora_avalanche.scenarios.data.text_files import read_json
+from treelora_avalanche.scenarios.data.text_records import TextRecord, read_records
 
 SEPARATORS = "\u2028\u2029\x85\x1c\x0b\x0c"
 """Where `str.splitlines` ends a line and JSON does not; the last three must be escaped in JSON."""
