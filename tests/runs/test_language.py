@@ -29,6 +29,7 @@ LANGUAGE = [name for name, entry in METHODS.items() if "language" in entry.model
 CONTINUES = ["TreeLoRA", "SeqLoRA", "EWCLoRA", "GEMLoRA", "Naive"]
 TASKS = {"echo": "say {}", "shout": "shout, loudly: {}"}
 WORDS = ("a", "bc", "def", "g", "hi", "j", "kl")
+TEST_WORDS = ("m", "no", "pqr")
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,9 @@ def folder(tmp_path_factory, make_tokenizer):
     make_tokenizer().save_pretrained(root / "model")
     for name, prompt in TASKS.items():
         (root / "tasks" / name).mkdir(parents=True)
-        records = [{"prompt": prompt.format(word), "answer": word} for word in WORDS]
-        for part, n in (("train", 7), ("test", 3)):
-            (root / "tasks" / name / f"{part}.json").write_text(json.dumps(records[:n]))
+        for part, words in (("train", WORDS), ("test", TEST_WORDS)):
+            records = [{"prompt": prompt.format(word), "answer": word} for word in words]
+            (root / "tasks" / name / f"{part}.json").write_text(json.dumps(records))
     return root
 
 
@@ -107,7 +108,7 @@ def test_run_folder(method, settings, ingredients, folder, tmp_path):
             known = place <= after and not (entry.joint and after == 0)
             assert len(own) == (3 if known else 0)
             assert [t["prompt"] for t in own] == [
-                TASKS[task].format(word) for word in WORDS[: len(own)]
+                TASKS[task].format(word) for word in TEST_WORDS[: len(own)]
             ]
             scores = [round(fuzz.ratio(t["generated"], t["answer"])) / 100 for t in own]
             assert row[place] == (pytest.approx(sum(scores) / 3) if known else None)
