@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from treelora_avalanche._version import __version__
-from treelora_avalanche.cli import main
+from treelora_avalanche.cli import build_parser, main
 from treelora_avalanche.registry import METHODS, SCENARIOS, Family, Method
 
 QUICK = ["--epochs", "1", "--n_experiences", "2", "--layers", "last:1", "--device", "cpu"]
@@ -251,3 +251,30 @@ def test_image_folder_from_a_checkpoint(data_root, tmp_path, capsys):
     assert stream["class_names"] == names
     images = [len(list((data_root / "caltech101" / "train" / n).glob("*.jpg"))) for n in names]
     assert sum(stream["train_samples"]) == sum(images)
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--tasks", "a", "b"], ["a", "b"]),
+        (["--tasks", "a"], ["a"]),
+        (["--tasks", "007", "true"], ["007", "true"]),
+        (["--tasks", "[a, b]"], ["a", "b"]),
+        (["--tasks=[a, b]"], ["a", "b"]),
+        (["--tasks", "null"], None),
+        ([], None),
+    ],
+)
+def test_names_of_a_list_with_and_without_brackets(command, given, expected):
+    arguments = [command, "--data", "d", *given, "--classes", "x", "y", "--limit", "3"]
+    options = build_parser().parse_args(arguments)[command]
+    assert options.tasks == expected
+    assert options.classes == ["x", "y"]
+    assert (options.data, options.limit, options.eval_limit) == ("d", 3, None)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("5", 5), ("all", "all")])
+def test_limit_of_test_samples(given, expected):
+    options = build_parser().parse_args(["train", "--eval_limit", given]).train
+    assert options.eval_limit == expected

@@ -5,6 +5,7 @@ torch and Avalanche are imported after parsing, so that ``--help`` is immediate.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -36,13 +37,14 @@ class _Parser(jsonargparse.ArgumentParser):
         super().__init__(*args, parser_mode=YAML_MODE, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Returns the parsed arguments; names of recipes stand for their files.
+        """Returns the parsed arguments; names of recipes stand for their files, ``a b`` for a list.
 
         :param args: the arguments; by default those of the process.
         :param others: further arguments of jsonargparse.
         :param kwargs: further arguments of jsonargparse.
         """
-        given = quote_arguments(_with_recipes(sys.argv[1:] if args is None else args))
+        given = _with_lists(_with_recipes(sys.argv[1:] if args is None else args))
+        given = quote_arguments(given)
         return super().parse_args(given, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -201,6 +203,28 @@ def _with_recipes(argv: Sequence[str]) -> list[str]:
         if is_config and name in RECIPES and not Path(name).exists():
             arguments[k] = prefix + str(RECIPES[name])
     return arguments
+
+
+def _with_lists(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with ``--tasks a b`` as ``--tasks ["a", "b"]``, as YAML has it.
+
+    With ``nargs="+"``, as ``--methods`` has it, the form of YAML would be a name.
+    """
+    types = typing.get_type_hints(RunSettings)
+    flags = {f"--{name}" for name, hint in types.items() if hint == list[str] | None}
+    arguments: list[str] = []
+    names: list[str] | None = None
+    for argument in [*argv, "--"]:
+        if names is not None and argument.startswith("-"):
+            is_value = len(names) == 1 and (names[0].startswith("[") or names[0] == "null")
+            arguments += names if is_value or not names else [json.dumps(names)]
+            names = None
+        if names is None:
+            arguments.append(argument)
+            names = [] if argument in flags else None
+        else:
+            names.append(argument)
+    return arguments[:-1]
 
 
 def _tables() -> dict[str, Sequence[tuple[str, ...]]]:

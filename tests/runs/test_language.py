@@ -68,6 +68,7 @@ def settings(folder):
             "metric": "edit_similarity",
             "max_new_tokens": 4,
             "max_length": 32,
+            "scenario_options": {"allow_overlap": True},
             "lr": 0.01,
             "epochs": 2,
             "device": "cpu",
@@ -332,6 +333,8 @@ def test_config_of_image_runs_is_stable():
         ({"epochs": None, "epochs_per_task": "papr"}, "Did you mean 'paper'"),
         ({"epochs": None, "epochs_per_task": "paper"}, "the paper gives no epochs for"),
         ({"limit": 0}, "`--limit` should be at least 1"),
+        ({"eval_limit": 0}, "`--eval_limit` should be at least 1, or all, but is 0"),
+        ({"eval_limit": "al"}, "`--eval_limit` should be at least 1, or all, but is al"),
         ({"accumulation_steps": 0}, "`--accumulation_steps` should be at least 1"),
         ({"order": 7}, "`--order` should be from 1 to 6, but is 7"),
     ],
@@ -341,7 +344,9 @@ def test_wrong_settings_are_named_as_flags(changes, message, settings):
         settings(**changes)
 
 
-@pytest.mark.parametrize("option", ["tasks", "max_length", "accumulation_steps", "dtype"])
+@pytest.mark.parametrize(
+    "option", ["eval_limit", "tasks", "max_length", "accumulation_steps", "dtype"]
+)
 def test_settings_of_texts_are_refused_for_images(option):
     value = {"tasks": ["a"], "dtype": "bfloat16"}.get(option, 3)
     with pytest.raises(ValueError, match=f"`--{option}` is .* does not use it"):
@@ -369,6 +374,7 @@ def test_methods_are_defined_for_kinds_of_models(settings):
 
 def arguments_of(settings, *, but=()):
     given = ("scenario", "data", "model", "metric", "max_new_tokens", "max_length", "epochs", "lr")
+    given += ("scenario_options",)
     return [f"--{name}={getattr(settings, name)}" for name in given if name not in but]
 
 

@@ -136,7 +136,9 @@ class RunSettings:
     tasks: list[str] | None = field(
         default=None,
         metadata=_about(
-            "stream", "tasks in order of training (trace, text_tasks, image_tasks); default: all"
+            "stream",
+            "tasks in order of training (trace, o_lora_order, text_tasks, image_tasks); default: "
+            "all",
         ),
     )
     variant: str = field(
@@ -158,22 +160,37 @@ class RunSettings:
             "long_sequence)",
         ),
     )
-    metric: str = field(
-        default="rouge_l",
+    metric: str | None = field(
+        default=None,
         metadata=_about(
-            "stream", f"score of generated texts: {', '.join(TEXT_METRICS)} (text_tasks)"
+            "stream",
+            f"score of generated texts: {', '.join(TEXT_METRICS)} (text_tasks); default: accuracy "
+            "for tasks with few, short, repeated answers, else rouge_l",
         ),
     )
-    max_new_tokens: int = field(
-        default=128,
-        metadata=_about("stream", "maximum length of generated texts in tokens (text_tasks)"),
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata=_about(
+            "stream",
+            "maximum length of generated texts in tokens (text_tasks); default: the longest "
+            "training answer of tasks with few, short, repeated answers, else 128",
+        ),
     )
     limit: int | None = field(
         default=None,
         metadata=_about(
             "stream",
-            "use only LIMIT training and LIMIT test samples of each task: the first ones of texts; "
-            "of images, drawn by the seed and balanced over classes (not digits)",
+            "use only LIMIT training samples of each task, and as many test samples unless "
+            "--eval_limit says otherwise: the first ones of texts; of images, drawn by the seed "
+            "and balanced over classes (not digits)",
+        ),
+    )
+    eval_limit: int | str | None = field(
+        default=None,
+        metadata=_about(
+            "stream",
+            "use only the first EVAL_LIMIT test samples of each task, or all; default: --limit "
+            "(texts)",
         ),
     )
     model: str | None = field(
@@ -218,8 +235,8 @@ class RunSettings:
         default=True,
         metadata=_about(
             "model",
-            "put prompts into the tokenizer's chat template, where there is one (texts); false: raw "
-            "prompts, as in TRACE's release",
+            "put prompts into the tokenizer's chat template, where there is one (texts); false: "
+            "raw prompts, as in TRACE's release",
         ),
     )
     gradient_checkpointing: bool = field(
@@ -365,6 +382,12 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`--{name}` should be a positive number, but is {value}.")
+        if self.eval_limit not in (None, "all") and (
+            isinstance(self.eval_limit, str) or self.eval_limit < 1
+        ):
+            raise ValueError(
+                f"`--eval_limit` should be at least 1, or all, but is {self.eval_limit}."
+            )
         if not 1 <= self.order <= 6:
             raise ValueError(f"`--order` should be from 1 to 6, but is {self.order}.")
 
