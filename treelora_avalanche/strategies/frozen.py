@@ -15,6 +15,7 @@ from treelora_avalanche.adapters import find_host
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
 from treelora_avalanche.defaults import VISION_TRAINING
 from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.views.precision import train_in_float32
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys
 from treelora_avalanche.strategies.base.arguments import TemplateOptions
@@ -105,6 +106,7 @@ class _FrozenBackbone(UntrainedStrategy):
         head = classifier_of(model)  # raises where there is none
         model.requires_grad_(False)
         head.requires_grad_(True)
+        train_in_float32(model)  # sums over many samples
         super().__init__(
             model=model,
             criterion=nn.CrossEntropyLoss(),

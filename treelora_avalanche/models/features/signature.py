@@ -46,7 +46,7 @@ def activation_signature(
             rows = activations.flatten(0, -2)
         else:
             rows = activations[real_tokens(samples)[:, : activations.shape[1]]]
-        means.append(rows.mean(0)[drawn[len(means)].to(rows.device)])
+        means.append(rows.to(factors.stack.dtype).mean(0)[drawn[len(means)].to(rows.device)])
 
     layers = [model.get_submodule(name) for name in lora_layers(model)]
     hooks = [layer.register_forward_pre_hook(observe) for layer in layers]
@@ -57,7 +57,7 @@ def activation_signature(
     finally:
         for hook in hooks:
             hook.remove()
-    return F.normalize(torch.stack(means).to(factors.stack.dtype), p=1.0, dim=1)
+    return F.normalize(torch.stack(means), p=1.0, dim=1)
 
 
 def stack_samples(dataset: Sequence[tuple[Tensor, ...]], rows: Sequence[int]) -> list[Tensor]:
