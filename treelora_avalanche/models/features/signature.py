@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors, lora_layers
+from treelora_avalanche.adapters.factors import check_linear
 from treelora_avalanche.adapters.trainable_view import active_forward, evaluating
 from treelora_avalanche.models.tokens import real_tokens
 
@@ -34,6 +35,7 @@ def activation_signature(
     :param seed: seed of the coordinates; equal seeds give equal ones.
     :return: ``(n_layers, size)``; each row is divided by its L1 norm.
     """
+    check_linear(model, "signatures of activations")
     factors = LoRAFactors(model)
     size = min(size, *(shape.n_in for shape in factors.shapes))
     generator = torch.Generator().manual_seed(seed)

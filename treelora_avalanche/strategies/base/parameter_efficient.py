@@ -174,7 +174,7 @@ class ParameterEfficientStrategy(
         )
         traced = trace(self.model, x.to(self.device))
         check_adapters(traced, self.model)
-        warn_of_still_adapters(traced)
+        warn_of_still_adapters(traced, self.model)
         of_features = not isinstance(self._criterion, nn.CrossEntropyLoss) and not find_classifiers(
             self.model
         )
