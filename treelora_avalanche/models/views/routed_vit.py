@@ -36,12 +36,15 @@ class RoutedAdapters(SplitViT, RoutedView):
 
     def routed(self, images: Tensor, router: Router) -> Tensor:
         factors = LoRAFactors(self.module)
-        hidden = self.hidden(images)
+        start = self.start(images)
         with factors.restored():
             factors.zero_()
-            chosen = router(self.features(hidden))
+            chosen = router(self.features(start))
             return forward_by_adapter(
-                factors, self.bank, chosen, lambda rows: self.forward_active(hidden[rows])
+                factors,
+                self.bank,
+                chosen,
+                lambda rows: self.forward_active(start._replace(hidden=start.hidden[rows])),
             )
 
     def frozen_features(self, images: Tensor) -> Tensor:
