@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from treelora_avalanche.adapters.classifier import classifier_names
+from treelora_avalanche.adapters.other_libraries import check_not_torchvision
 from treelora_avalanche.choices import check_known, did_you_mean
 from treelora_avalanche.defaults import LANGUAGE_LORA, VISION_LORA, LoRADefaults
 
@@ -78,6 +79,7 @@ def find_adaptable_layers(
     :return: the full module names; of a host, those inside its network.
     :raises ValueError: if the model has no such layers, or ``layers`` does not name blocks of it.
     """
+    check_not_torchvision(model, target_modules)
     block_of = _linear_layers(model)
     _check_no_convolution(model, target_modules or (), block_of)
     defaults = lora_defaults(model)

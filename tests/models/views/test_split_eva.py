@@ -1,4 +1,4 @@
-"""Split transformers of timm's class Eva: equal to timm's own forward pass, with less computation."""
+"""Split transformers of timm's class Eva: equal to timm's own forward pass."""
 
 import pytest
 import timm
@@ -67,7 +67,7 @@ def gradients(model, logits):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("layers", ["last:1", "last:2", (0, 2)])
+@pytest.mark.parametrize("layers", ["last:2", (0, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_gradients_are_those_of_timm(kind, layers):
     model = lora_eva(kind, layers)
@@ -76,7 +76,7 @@ def test_logits_and_gradients_are_those_of_timm(kind, layers):
     truth = gradients(model, expected)
     view = trainable_view(model)
     assert isinstance(view, SplitViT)
-    assert view.n_frozen == {"last:1": 3, "last:2": 2}.get(layers, 0)
+    assert view.n_frozen == (2 if layers == "last:2" else 0)
     hidden = view.frozen_output(images)
     for logits in (view(images), view(hidden)):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -169,7 +169,7 @@ def small_eva():
     )
 
 
-@pytest.mark.parametrize("inference", ["last", "merged", "routed"])
+@pytest.mark.parametrize("inference", ["last", "routed"])
 def test_training_on_the_cache_is_training_without_it(inference, tiny_benchmark):
     images = torch.stack([x for x, *_ in tiny_benchmark.test_stream[0].dataset])
     results = []
@@ -182,6 +182,7 @@ def test_training_on_the_cache_is_training_without_it(inference, tiny_benchmark)
             head="task_adaptive",
             cache=cache,
             train_epochs=1,
+            train_mb_size=32,
         )
         torch.manual_seed(2)
         strategy.train(tiny_benchmark.train_stream[:2])

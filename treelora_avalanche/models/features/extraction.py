@@ -63,7 +63,8 @@ def extract_features(
     :param batch_size: samples per forward pass.
     :param device: device of the model.
     :param processes: processes that divide the samples among them; each gets all features.
-    :return: features ``(n_samples, dim)``, at least in float32, and classes ``(n_samples,)``, on the device.
+    :return: features ``(n_samples, dim)``, at least in float32, and classes ``(n_samples,)``; both
+        on the device.
     """
     targets: list[Tensor] = []
     n_samples = len(dataset)

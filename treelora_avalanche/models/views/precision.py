@@ -15,7 +15,6 @@ from treelora_avalanche.adapters.trainable_view import HALF, at_least_float32
 from treelora_avalanche.choices import PRECISIONS, check_known
 
 
-
 def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | None:
     """Returns the value for a view's ``autocast``.
 
@@ -46,8 +45,8 @@ def _computes_bf16(device: torch.device) -> bool:
 def set_precision(view: TrainableView, precision: str, device: torch.device | str) -> None:
     """Sets the precision of a view's forward pass, and trains in float32.
 
-    See :func:`train_in_float32`. In bf16 on a CPU, attention is computed as separate matrix products, by timm's own switch, as
-    the backward pass of PyTorch's fused one is slow there.
+    See :func:`train_in_float32`. In bf16 on a CPU, attention is computed as separate matrix
+    products, by timm's own switch, as the backward pass of PyTorch's fused one is slow there.
 
     :param view: the view of a model.
     :param precision: see :func:`autocast_dtype`.
@@ -117,11 +116,11 @@ def _convert_trained_layers(network: nn.Module) -> None:
     for name, parameter in _trained_halves(network).items():
         layer = network.get_submodule(name.rpartition(".")[0])
         if next(layer.children(), None) is not None:
+            dtype = str(parameter.dtype).removeprefix("torch.")
             raise ValueError(
-                f"`model` should have its trained parameters in float32, but `{name}` is "
-                f"{str(parameter.dtype).removeprefix('torch.')}, and no layer of its own that could "
-                "cast its inputs. Convert the model with `.float()`; precision='bf16' computes in "
-                "bfloat16 all the same."
+                f"`model` should have its trained parameters in float32, but `{name}` is {dtype}, "
+                "in no layer of its own that could cast its inputs. Convert the model with "
+                "`.float()`; precision='bf16' computes in bfloat16 all the same."
             )
         layer.register_forward_hook(partial(_cast_output, parameter.dtype))
         _hook_inputs(layer.float(), torch.float32)

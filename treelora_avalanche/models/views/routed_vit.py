@@ -28,8 +28,8 @@ class RoutedAdapters(SplitViT, RoutedView):
     def __init__(self, module: nn.Module, bank: AdapterBank):
         if not is_transformer(module):
             raise ValueError(
-                "`inference` is 'routed', which takes a timm VisionTransformer with timm's own "
-                "forward pass; use inference='last'."
+                "`inference` is 'routed', which takes a timm VisionTransformer or Eva with timm's "
+                "own forward pass; use inference='last'."
             )
         super().__init__(module)
         self.bank = bank

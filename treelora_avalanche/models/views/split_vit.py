@@ -37,7 +37,7 @@ def find_transformer(model: nn.Module) -> Transformer | None:
     """
     for module in model.modules():
         if isinstance(module, Transformer):
-            own = has_own(module, "forward", "forward_features", "_pos_embed")
+            own = has_own(module, "forward", "forward_features")
             return module if own and not _draws_positions(module) else None
     return None
 
@@ -97,10 +97,11 @@ class Start(NamedTuple):
 
 
 class SplitViT(SplitView):
-    """Splits a timm vision transformer (``VisionTransformer`` or ``Eva``) at the first trainable block.
+    """Splits a timm vision transformer at the first trainable block.
 
-    The frozen blocks run without gradients. Where the head reads nothing else, only the class
-    token's output of the last block is computed. The logits are those of the model up to rounding::
+    It is one of class ``VisionTransformer`` or ``Eva``. The frozen blocks run without gradients.
+    Where the head reads nothing else, only the class token's output of the last block is computed.
+    The logits are those of the model up to rounding::
 
         view = SplitViT(add_lora(vit, layers="last:3"))
         hidden = view.frozen_output(images)  # (batch, n_tokens, dim)
@@ -113,8 +114,8 @@ class SplitViT(SplitView):
     def __init__(self, module: nn.Module):
         if not is_transformer(module):
             raise ValueError(
-                f"`module` ({type(module).__name__}) is no timm VisionTransformer with timm's own "
-                "forward pass; use TrainableView."
+                f"`module` ({type(module).__name__}) is no timm VisionTransformer or Eva with timm's "
+                "own forward pass; use TrainableView."
             )
         super().__init__(module)
 
