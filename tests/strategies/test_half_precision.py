@@ -66,9 +66,10 @@ def test_every_method_learns_what_it_learns_in_float32(name, tiny_vit, tiny_benc
             outputs[dtype] = logits_of(strategy, images)
             assert outputs[dtype].dtype == torch.float32
     if outputs:
-        scale = outputs[torch.float32].abs().max()
-        difference = (outputs[torch.bfloat16] - outputs[torch.float32]).abs().max()
-        assert difference < 0.05 * scale
+        exact, half = outputs.values()
+        seen = exact.isfinite()  # FrozenNCM excludes classes that it has not seen
+        assert torch.equal(half.isfinite(), seen)
+        assert (half - exact)[seen].abs().max() < 0.15 * exact[seen].abs().max()
 
 
 @pytest.mark.parametrize("strategy_class", [TreeLoRAStrategy, InfLoRA])
@@ -95,7 +96,10 @@ def test_an_adapter_of_a_model_in_bfloat16_loads(tiny_vit, tiny_benchmark, tmp_p
     first = train(make(SeqLoRA, tiny_vit().bfloat16(), train_epochs=1), tiny_benchmark, 0)
     save_adapter(first.model, tmp_path)
     second = make(SeqLoRA, load_adapter(tiny_vit().bfloat16(), tmp_path))
-    torch.testing.assert_close(logits_of(first, images), logits_of(second, images))
+    # The saved classifier is rounded to the precision of the model that it is loaded into.
+    torch.testing.assert_close(
+        logits_of(first, images), logits_of(second, images), rtol=0.01, atol=0.002
+    )
 
 
 def test_frozen_weights_keep_their_precision_and_converting_twice_changes_nothing(tiny_vit):
@@ -186,10 +190,9 @@ def test_convolutions_are_adapted(name, tiny_benchmark):
 
 
 @pytest.mark.parametrize("strategy_class", [OLoRA, InfLoRA])
-def test_methods_that_add_up_matrices_refuse_convolutions(strategy_class, tiny_benchmark):
-    strategy = make(strategy_class, convolutions(), train_epochs=1)
+def test_methods_that_add_up_matrices_refuse_convolutions(strategy_class):
     with pytest.raises(ValueError, match=r"linear layers alone.*`stages.*` is a Conv2d.*SeqLoRA"):
-        strategy.train(tiny_benchmark.train_stream[0])
+        make(strategy_class, convolutions())
 
 
 def test_a_convolution_is_no_target_module(tiny_vit):

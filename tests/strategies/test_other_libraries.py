@@ -67,7 +67,7 @@ def test_the_transformer_of_torchvision_is_refused(head):
 
 
 def test_the_swin_of_torchvision_is_refused_unless_layers_are_chosen():
-    model = torchvision.models.SwinTransformer([4, 4], 8, [1], [1], [4, 4], num_classes=2)
+    model = torchvision.models.SwinTransformer([4, 4], 8, [2], [1], [4, 4], num_classes=2)
     with pytest.raises(ValueError, match=r"SwinTransformer.*'swin_tiny_patch4_window7_224'"):
         SeqLoRA(model)
     assert add_lora(model, layers="all", target_modules=["mlp.0", "mlp.3"])

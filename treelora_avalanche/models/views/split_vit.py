@@ -114,8 +114,8 @@ class SplitViT(SplitView):
     def __init__(self, module: nn.Module):
         if not is_transformer(module):
             raise ValueError(
-                f"`module` ({type(module).__name__}) is no timm VisionTransformer or Eva with timm's "
-                "own forward pass; use TrainableView."
+                f"`module` ({type(module).__name__}) is no timm VisionTransformer or Eva with "
+                "timm's own forward pass; use TrainableView."
             )
         super().__init__(module)
 
