@@ -15,6 +15,7 @@ from support import identical, make, weights
 from treelora_avalanche.adapters import TrainableView, add_lora, graph, load_adapter, save_adapter
 from treelora_avalanche.adapters.first_pass import skip_check
 from treelora_avalanche.models import TokenCrossEntropy
+from treelora_avalanche.models.views.precision import train_in_float32
 from treelora_avalanche.models.views.split_vit import SplitViT
 from treelora_avalanche.state import random_state
 from treelora_avalanche.strategies import SeqLoRA
@@ -165,3 +166,18 @@ def test_compiled_model_is_checked_until_it_passes(tiny_vit, tiny_benchmark, mon
     model.module.unmerge_adapter()
     strategy.train(tiny_benchmark.train_stream[0])
     assert len(checks) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused_with_what_makes_it_work(dtype, tiny_vit, tiny_benchmark):
+    model = add_lora(tiny_vit().to(dtype), layers="all")
+    with pytest.raises(ValueError, match="should take images in float32, but its weights are"):
+        avalanches("Naive", model).train(tiny_benchmark.train_stream[0])
+    train_in_float32(model)
+    before = weights_of_adapter(model)
+    avalanches("Naive", model).train(tiny_benchmark.train_stream[0])
+    assert all(not torch.equal(before[n], p) for n, p in weights_of_adapter(model).items())
+
+
+def weights_of_adapter(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}

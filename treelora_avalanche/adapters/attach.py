@@ -9,10 +9,12 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from treelora_avalanche.adapters.classifier import classifier_names
 from treelora_avalanche.adapters.first_pass import check_at_first_pass
+from treelora_avalanche.adapters.other_libraries import check_not_torchvision
 from treelora_avalanche.choices import check_known, did_you_mean
 from treelora_avalanche.defaults import LANGUAGE_LORA, VISION_LORA, LoRADefaults
 
@@ -78,7 +80,9 @@ def find_adaptable_layers(
     :return: the full module names; of a host, those inside its network.
     :raises ValueError: if the model has no such layers, or ``layers`` does not name blocks of it.
     """
+    check_not_torchvision(model, target_modules)
     block_of = _linear_layers(model)
+    _check_no_convolution(model, target_modules or (), block_of)
     defaults = lora_defaults(model)
     kinds = _target_kinds(block_of, defaults, target_modules)
     candidates = [n for n in block_of if any(n.endswith(f".{kind}") for kind in kinds)]
@@ -101,6 +105,22 @@ def _linear_layers(model: nn.Module) -> dict[str, int]:
             "vit_base_patch16_224, or a PeftModel of your own."
         )
     return block_of
+
+
+def _check_no_convolution(
+    model: nn.Module, target_modules: Iterable[str], linear: Iterable[str]
+) -> None:
+    named = dict(_network(model).named_modules())
+    for kind in target_modules:
+        found = [m for name, m in named.items() if f".{name}".endswith(f".{kind}")]
+        kinds = {type(m).__name__ for m in found if isinstance(m, _ConvNd)}
+        if kinds and not any(isinstance(m, (nn.Linear, Conv1D)) for m in found):
+            known = dict.fromkeys(name.split(".")[-1] for name in linear)
+            raise ValueError(
+                f"`target_modules` should name linear layers, but {kind!r} is a {kinds.pop()}. "
+                f"Choose among {', '.join(known)}; for LoRA on convolutions, pass a PeftModel of "
+                "your own."
+            )
 
 
 def _target_kinds(

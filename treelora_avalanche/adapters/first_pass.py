@@ -49,10 +49,25 @@ def _check(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     # That module imports those which register this hook.
     from treelora_avalanche.adapters.graph import check_gradients
 
+    _check_precision(model, inputs)
     of_text = any(hasattr(module, "tokenizer") for module in model.modules())
     n_tokens = TRACED_TOKENS if of_text else None
     check_gradients(model, *(_first_samples(x, n_tokens) for x in inputs))
     skip_check(model)  # not before: a model that was refused is refused again
+
+
+def _check_precision(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Raises an error for images in a precision that the model's first layer does not take."""
+    weights = next((p.dtype for p in nn.Module.parameters(model) if p.is_floating_point()), None)
+    given = {x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()}
+    casts = any(len(module._forward_pre_hooks) > (module is model) for module in model.modules())
+    if weights in (torch.bfloat16, torch.float16) and given - {weights} and not casts:
+        name = str(weights).removeprefix("torch.")
+        raise ValueError(
+            f"`model` should take images in float32, but its weights are {name}. Call "
+            "treelora_avalanche.models.views.precision.train_in_float32(model) before training, or "
+            "convert it with `.float()`."
+        )
 
 
 def _first_samples(x: Any, n_tokens: int | None) -> Any:

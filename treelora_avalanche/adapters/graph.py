@@ -84,7 +84,7 @@ def check_gradients(model: nn.Module, *inputs: Any, of_features: bool | None = N
         return
     traced = trace(model, *inputs)
     check_adapters(traced, model)
-    warn_of_still_adapters(traced)
+    warn_of_still_adapters(traced, model)
     of_features = not find_classifiers(model) if of_features is None else of_features
     if traced.of_samples and not of_features:  # an output layer over a vocabulary stays frozen
         check_logits(traced, model)
@@ -121,21 +121,25 @@ def check_adapters(traced: Trace, model: nn.Module) -> None:
         )
 
 
-def warn_of_still_adapters(traced: Trace) -> None:
+def warn_of_still_adapters(traced: Trace, model: nn.Module) -> None:
     """Logs a warning if adapters get the gradient 0, unless the classifier is 0 and starts so.
 
     Such are those in blocks with a frozen scale of 0, as some models have before pretraining.
 
     :param traced: return value of :func:`trace`.
+    :param model: the model with LoRA.
     """
     head = traced.last_module
+    network = model.module if isinstance(model, TrainableView) else model
     if traced.still and (
         head is None or all(bool(p.any()) for p in head.parameters() if p.ndim > 1)
     ):
         logger.warning(
-            "the gradient of %s is 0 on the first samples: their adapters may stay as they are. Is "
-            "the model pretrained?",
+            "the gradient of %s is 0 on the first samples: their adapters may stay as they are. %s",
             _listed(traced.still),
+            "float16 rounds gradients below 6e-8 to 0: convert the model with .bfloat16()."
+            if any(p.dtype == torch.float16 for p in network.parameters())
+            else "Is the model pretrained?",
         )
 
 

@@ -14,6 +14,9 @@ from treelora_avalanche.adapters.first_pass import check_at_first_pass
 
 Module = TypeVar("Module", bound=nn.Module)
 
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes of half precision."""
+
 
 class TrainableView(nn.Module):
     """Model that shows only its trainable parameters.
@@ -50,8 +53,8 @@ class TrainableView(nn.Module):
 
         :param output: ``(batch, n_values)``, or of tokens ``(batch, n_values, length)``.
         """
-        of_samples = self.autocast is not None and output.ndim == 2
-        return output.float() if of_samples else output
+        of_samples = isinstance(output, torch.Tensor) and output.ndim == 2
+        return at_least_float32(output) if of_samples else output
 
     def autocasting(self) -> AbstractContextManager[Any]:
         """Returns a context in which the model computes in the precision of :attr:`autocast`."""
@@ -68,6 +71,17 @@ class TrainableView(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableView:
         frozen = [p for p in self.module.parameters() if not p.requires_grad]
         return deepcopy_sharing(self, memo, [*frozen, *self.module.buffers()])
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor of half precision in float32, and another one as it is.
+
+    >>> at_least_float32(torch.zeros(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+
+    :param x: any tensor.
+    """
+    return x.float() if x.dtype in HALF else x
 
 
 def active_forward(model: nn.Module) -> Callable[..., Any]:

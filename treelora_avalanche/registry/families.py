@@ -224,11 +224,14 @@ def _build_streaming_lda(
     """Builds Avalanche's StreamingLDA on the features of a timm model."""
     from torch.nn import CrossEntropyLoss
 
+    from treelora_avalanche.models.views.precision import train_in_float32
+
     model: Any = given.model
     n_classes = model.num_classes
     model.reset_classifier(0)  # timm: the model returns its features
     # Avalanche trains nothing here, but would build the graph.
     model.requires_grad_(False)
+    train_in_float32(model)
     arguments: dict[str, Any] = {
         "slda_model": model,
         "criterion": CrossEntropyLoss(),

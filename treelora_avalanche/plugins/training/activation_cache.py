@@ -275,6 +275,9 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
             self._log_once("a sample read again differs (random augmentation, or two transforms)")
             return False
         some = torch.stack(images[:2]).to(device)
+        if not on_text and not view.agrees(some):
+            self._log_once("the images have another size than the model's")
+            return False
         if isinstance(view, SplitLanguageModel):
             some = crop(some)
             if not view.agrees(crop(some[:1])):

@@ -123,8 +123,8 @@ class ParameterEfficientStrategy(
         defaults = LANGUAGE if find_host(model) else VISION
         schedule = schedule or defaults.numbers.schedule
         self.accumulation_steps = accumulation_steps
-        plugins = _sharded_first(model, plugins or (), device)
         set_precision(model, precision, device)
+        plugins = _sharded_first(model, plugins or (), device)
         # On its device now: an optimizer of parameters that move later would train copies.
         model.to(device)
         optimizer = _make_optimizer(optimizer, lr, defaults, model)
