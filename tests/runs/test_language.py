@@ -152,7 +152,7 @@ def test_tree_is_noted_after_every_task(settings, ingredients, tmp_path):
     run("TreeLoRA", 0, settings(), tmp_path, ingredients=ingredients, note=notes.append)
     assert [note.splitlines()[0] for note in notes] == [
         "trains LoRA of rank 8 (α 32) on 4 matrices; learning rate 0.01; batches of 4; "
-        "epochs 2, 2; λ 0.5, a tree of depth 4",
+        "epochs 2, 2; λ 0, a tree of depth 4; predictions routed",
         "the tree after echo",
         "the tree after shout",
     ]
