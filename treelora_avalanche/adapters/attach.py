@@ -68,9 +68,9 @@ def find_adaptable_layers(
 
     :param model: a transformer whose module names number its blocks (``blocks.7.attn.qkv``); or a
         :class:`AdapterHost` around one.
-    :param layers: the blocks: ``"first:k"``, ``"last:k"`` (all of them if there are fewer than k),
-        ``"all"``, or a sequence of block numbers; by default that of :data:`VISION_LORA` or
-        :data:`LANGUAGE_LORA`, by the kind of model.
+    :param layers: the blocks: ``"first:k"``, ``"last:k"``, ``"all"``, or a sequence of block
+        numbers; by default that of :data:`VISION_LORA` or :data:`LANGUAGE_LORA`, by the kind of
+        model, or all blocks if there are fewer.
     :param target_modules: ends of the names of the linear layers inside a block, such as
         ``("qkv", "attn.proj", "fc1", "fc2")``; by default the ``qkv`` of timm's transformers (or
         ``q_proj``, ``k_proj``, ``v_proj``), and queries and values of language models.
@@ -81,9 +81,10 @@ def find_adaptable_layers(
     defaults = lora_defaults(model)
     kinds = _target_kinds(block_of, defaults, target_modules)
     candidates = [n for n in block_of if any(n.endswith(f".{kind}") for kind in kinds)]
-    layers = defaults.layers if layers is None else layers
-    chosen = _choose_blocks(layers, sorted({block_of[name] for name in candidates}))
-    return [name for name in candidates if block_of[name] in chosen]
+    blocks = sorted({block_of[name] for name in candidates})
+    chosen = _default_blocks(defaults.layers, blocks) if layers is None else layers
+    numbers = _choose_blocks(chosen, blocks)
+    return [name for name in candidates if block_of[name] in numbers]
 
 
 def _linear_layers(model: nn.Module) -> dict[str, int]:
@@ -126,6 +127,12 @@ def _target_kinds(
     return kinds
 
 
+def _default_blocks(layers: str, blocks: list[int]) -> str:
+    """Returns the default, or ``"all"`` for a model with fewer blocks than it names."""
+    k = layers.partition(":")[2]
+    return "all" if k and int(k) > len(blocks) else layers
+
+
 def _choose_blocks(layers: LayerChoice, blocks: list[int]) -> set[int]:
     if isinstance(layers, str):
         if layers == "all":
@@ -137,14 +144,23 @@ def _choose_blocks(layers: LayerChoice, blocks: list[int]) -> set[int]:
                 f"numbers, but is {layers!r}.{did_you_mean(layers, ('first:5', 'last:5', 'all'))}"
             )
         k = int(match[2])
+        if k > len(blocks):
+            raise ValueError(
+                f"`layers` should name at most the model's {_number_of(blocks)}, but is "
+                f"{layers!r}. Lower the number, or use 'all'."
+            )
         return set(blocks[:k] if match[1] == "first" else blocks[-k:])
     unknown = [block for block in layers if block not in blocks]
     if unknown or not layers:
         raise ValueError(
-            f"`layers` should name at least one of the model's blocks {blocks[0]} to {blocks[-1]}, "
-            f"but is {list(layers)}."
+            f"`layers` should name at least one of the model's {_number_of(blocks)}, "
+            f"blocks {blocks[0]} to {blocks[-1]}, but is {list(layers)}."
         )
     return set(layers)
+
+
+def _number_of(blocks: list[int]) -> str:
+    return f"{len(blocks)} block{'s' if len(blocks) > 1 else ''}"
 
 
 def add_lora(

@@ -332,7 +332,7 @@ class RunSettings:
                 "meta-llama/Llama-3.2-1B-Instruct."
             )
         self._check_epochs()
-        defaults = LANGUAGE_DEFAULTS if self.on_language else VISION_DEFAULTS
+        defaults = self._defaults
         if self.epochs is None and self.epochs_per_task is None and self._scenario.paper_epochs:
             defaults = {**defaults, "epochs": None, "epochs_per_task": EQUAL_EPOCHS}
         elif self.epochs_per_task is not None:
@@ -399,6 +399,16 @@ class RunSettings:
     @property
     def _scenario(self) -> Scenario:
         return SCENARIOS[self.scenario]
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return LANGUAGE_DEFAULTS if self.on_language else VISION_DEFAULTS
+
+    @property
+    def default_layers(self) -> str:
+        """Default blocks with LoRA, for the kind of model."""
+        layers: str = self._defaults["layers"]
+        return layers
 
     @property
     def on_digits(self) -> bool:
