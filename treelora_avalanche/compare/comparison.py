@@ -20,7 +20,6 @@ from treelora_avalanche.registry import METHODS, RegistrationError, RunSettings,
 from treelora_avalanche.runs import (
     Ingredients,
     changed_inputs,
-    check_arguments,
     fingerprints,
     finished_results,
     prepare,
@@ -129,18 +128,15 @@ def _run_here(
     cells: Sequence[Cell], seeds: Sequence[int], settings: RunSettings, lines: MethodLines
 ) -> None:
     """Runs cells seed by seed, so that only one stream and backbone is in memory."""
-    missing = list(dict.fromkeys(cell.method for cell in cells if not cell.reused))
-    checked = False
+    unchecked = list(dict.fromkeys(cell.method for cell in cells if not cell.reused))
     for seed in seeds:
         ingredients: Ingredients | None = None
         for cell in (cell for cell in cells if cell.seed == seed):
             if not cell.reused:
                 if ingredients is None:
                     lines.begin(cell.method, "preparing data and backbone")
-                    ingredients = prepare(seed, settings)
-                    if not checked:
-                        check_arguments(missing, settings, ingredients)
-                        checked = True
+                    ingredients = prepare(seed, settings, unchecked)
+                    unchecked = []
                 lines.begin(cell.method, "starting")
                 _run_cell(cell, settings, ingredients, lines)
             lines.finish(cell)

@@ -272,8 +272,9 @@ class RunSettings:
         default=None,
         metadata=_about(
             "LoRA",
-            "linear layers with LoRA in a block, e.g. [qkv, attn.proj]; default: qkv, or q_proj, "
-            "k_proj and v_proj; for texts the query and value projections",
+            "linear layers with LoRA in a block, e.g. [qkv, attn.proj], or a module of it, for all "
+            "of its linear layers, e.g. [mlp]; default: qkv, or q_proj, k_proj and v_proj; for "
+            "texts the query and value projections",
         ),
     )
     tree_lambda: float | None = field(
