@@ -470,7 +470,7 @@ def test_a_run_is_refused_before_weights_are_loaded(settings, tmp_path, monkeypa
     three = settings(epochs=None, epochs_per_task=[1, 3, 1])
     with pytest.raises(ValueError, match="2 numbers, one for each of echo, shout, but has 3"):
         run("SeqLoRA", 0, three, tmp_path / "run")
-    with pytest.raises(ValueError, match="`accumulation_steps` .* should be 1|should be 1, since"):
+    with pytest.raises(ValueError, match="`--accumulation_steps` should be 1, since"):
         run("Replay", 0, settings(accumulation_steps=2), tmp_path / "run")
     with pytest.raises(ValueError, match="`--shard_backbone` should be used with several"):
         run("SeqLoRA", 0, settings(), tmp_path / "run", shard_backbone=True)

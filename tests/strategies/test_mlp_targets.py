@@ -18,7 +18,7 @@ def lora_methods(kind):
 
 
 def train_two(name, model, benchmark, **options):
-    """Returns a strategy after two experiences, and the factors B after each."""
+    """Returns the factors B by layer, after each of two experiences."""
     row = METHODS[name]
     torch.manual_seed(0)
     strategy = row.strategy_class()(
@@ -36,31 +36,32 @@ def train_two(name, model, benchmark, **options):
         strategy.train(experience)
         layers = lora_layers(strategy.model)
         factors.append({n: m.lora_B["default"].weight.detach().clone() for n, m in layers.items()})
-    return strategy, factors
+    return factors
 
 
-def check_trained(factors, expected):
+def check_trained(name, factors, expected):
     """Every named layer, and no other, has an adapter that both experiences trained."""
     first, second = factors
     assert [n.partition("base_model.model.")[2] for n in first] == expected
-    for name in first:
-        assert first[name].abs().max() > 0, name
-        assert not torch.equal(first[name], second[name]), name
+    assert all(b.abs().max() > 0 for b in first.values())
+    still = [layer for layer in first if torch.equal(first[layer], second[layer])]
+    # TaSL sets matrices that matter to past tasks alone back to their state before the task.
+    assert len(still) < len(first) if name == "TaSL" else not still
 
 
 @pytest.mark.parametrize("name", lora_methods("language"))
 def test_language_model(name, make_language_model, tiny_texts):
     model = make_language_model()
     expected = [f"model.layers.{i}.mlp.{part}" for i in range(2) for part in GATED]
-    _, factors = train_two(name, model, tiny_texts, target_modules=list(GATED))
-    check_trained(factors, expected)
+    factors = train_two(name, model, tiny_texts, target_modules=list(GATED))
+    check_trained(name, factors, expected)
 
 
 @pytest.mark.parametrize("name", lora_methods("vision"))
 def test_vision_transformer(name, tiny_vit, tiny_benchmark):
     expected = [f"blocks.{i}.mlp.{part}" for i in range(3) for part in ("fc1", "fc2")]
-    _, factors = train_two(name, tiny_vit(), tiny_benchmark, target_modules=["mlp.fc1", "mlp.fc2"])
-    check_trained(factors, expected)
+    factors = train_two(name, tiny_vit(), tiny_benchmark, target_modules=["mlp.fc1", "mlp.fc2"])
+    check_trained(name, factors, expected)
 
 
 def test_name_of_a_module_stands_for_its_layers(tiny_vit, make_language_model):

@@ -31,8 +31,8 @@ class InContext(TokenBatches, UntrainedStrategy):
     the answer, whichever form the task's training answers have; the loss is that of the model
     without them.
 
-    Stores per task up to ``n_demonstrations`` pairs of prompt and answer, and one vector as wide as the
-    model's embeddings. Task labels are not used.
+    Stores per task up to ``n_demonstrations`` pairs of prompt and answer, and one vector as wide as
+    the model's embeddings. Task labels are not used.
 
     Example::
 

@@ -24,10 +24,11 @@ logger = logging.getLogger(__name__)
 class DemonstrationsPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Gives the model some training texts of every experience as demonstrations.
 
-    They are drawn with as many of each answer as possible, and without those that leave no room for
-    a prompt of the task's median length within the model's ``max_length``; a warning says where
-    fewer than ``n_demonstrations`` fit. Stores per task up to ``n_demonstrations`` pairs of prompt and reference answer, and one vector of the
-    model's embedding size. Task labels are not used. Example::
+    They are balanced over a task's answers, and such that all fit before a prompt of the task's
+    median length into the model's ``max_length``; a warning says where fewer than
+    ``n_demonstrations`` do. Stores per task up to ``n_demonstrations`` pairs of prompt and
+    reference answer, and one vector of the model's embedding size. Task labels are not used.
+    Example::
 
         model = InContextLanguageModel(language_model)
         strategy = Naive(model, plugins=[DemonstrationsPlugin(model)])
