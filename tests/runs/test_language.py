@@ -535,7 +535,7 @@ def test_table_and_figures(settings, ingredients, tmp_path):
         "| chance | 33.3 | – |",
     ]
     assert "most frequent training answer" in text.split("\n\n")[2]
-    for width, n_tables in ((200, 1), (30, 2)):
+    for width, n_tables in ((200, 1), (24, 2)):
         console = Console(width=width, record=True, file=io.StringIO())
         console.print(rich_table(results, width))
         printed = console.export_text()
