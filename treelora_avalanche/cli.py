@@ -21,6 +21,7 @@ from treelora_avalanche._version import __version__
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.recipes import RECIPES, describe_recipe
 from treelora_avalanche.registry.methods import METHODS, check_models
+from treelora_avalanche.registry.names import YAML_MODE, quote_arguments
 from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
 from treelora_avalanche.registry.streams import check_files
 
@@ -30,7 +31,10 @@ DEFAULT_SEEDS = [0, 1, 2]
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Parser whose errors are one line, without the list of all options."""
+    """Parser whose errors are one line, without the list of all options; names stay as written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, parser_mode=YAML_MODE, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Returns the parsed arguments; names of recipes stand for their files.
@@ -39,7 +43,7 @@ class _Parser(jsonargparse.ArgumentParser):
         :param others: further arguments of jsonargparse.
         :param kwargs: further arguments of jsonargparse.
         """
-        given = _with_recipes(sys.argv[1:] if args is None else args)
+        given = quote_arguments(_with_recipes(sys.argv[1:] if args is None else args))
         return super().parse_args(given, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

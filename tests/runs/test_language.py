@@ -345,11 +345,16 @@ def test_wrong_settings_are_named_as_flags(changes, message, settings):
         settings(**changes)
 
 
-@pytest.mark.parametrize("option", ["limit", "tasks", "max_length", "accumulation_steps", "dtype"])
+@pytest.mark.parametrize("option", ["tasks", "max_length", "accumulation_steps", "dtype"])
 def test_settings_of_texts_are_refused_for_images(option):
     value = {"tasks": ["a"], "dtype": "bfloat16"}.get(option, 3)
     with pytest.raises(ValueError, match=f"`--{option}` is .* does not use it"):
         RunSettings(scenario="image_folder", data="d", **{option: value})
+
+
+def test_limit_is_refused_for_digits():
+    with pytest.raises(ValueError, match=r"`--limit` is 3, but .* does not use it"):
+        RunSettings(scenario="digits", limit=3)
 
 
 def test_methods_are_defined_for_kinds_of_models(settings):

@@ -98,10 +98,10 @@ def test_where_there_is_no_room_the_first_demonstrations_go(make, tiny_texts, mo
     strategy = make(max_length=80)
     train(strategy, tiny_texts, 0)
     taken = []
-    inner = strategy.model.module._generate_batch
+    inner = strategy.model.module.generate_batch
     monkeypatch.setattr(
         strategy.model.module,
-        "_generate_batch",
+        "generate_batch",
         lambda rows, n: taken.extend(rows) or inner(rows, n),
     )
     task = strategy.model.tasks[0]

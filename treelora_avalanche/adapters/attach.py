@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from treelora_avalanche.adapters.classifier import classifier_names
+from treelora_avalanche.adapters.first_pass import check_at_first_pass
 from treelora_avalanche.choices import check_known, did_you_mean
 from treelora_avalanche.defaults import LANGUAGE_LORA, VISION_LORA, LoRADefaults
 
@@ -195,8 +196,10 @@ def add_lora(
 
     The classifier, if the model has one, is trained with the adapter and saved with it, whatever
     its layers. Attention modules of timm that can call their projection as a layer do so from here
-    on, see :func:`call_projections`. Defaults depend on the kind of model, see :data:`VISION_LORA`
-    and :data:`LANGUAGE_LORA`::
+    on, see :func:`call_projections`. The first training pass, in any strategy, raises an error if a
+    gradient does not reach every adapter, see
+    :func:`~treelora_avalanche.adapters.first_pass.check_at_first_pass`. Defaults depend on the kind
+    of model, see :data:`VISION_LORA` and :data:`LANGUAGE_LORA`::
 
         model = add_lora(create_vit("vit_base_patch16_224", num_classes=100), rank=4)
 
@@ -229,9 +232,9 @@ def add_lora(
     # peft's annotation is for models of transformers, but any module works.
     adapted = get_peft_model(network, config)  # type: ignore[arg-type, unused-ignore]
     if not isinstance(model, AdapterHost):
-        return adapted
+        return check_at_first_pass(adapted)
     model.network = adapted
-    return model
+    return check_at_first_pass(model)
 
 
 def call_projections(network: nn.Module, names: Iterable[str]) -> None:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from treelora_avalanche.adapters.first_pass import check_at_first_pass
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -18,7 +20,8 @@ class TrainableView(nn.Module):
 
     ``parameters()`` and ``named_parameters()`` yield those with ``requires_grad`` alone, and a deep
     copy shares the frozen tensors and buffers. So strategies that store something per parameter
-    (EWC, SI, GEM) or copy the model (LwF) need the memory of the adapter, not of the backbone::
+    (EWC, SI, GEM) or copy the model (LwF) need the memory of the adapter, not of the backbone. The
+    first training pass raises an error if a gradient does not reach every adapter::
 
         view = TrainableView(add_lora(vit))
         optimizer = torch.optim.SGD(view.parameters(), lr=0.1)
@@ -32,6 +35,7 @@ class TrainableView(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
+        check_at_first_pass(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_active(*args, **kwargs)

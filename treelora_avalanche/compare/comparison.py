@@ -7,6 +7,7 @@ again, an interrupted cell is resumed, and a failing cell does not stop the othe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,11 @@ def compare(
         return failed
     lines = MethodLines(usable, len(seeds), console, measure=_measure(settings))
     with lines.live:
-        _reuse(cells, lines, force=force)
+        known = _reuse(cells, lines, force=force)
         if executor is not None:
             _run_elsewhere(cells, settings, executor, options, output, lines)
         else:
-            _run_here(cells, seeds, settings, lines)
+            _run_here(cells, seeds, settings, lines, known)
     return cells + failed
 
 
@@ -125,7 +126,11 @@ def _failed_cells(
 
 
 def _run_here(
-    cells: Sequence[Cell], seeds: Sequence[int], settings: RunSettings, lines: MethodLines
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    settings: RunSettings,
+    lines: MethodLines,
+    known: dict[Path, str],
 ) -> None:
     """Runs cells seed by seed, so that only one stream and backbone is in memory."""
     unchecked = list(dict.fromkeys(cell.method for cell in cells if not cell.reused))
@@ -135,7 +140,7 @@ def _run_here(
             if not cell.reused:
                 if ingredients is None:
                     lines.begin(cell.method, "preparing data and backbone")
-                    ingredients = prepare(seed, settings, unchecked)
+                    ingredients = replace(prepare(seed, settings, unchecked), known=known)
                     unchecked = []
                 lines.begin(cell.method, "starting")
                 _run_cell(cell, settings, ingredients, lines)
@@ -158,8 +163,11 @@ def _measure(settings: RunSettings) -> str:
     return "Op" if settings.on_language else "acc"
 
 
-def _reuse(cells: Sequence[Cell], lines: MethodLines, *, force: bool) -> None:
-    """Takes the results of finished cells, unless their inputs have changed."""
+def _reuse(cells: Sequence[Cell], lines: MethodLines, *, force: bool) -> dict[Path, str]:
+    """Takes the results of finished cells, unless their inputs have changed.
+
+    :return: the fingerprints of the files that the cells share, as far as computed.
+    """
     known: dict[Path, str] = {}
     for cell in cells:
         finished = finished_results(cell.folder, cell.config)
@@ -171,6 +179,7 @@ def _reuse(cells: Sequence[Cell], lines: MethodLines, *, force: bool) -> None:
             continue
         reason = f"{' and '.join(changed)} changed since" if changed else "`--force`"
         lines.note(cell, f"runs again ({reason}); the earlier run is kept in {cell.folder}.old*")
+    return known
 
 
 def _run_cell(
@@ -272,7 +281,7 @@ def train(
         [method], 1, console or Console(stderr=True), live=not verbose, measure=_measure(settings)
     )
     with lines.live:
-        _reuse([cell], lines, force=force)
+        known = _reuse([cell], lines, force=force)
         if cell.results is None:
             lines.begin(method, "preparing data and backbone")
             cell.results = run(
@@ -280,6 +289,7 @@ def train(
                 seed,
                 settings,
                 folder,
+                known=known,
                 progress=lambda now: lines.step(method, now),
                 note=lambda text: lines.note(cell, text),
                 verbose=verbose,

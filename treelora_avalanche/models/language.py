@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -160,14 +160,11 @@ class LanguageModel(AdapterHost):
         :return: the continuations alone, without the end token, in the order of the prompts.
         :raises ValueError: if ``max_new_tokens`` or ``batch_size`` is out of range.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` should be at least 1, but is {batch_size}.")
         rows = self.encode_prompts(prompts, max_new_tokens)
         texts = [""] * len(rows)
         with evaluating(self), merged_weights(self.network):
-            # The longest first, so that too little memory shows at once.
-            for batch in LengthBatchSampler([*map(len, rows)], batch_size, shuffle=False):
-                own = self._generate_batch([rows[i] for i in batch], max_new_tokens)
+            for batch in length_batches(rows, batch_size):
+                own = self.generate_batch([rows[i] for i in batch], max_new_tokens)
                 for i, text in zip(batch, own, strict=True):
                     texts[i] = text
                 if progress is not None:
@@ -205,7 +202,15 @@ class LanguageModel(AdapterHost):
             )
         return room
 
-    def _generate_batch(self, rows: list[list[int]], max_new_tokens: int) -> list[str]:
+    def generate_batch(
+        self, rows: list[list[int]], max_new_tokens: int, **options: Any
+    ) -> list[str]:
+        """Continues the prompts of one batch, see :meth:`generate`.
+
+        :param rows: token ids of :meth:`encode_prompts`.
+        :param max_new_tokens: see :meth:`generate`.
+        :param options: further arguments of the network's ``generate``.
+        """
         device = next(self.network.parameters()).device
         width = max(1, *map(len, rows))
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
@@ -217,6 +222,7 @@ class LanguageModel(AdapterHost):
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
+            **options,
         )
         texts = []
         for new in output[:, width:].tolist():
@@ -226,6 +232,20 @@ class LanguageModel(AdapterHost):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         return deepcopy_sharing(self, memo, [self.tokenizer])  # large, and never changed
+
+
+def length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yields the positions of token sequences in batches of similar length.
+
+    The longest come first, so that too little memory shows at once.
+
+    :param rows: the sequences.
+    :param batch_size: sequences per batch.
+    :raises ValueError: if ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` should be at least 1, but is {batch_size}.")
+    yield from LengthBatchSampler([*map(len, rows)], batch_size, shuffle=False)
 
 
 def _end_tokens(config: GenerationConfig | None) -> list[int]:
@@ -239,6 +259,7 @@ def create_language_model(
     dtype: torch.dtype | str | None = None,
     max_length: int = 1024,
     gradient_checkpointing: bool = False,
+    chat_template: bool = True,
     pretrained: bool = True,
 ) -> LanguageModel:
     """Loads a pretrained causal language model and its tokenizer, from a folder or from the hub.
@@ -253,6 +274,8 @@ def create_language_model(
         default that of the checkpoint. LoRA's factors are float32 in any case.
     :param max_length: see :class:`LanguageModel`.
     :param gradient_checkpointing: see :class:`LanguageModel`.
+    :param chat_template: whether prompts are put into the tokenizer's chat template, where there is
+        one; TRACE's release uses raw prompts.
     :param pretrained: whether to load the weights. Without them the model has its tokenizer and its
         layers, on the device ``meta``: enough to build a stream and to check arguments.
     :raises FileNotFoundError: if the folder lacks something, such as weights in safetensors.
@@ -263,6 +286,8 @@ def create_language_model(
         config = AutoConfig.from_pretrained(name, **safe)
         _check_causal(name, config)  # before gigabytes come
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        if not chat_template:
+            tokenizer.chat_template = None
         if pretrained:
             network = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype or "auto", use_safetensors=True, **safe

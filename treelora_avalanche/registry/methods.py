@@ -179,15 +179,20 @@ METHODS: Registry[Method] = Registry(
         "TreeLoRA-last": Method(
             _OURS + "TreeLoRAStrategy",
             "TreeLoRA that predicts with the adapter of the last task, as in the paper",
-            models=VISION,
             options={"inference": "last"},
             also_reads=TREE_SETTINGS,
         ),
         "TreeLoRA-routed": Method(
             _OURS + "TreeLoRAStrategy",
             "TreeLoRA that predicts with the adapter a router selects for each sample",
-            models=VISION,
             options={"inference": "routed"},
+            also_reads=TREE_SETTINGS,
+        ),
+        "TreeLoRA-merged": Method(
+            _OURS + "TreeLoRAStrategy",
+            "TreeLoRA that predicts with the mean of all adapters",
+            models=LANGUAGE,
+            options={"inference": "merged"},
             also_reads=TREE_SETTINGS,
         ),
         "SeqLoRA": Method(_OURS + "SeqLoRA", "plain LoRA: one adapter, trained sequentially"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from treelora_avalanche.registry.entry_points import Registry, load_object
 
-_IMAGES = frozenset({"data", "classes", "model", "checkpoint", "img_size", "head"})
+_IMAGES = frozenset({"data", "classes", "limit", "model", "checkpoint", "img_size", "head"})
 _TEXTS = frozenset(
     {
         "data",
@@ -21,6 +21,7 @@ _TEXTS = frozenset(
         "max_length",
         "dtype",
         "gradient_checkpointing",
+        "chat_template",
         "accumulation_steps",
     }
 )
@@ -122,6 +123,12 @@ SCENARIOS: Registry[Scenario] = Registry(
             _IMAGES | {"exclude_classes", "domains"},
             n_experiences=None,
             class_folders="*/*",
+        ),
+        "image_tasks": Scenario(
+            _OURS + "ImageTasks",
+            "your own tasks: a folder with one folder per task, each with classes of its own",
+            _IMAGES | {"tasks"},
+            n_experiences=None,
         ),
         "trace": Scenario(
             _OURS + "TRACE",

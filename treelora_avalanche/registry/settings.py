@@ -17,7 +17,6 @@ from treelora_avalanche.choices import (
 from treelora_avalanche.defaults import (
     LANGUAGE_LORA,
     LANGUAGE_TRAINING,
-    LAST_TREE_LAMBDA,
     VISION_LORA,
 )
 from treelora_avalanche.registry.scenarios import SCENARIO_SETTINGS, SCENARIOS, Scenario
@@ -48,7 +47,6 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
     "rank": LANGUAGE_LORA.rank,
     "alpha": float(LANGUAGE_LORA.alpha),
     "layers": LANGUAGE_LORA.layers,
-    "tree_lambda": LAST_TREE_LAMBDA,
 }
 _SMALLEST = {
     "n_experiences": 1,
@@ -75,6 +73,10 @@ _CHOICES = {
     "precision": PRECISIONS,
     "dtype": DTYPES,
 }
+
+
+DIVISIONS = frozenset({"task_classes", "per_exp_classes"})
+"""Options of scenarios that may give the number of experiences."""
 
 
 def _about(group: str, text: str) -> dict[str, str]:
@@ -126,13 +128,16 @@ class RunSettings:
         default=None,
         metadata=_about(
             "stream",
-            "number of experiences the classes are split into (images, not domains); default: 5 "
-            "for digits, else 10",
+            "number of experiences the classes are split into (images, not domains and "
+            "image_tasks); default: 5 for digits, else 10, or that of the scenario's option "
+            "task_classes or per_exp_classes",
         ),
     )
     tasks: list[str] | None = field(
         default=None,
-        metadata=_about("stream", "tasks in order of training (trace, text_tasks); default: all"),
+        metadata=_about(
+            "stream", "tasks in order of training (trace, text_tasks, image_tasks); default: all"
+        ),
     )
     variant: str = field(
         default="500",
@@ -166,7 +171,9 @@ class RunSettings:
     limit: int | None = field(
         default=None,
         metadata=_about(
-            "stream", "use only the first LIMIT training and test samples of each task (texts)"
+            "stream",
+            "use only LIMIT training and LIMIT test samples of each task: the first ones of texts; "
+            "of images, drawn by the seed and balanced over classes (not digits)",
         ),
     )
     model: str | None = field(
@@ -205,6 +212,14 @@ class RunSettings:
             "model",
             "precision of the forward pass: fp32 (that of the weights), bf16 (autocast; weights "
             "and optimizer keep theirs), auto (bf16 if the device supports it natively)",
+        ),
+    )
+    chat_template: bool = field(
+        default=True,
+        metadata=_about(
+            "model",
+            "put prompts into the tokenizer's chat template, where there is one (texts); false: "
+            "raw prompts, as in TRACE's release",
         ),
     )
     gradient_checkpointing: bool = field(
@@ -282,7 +297,7 @@ class RunSettings:
         metadata=_about(
             "TreeLoRA",
             "strength λ of the pull towards the selected adapter; default: 0.1 if predictions use "
-            "the mean of all adapters or a router, else 0.5",
+            "the mean of all adapters or a router (routed texts: 0), else 0.5",
         ),
     )
     selection: str = field(
@@ -359,7 +374,7 @@ class RunSettings:
         defaults = {f.name: f.default for f in fields(self)}
         for name in sorted(self.without_meaning):
             value = getattr(self, name)
-            if value and value != defaults[name]:
+            if value is not None and value != defaults[name]:
                 brings = self._scenario.backbone and name in ("data", "model", "checkpoint")
                 reason = (
                     f"{self.scenario} brings its own data and model. Set another `--scenario`, or "
@@ -427,9 +442,12 @@ class RunSettings:
         return SCENARIO_SETTINGS - self._scenario.takes
 
     @property
-    def number_of_experiences(self) -> int:
-        """Number of tasks, with the scenario's default filled in."""
-        return self.n_experiences or self._scenario.n_experiences or 1
+    def number_of_experiences(self) -> int | None:
+        """Number of tasks, with the scenario's default filled in; None if its options give it."""
+        given = self.n_experiences
+        if given is None and DIVISIONS & set(self.scenario_options or {}):
+            return None
+        return given or self._scenario.n_experiences or 1
 
     @property
     def model_name(self) -> str:

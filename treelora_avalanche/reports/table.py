@@ -105,6 +105,18 @@ def _integer(value: float) -> str:
     return f"{value:.0f}"
 
 
+def router_accuracy(result: dict[str, Any]) -> float | None:
+    """Returns the mean over tasks of the share of prompts that got their own task's adapter.
+
+    :param result: content of a ``results.json``.
+    :return: None for a method that routes no prompts.
+    """
+    routes = result.get("routes")
+    if not routes:
+        return None
+    return statistics.fmean(of.get(task, 0) / sum(of.values()) for task, of in routes.items())
+
+
 _VISION = (
     _score("accuracy", "Acc ↑", "class_incremental", "overall_performance"),
     _score("within_task_accuracy", "in task ↑", "within_task", "overall_performance"),
@@ -125,6 +137,7 @@ _LANGUAGE = (
         _integer,
     ),
 )
+_ROUTER = Column("router_accuracy", ("Router ↑", "%"), router_accuracy, _percent, spread=True)
 _COST = (
     Column("train_seconds", ("Time", ""), lambda r: r["timings"]["train_seconds"], short_seconds),
     Column("ms_per_step", ("ms", "/step"), lambda r: r["timings"]["ms_per_step"], _three_digits),
@@ -150,7 +163,8 @@ def columns_of(results: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
 
     :param results: contents of ``results.json`` files, of one stream.
     """
-    return (_LANGUAGE if is_language(results) else _VISION) + _COST
+    routed = (_ROUTER,) if any(router_accuracy(result) is not None for result in results) else ()
+    return (_LANGUAGE if is_language(results) else _VISION) + routed + _COST
 
 
 def is_language(results: Sequence[dict[str, Any]]) -> bool:
@@ -293,6 +307,8 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         if task_rows(results, labels(results)):
             scores += "By task: the same, with the score of always giving the most frequent "
             scores += "training answer, and chance, 1 / number of distinct training answers. "
+        if any(router_accuracy(result) is not None for result in results):
+            scores += "Router: prompts that got the adapter of their own task. "
     else:
         what = f"{len(stream['class_names'])} classes"
         scores = "Acc: class-incremental accuracy, mean over tasks after the last one; in task: "

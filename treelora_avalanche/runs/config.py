@@ -93,6 +93,8 @@ def resolve_config(
     for name in ("epochs", "epochs_per_task", "scenario_options", "method_options"):
         if config.get(name, 0) is None:  # epochs and epochs_per_task exclude each other
             del config[name]
+    if not settings.on_language and config.get("limit", 0) is None:
+        del config["limit"]
     if options:
         config["method_options"] = {method: options}
     if config.get("precision") == "fp32":

@@ -249,7 +249,8 @@ def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) 
     ]
     if "tree_lambda" in config:
         depth = config["depth"] or min(len(layers), MAX_DEPTH)
-        words.append(f"λ {config['tree_lambda']:g}, a tree of depth {depth}")
+        words.append(f"λ {strategy.tree_lambda:g}, a tree of depth {depth}")
+        words.append(f"predictions {strategy.inference}")
     return "trains " + "; ".join(words)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from avalanche.training.determinism.rng_manager import RNGManager
@@ -34,11 +35,13 @@ class Ingredients:
     :param seed: the seed.
     :param benchmark: the stream.
     :param backbone: the backbone, which each strategy copies.
+    :param known: fingerprints of their files, by path; filled by the first run that needs them.
     """
 
     seed: int
     benchmark: Any
     backbone: nn.Module
+    known: dict[Path, str] = field(default_factory=dict)
 
 
 def prepare(seed: int, settings: RunSettings, methods: Sequence[str] = ()) -> Ingredients:
@@ -111,6 +114,7 @@ def language_model(settings: RunSettings, dtype: str, *, pretrained: bool = True
         dtype=dtype,
         max_length=settings.max_length,
         gradient_checkpointing=settings.gradient_checkpointing,
+        chat_template=settings.chat_template,
         pretrained=pretrained,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def run(
     folder: Path | str,
     *,
     ingredients: Ingredients | None = None,
+    known: dict[Path, str] | None = None,
     progress: ProgressCallback | None = None,
     note: Callable[[str], None] | None = None,
     verbose: bool = False,
@@ -44,6 +46,8 @@ def run(
     :param folder: the run folder; an unfinished run of another configuration is replaced.
     :param ingredients: stream and backbone from :func:`prepare`, with the same seed and settings;
         built here by default.
+    :param known: fingerprints of files that other runs share, by path, if ``ingredients`` are built
+        here; see :class:`Ingredients`.
     :param progress: called after every training step.
     :param note: called with messages: whether an interrupted run is resumed; for language models
         also how they are trained, and TreeLoRA's tree after every task, as in the paper's Figures
@@ -61,7 +65,8 @@ def run(
     check_folder(Path(folder), config)
     parallel = parallel_plugins(config["device"], shard_backbone=shard_backbone)
     if ingredients is None:
-        ingredients = prepare(seed, settings, [method])
+        shared = {} if known is None else known
+        ingredients = replace(prepare(seed, settings, [method]), known=shared)
     elif ingredients.seed != seed:
         raise ValueError(
             f"`ingredients` should be prepared for seed {seed}, but are for seed "

@@ -5,6 +5,7 @@ from treelora_avalanche.scenarios.cub200 import SplitCUB200
 from treelora_avalanche.scenarios.digits import SplitDigits, digits_images
 from treelora_avalanche.scenarios.domains import DomainImageFolder
 from treelora_avalanche.scenarios.image_folder import SplitImageFolder
+from treelora_avalanche.scenarios.image_tasks import ImageTasks
 from treelora_avalanche.scenarios.imagenet_r import SplitImageNetR
 from treelora_avalanche.scenarios.o_lora import LongSequence, OLoRAOrder
 from treelora_avalanche.scenarios.related_tasks import (
@@ -36,6 +37,7 @@ __all__ = [
     "DomainImageFolder",
     "GroupedImageFolder",
     "GroupedTexts",
+    "ImageTasks",
     "LongSequence",
     "MathLLM",
     "OLoRAOrder",

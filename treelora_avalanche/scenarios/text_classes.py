@@ -12,7 +12,7 @@ from avalanche.benchmarks import GenericCLScenario, dataset_benchmark
 from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset
 
 from treelora_avalanche.models.text_encoder import TextEncoder, encode_texts
-from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.class_incremental import divide_classes, split_by_class
 from treelora_avalanche.scenarios.data.text_folder import read_tasks
 from treelora_avalanche.scenarios.data.text_records import Records
 
@@ -83,8 +83,7 @@ def TextClasses(
             dataset(*(train for _, train, _ in parts)),
             dataset(*(test for _, _, test in parts)),
             class_names,
-            n_experiences,
-            seed=seed,
+            divide_classes(class_names, n_experiences, seed=seed),
         )
     else:
         benchmark = dataset_benchmark(

@@ -94,5 +94,7 @@ class HiDeLoRA(SeqLoRA):
 
     def _view(self, model: nn.Module) -> TrainableView:
         if isinstance(model, LanguageModel):
-            return RoutedLanguageModel(model, self.bank, self.query_length)
+            return RoutedLanguageModel(
+                model, self.bank, layer="last", query_length=self.query_length
+            )
         return RoutedAdapters(model, self.bank)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors, lora_layers
 from treelora_avalanche.adapters.trainable_view import active_forward, evaluating
+from treelora_avalanche.models.token_batches import collate_hidden_states
 from treelora_avalanche.models.tokens import real_tokens
 
 
@@ -68,5 +69,7 @@ def stack_samples(dataset: Sequence[tuple[Tensor, ...]], rows: Sequence[int]) ->
     :return: the inputs ``(n, ...)`` and the targets ``(n, ...)``.
     """
     pairs = [dataset[row][:2] for row in rows]
+    if torch.as_tensor(pairs[0][0]).ndim == 2:  # hidden states of texts, of different lengths
+        return collate_hidden_states(pairs)[:2]
     columns = zip(*pairs, strict=True)
     return [torch.stack([torch.as_tensor(part) for part in column]) for column in columns]
