@@ -54,6 +54,30 @@ def test_help_imports_nothing_heavy(arguments):
             assert option in done.stdout
 
 
+def test_files_and_methods_are_checked_before_heavy_imports(tmp_path):
+    (tmp_path / "model").mkdir()
+    texts = ["train", "--scenario=text_tasks", f"--data={tmp_path}", f"--output={tmp_path}/run"]
+    images = ["train", "--scenario=image_folder", f"--data={tmp_path}", f"--output={tmp_path}/run"]
+    wrong = {
+        "should hold a config.json": [*texts, f"--model={tmp_path / 'model'}"],
+        "HiDePrompt is not defined": [*texts, "--model=m", "--method=HiDePrompt"],
+        "nowhere is not a folder": [*texts, "--model=m", "--data=nowhere"],
+        "w.pth does not exist": [*images, "--checkpoint=w.pth"],
+        "SAPT is not defined": ["compare", "--methods", "SeqLoRA", "SAPT"],
+    }
+    code = (
+        "import sys, treelora_avalanche.cli as cli\n"
+        f"for arguments in {list(wrong.values())}:\n"
+        "    assert cli.main(arguments) == 2\n"
+        "heavy = {'torch', 'avalanche', 'timm', 'peft', 'numpy', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for message, line in zip(wrong, done.stderr.splitlines(), strict=True):
+        assert message in line
+
+
 def test_version(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out.strip() == f"treelora {__version__}"

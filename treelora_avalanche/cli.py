@@ -21,9 +21,10 @@ import jsonargparse
 from treelora_avalanche._version import __version__
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.recipes import RECIPES, describe_recipe
-from treelora_avalanche.registry.methods import METHODS
+from treelora_avalanche.registry.methods import METHODS, check_models
 from treelora_avalanche.registry.names import YAML_MODE, quote_arguments
 from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
+from treelora_avalanche.registry.streams import check_files
 
 LISTS = ("methods", "scenarios", "recipes")
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
@@ -172,6 +173,19 @@ def _settings(options: Any) -> RunSettings:
     return RunSettings(**{field.name: options[field.name] for field in fields(RunSettings)})
 
 
+def _check_early(methods: Sequence[str], settings: RunSettings, output: str | None) -> None:
+    """Checks what needs no heavy import: names, kinds of models, and files of new runs.
+
+    :param output: folder of the runs, if they take place on this machine.
+    """
+    for method in methods:
+        check_known("method", method, METHODS)
+    # Rows of other packages may import torch; `compare` checks them.
+    check_models([name for name in methods if name in METHODS.data], settings)
+    if output is not None and not Path(output).exists():  # finished runs need no files
+        check_files(settings)
+
+
 def _quieten() -> None:
     """Silences other libraries before they are imported; values set by the user stay."""
     # Their warnings concern what a user cannot change.
@@ -314,7 +328,7 @@ def _train(options: Any) -> int:
     from rich.console import Console
 
     settings = _settings(options)
-    check_known("method", options.method, METHODS)
+    _check_early([options.method], settings, options.output or "runs/train")
     _before_heavy_imports(settings)
     from treelora_avalanche.compare import train
     from treelora_avalanche.plugins import NonFiniteLossError
@@ -348,8 +362,7 @@ def _compare(options: Any) -> int:
     from rich.console import Console
 
     settings = _settings(options)
-    for method in options.methods:
-        check_known("method", method, METHODS)
+    _check_early(options.methods, settings, None if options.executor == "slurm" else options.output)
     _before_heavy_imports(settings)
     from treelora_avalanche.compare import compare, earlier_results
     from treelora_avalanche.reports.figures import write_figures

@@ -1,5 +1,6 @@
 """Runs and comparisons on streams of texts: folders, tables, resumption and errors."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,16 +11,19 @@ import torch
 import yaml
 from peft import PeftModel
 from rapidfuzz import fuzz
+from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from treelora_avalanche.cli import main
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.registry.methods import METHODS, check_models
 from treelora_avalanche.registry.settings import RunSettings
+from treelora_avalanche.registry.streams import build_stream
 from treelora_avalanche.reports.figures import FIGURES, write_figures
-from treelora_avalanche.reports.table import summarise, write_table
+from treelora_avalanche.reports.table import rich_table, summarise, write_table
 from treelora_avalanche.runs import prepare, resolve_config, run
 from treelora_avalanche.runs.schedule import epochs_per_task
+from treelora_avalanche.runs.setup import language_model
 from treelora_avalanche.scenarios.trace import TRACE_TASKS
 from treelora_avalanche.tree import AdapterTree
 
@@ -393,6 +397,15 @@ def test_compare(settings, tmp_path, capsys):
     assert capsys.readouterr().err.count("finished before") == 2
 
 
+def refuse_weights(monkeypatch):
+    """Fails the test where weights are loaded."""
+
+    def loaded(*args, **kwargs):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -405,6 +418,11 @@ def test_compare(settings, tmp_path, capsys):
         ),
         (["--methods", "SeqLoRA", "--target_modules", "[q_prj]"], "q_prj"),
         (["--methods", "SeqLoRA", "--tasks", "[eco]"], "Did you mean 'echo'?"),
+        (["--methods", "SeqLoRA", "--layers", "last:40"], "the model's 2 blocks, but is 'last:40'"),
+        (
+            ["--methods", "SAPT", "--method_options", "{SAPT: {bottleneck: 0}}"],
+            "`bottleneck` should be at least 1, but is 0",
+        ),
         (
             ["--methods", "SeqLoRA", "--data", "nowhere"],
             "`--data` should be a folder, but nowhere is not a folder",
@@ -418,6 +436,8 @@ def test_compare(settings, tmp_path, capsys):
 )
 def test_bad_input_is_one_line(changes, message, settings, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if message is not None:
+        refuse_weights(monkeypatch)
     own = [option[2:] for option in changes if option.startswith("--")]
     arguments = ["compare", *arguments_of(settings(), but=own), "--seeds", "0", *changes]
     code = main([*arguments, "--device=cpu", f"--output={tmp_path / 'out'}"])
@@ -454,6 +474,36 @@ def test_compare_on_trace(data_root, tmp_path, capsys):
     assert len(json_lines(path.parent / "generated.jsonl")) == 4 + 8
 
 
+def test_a_run_is_refused_before_weights_are_loaded(settings, tmp_path, monkeypatch):
+    refuse_weights(monkeypatch)
+    with pytest.raises(ValueError, match="FrozenNCM is not defined for them"):
+        run("FrozenNCM", 0, settings(), tmp_path / "run")
+    three = settings(epochs=None, epochs_per_task=[1, 3, 1])
+    with pytest.raises(ValueError, match="2 numbers, one for each of echo, shout, but has 3"):
+        run("SeqLoRA", 0, three, tmp_path / "run")
+    with pytest.raises(ValueError, match="`--accumulation_steps` should be 1, since"):
+        run("Replay", 0, settings(accumulation_steps=2), tmp_path / "run")
+    with pytest.raises(ValueError, match="`--shard_backbone` should be used with several"):
+        run("SeqLoRA", 0, settings(), tmp_path / "run", shard_backbone=True)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run("SeqLoRA", 0, settings(), tmp_path / "taken")
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_without_weights_has_the_same_stream(settings, ingredients):
+    unloaded = language_model(settings(), "float32", pretrained=False)
+    assert {p.device.type for p in unloaded.parameters()} == {"meta"}
+    assert (unloaded.max_length, unloaded.context) == (32, 64)
+    benchmark = build_stream(settings(), 0, model=unloaded)
+    for one, other in zip(benchmark.train_stream, ingredients.benchmark.train_stream, strict=True):
+        assert one.prompts == other.prompts
+        for (x, y, *_), (u, v, *_) in zip(one.dataset, other.dataset, strict=True):
+            assert torch.equal(x, u)
+            assert torch.equal(y, v)
+
+
 # ---------------------------------------------------------------------------------------- reports
 
 
@@ -477,3 +527,28 @@ def test_table_and_figures(settings, ingredients, tmp_path):
     assert "text_tasks: 2 tasks, model, cpu" in lines[-2] + lines[-3]
     paths = write_figures(results, tmp_path / "figures")
     assert [path.name for path in paths] == [name for name in FIGURES if name != "tree.png"]
+
+    # Both tasks have seven answers in seven samples, too many for a majority.
+    assert results[0]["stream"]["constant_answers"] == [None, None]
+    assert not any(line.startswith("| chance") for line in lines)
+    known = {"n_answers": 3, "majority_answer": "C", "majority": 0.5, "chance": 1 / 3}
+    for result, row in zip(results, ([0.5, 0.25], [None, 0.75]), strict=True):
+        result["stream"]["constant_answers"] = [known, None]
+        result["accuracy_matrix"]["generated"][-1] = row
+    write_table(results, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    tasks = text.split("\n\n")[1].splitlines()
+    assert tasks[0] == "| Method | echo % | shout % |"
+    assert tasks[2:] == [
+        "| SeqLoRA | 50.0 | 25.0 |",
+        "| JointTraining | – | 75.0 |",
+        "| majority answer | 50.0 | – |",
+        "| chance | 33.3 | – |",
+    ]
+    assert "most frequent training answer" in text.split("\n\n")[2]
+    for width, n_tables in ((200, 1), (24, 2)):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(rich_table(results, width))
+        printed = console.export_text()
+        assert printed.count("majority answer") == printed.count("chance  ") == n_tables
+        assert printed.count("33.3") == 1

@@ -464,7 +464,7 @@ def counted(monkeypatch, tiny_benchmark, tiny_vit):
     """Replaces the stream by a tiny one; returns lists of prepared seeds and trained cells."""
     calls = {"prepared": [], "trained": []}
 
-    def prepare(seed, settings):
+    def prepare(seed, settings, methods):
         calls["prepared"].append(seed)
         return Ingredients(seed, tiny_benchmark, tiny_vit())
 

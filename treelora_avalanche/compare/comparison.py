@@ -21,7 +21,6 @@ from treelora_avalanche.registry import METHODS, RegistrationError, RunSettings,
 from treelora_avalanche.runs import (
     Ingredients,
     changed_inputs,
-    check_arguments,
     fingerprints,
     finished_results,
     prepare,
@@ -134,18 +133,15 @@ def _run_here(
     known: dict[Path, str],
 ) -> None:
     """Runs cells seed by seed, so that only one stream and backbone is in memory."""
-    missing = list(dict.fromkeys(cell.method for cell in cells if not cell.reused))
-    checked = False
+    unchecked = list(dict.fromkeys(cell.method for cell in cells if not cell.reused))
     for seed in seeds:
         ingredients: Ingredients | None = None
         for cell in (cell for cell in cells if cell.seed == seed):
             if not cell.reused:
                 if ingredients is None:
                     lines.begin(cell.method, "preparing data and backbone")
-                    ingredients = replace(prepare(seed, settings), known=known)
-                    if not checked:
-                        check_arguments(missing, settings, ingredients)
-                        checked = True
+                    ingredients = replace(prepare(seed, settings, unchecked), known=known)
+                    unchecked = []
                 lines.begin(cell.method, "starting")
                 _run_cell(cell, settings, ingredients, lines)
             lines.finish(cell)
@@ -293,7 +289,7 @@ def train(
                 seed,
                 settings,
                 folder,
-                ingredients=replace(prepare(seed, settings), known=known),
+                known=known,
                 progress=lambda now: lines.step(method, now),
                 note=lambda text: lines.note(cell, text),
                 verbose=verbose,

@@ -180,18 +180,27 @@ class LanguageModel(AdapterHost):
         :param max_new_tokens: see :meth:`generate`.
         :raises ValueError: if ``max_new_tokens`` is below 1, or leaves no room for a prompt.
         """
-        room = min(self.max_length, self.context - max_new_tokens)
-        if max_new_tokens < 1 or room < 1:
-            raise ValueError(
-                f"`max_new_tokens` should be at least 1 and below the model's context of "
-                f"{self.context}, but is {max_new_tokens}."
-            )
+        room = self.prompt_room(max_new_tokens)
         return [
             encode_prompt(self.tokenizer, prompt, room)
             if isinstance(prompt, str)
             else list(prompt)[-room:]
             for prompt in prompts
         ]
+
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """Returns the number of tokens that a prompt may have.
+
+        :param max_new_tokens: see :meth:`generate`.
+        :raises ValueError: if ``max_new_tokens`` is below 1, or leaves no room for a prompt.
+        """
+        room = min(self.max_length, self.context - max_new_tokens)
+        if max_new_tokens < 1 or room < 1:
+            raise ValueError(
+                f"`max_new_tokens` should be at least 1 and below the model's context of "
+                f"{self.context}, but is {max_new_tokens}."
+            )
+        return room
 
     def generate_batch(
         self, rows: list[list[int]], max_new_tokens: int, **options: Any
@@ -251,6 +260,7 @@ def create_language_model(
     max_length: int = 1024,
     gradient_checkpointing: bool = False,
     chat_template: bool = True,
+    pretrained: bool = True,
 ) -> LanguageModel:
     """Loads a pretrained causal language model and its tokenizer, from a folder or from the hub.
 
@@ -266,18 +276,25 @@ def create_language_model(
     :param gradient_checkpointing: see :class:`LanguageModel`.
     :param chat_template: whether prompts are put into the tokenizer's chat template, where there is
         one; TRACE's release uses raw prompts.
+    :param pretrained: whether to load the weights. Without them the model has its tokenizer and its
+        layers, on the device ``meta``: enough to build a stream and to check arguments.
     :raises FileNotFoundError: if the folder lacks something, such as weights in safetensors.
     :raises OSError: if the hub cannot be reached, or does not have the model.
     :raises ValueError: if the model is no causal language model, or its tokenizer does not fit.
     """
     with from_folder_or_hub(name_or_folder) as (name, safe):
-        _check_causal(name, AutoConfig.from_pretrained(name, **safe))  # before gigabytes come
+        config = AutoConfig.from_pretrained(name, **safe)
+        _check_causal(name, config)  # before gigabytes come
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         if not chat_template:
             tokenizer.chat_template = None
-        network = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, **safe
-        )
+        if pretrained:
+            network = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype or "auto", use_safetensors=True, **safe
+            )
+        else:
+            with torch.device("meta"):
+                network = AutoModelForCausalLM.from_config(config, **safe)
     return LanguageModel(
         network, tokenizer, max_length=max_length, gradient_checkpointing=gradient_checkpointing
     )

@@ -231,7 +231,7 @@ METHODS: Registry[Method] = Registry(
         "HiDeLoRA": Method(
             _OURS + "HiDeLoRA",
             "a LoRA per task (keys, values), selected by a classifier of frozen features",
-            does_not_read=frozenset({"head", "target_modules"}),
+            does_not_read=frozenset({"head"}),
         ),
         "SAPT": Method(
             _OURS + "SAPT",

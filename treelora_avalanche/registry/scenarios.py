@@ -44,9 +44,9 @@ class Scenario:
     :param generator: the benchmark generator, ``"package.module:function"``; imported on first use.
         It is passed the settings in ``takes``, and, if it has these parameters: ``seed``, the
         run's; ``preprocessing``, the model's
-        :class:`~treelora_avalanche.models.ImagePreprocessing`; ``model``, the language model;
-        ``dataset_root``, ``data_root`` or ``folder``, the folder of the data. Its other parameters
-        are the scenario's options.
+        :class:`~treelora_avalanche.models.ImagePreprocessing`; ``model``, the language model, whose
+        weights are loaded after the stream is built; ``dataset_root``, ``data_root`` or ``folder``,
+        the folder of the data. Its other parameters are the scenario's options.
     :param description: one line.
     :param takes: settings that it reads, of those that not all scenarios read.
     :param language: whether it is a stream of texts for language models, not of images.

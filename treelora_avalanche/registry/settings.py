@@ -304,8 +304,9 @@ class RunSettings:
         default=None,
         metadata=_about(
             "LoRA",
-            "linear layers with LoRA in a block, e.g. [qkv, attn.proj]; default: qkv, or q_proj, "
-            "k_proj and v_proj; for texts the query and value projections",
+            "linear layers with LoRA in a block, e.g. [qkv, attn.proj], or a module of it, for all "
+            "of its linear layers, e.g. [mlp]; default: qkv, or q_proj, k_proj and v_proj; for "
+            "texts the query and value projections",
         ),
     )
     tree_lambda: float | None = field(
@@ -364,7 +365,7 @@ class RunSettings:
                 "meta-llama/Llama-3.2-1B-Instruct."
             )
         self._check_epochs()
-        defaults = LANGUAGE_DEFAULTS if self.on_language else VISION_DEFAULTS
+        defaults = self._defaults
         if self.epochs is None and self.epochs_per_task is None and self._scenario.paper_epochs:
             defaults = {**defaults, "epochs": None, "epochs_per_task": EQUAL_EPOCHS}
         elif self.epochs_per_task is not None:
@@ -437,6 +438,16 @@ class RunSettings:
     @property
     def _scenario(self) -> Scenario:
         return SCENARIOS[self.scenario]
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return LANGUAGE_DEFAULTS if self.on_language else VISION_DEFAULTS
+
+    @property
+    def default_layers(self) -> str:
+        """Default blocks with LoRA, for the kind of model."""
+        layers: str = self._defaults["layers"]
+        return layers
 
     @property
     def on_digits(self) -> bool:

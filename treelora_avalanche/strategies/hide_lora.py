@@ -58,8 +58,7 @@ class HiDeLoRA(SeqLoRA):
     :param seed: seed of the pseudo-features.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA` without ``head``, which is the method's own.
-        ``target_modules`` cannot be chosen for images, and is ``("k_proj", "v_proj")`` by default
-        for language models.
+        ``target_modules`` is ``("k_proj", "v_proj")`` by default for language models.
     :raises ValueError: if an argument is out of range, or the model is of another kind; the model
         is then unchanged.
     """

@@ -53,7 +53,8 @@ class SeqLoRA(ParameterEfficientStrategy):
     :param alpha: LoRA's output is scaled by ``alpha / rank``; default 10, for language models 32.
     :param layers: adapted blocks: ``"first:k"``, ``"last:k"``, ``"all"`` or block numbers; default
         the first five, for language models all.
-    :param target_modules: adapted linear layers inside a block; default the fused ``qkv`` (or
+    :param target_modules: adapted linear layers inside a block, or modules of it, such as
+        ``["mlp"]``, for all of their linear layers; default the fused ``qkv`` (or
         ``q_proj``, ``k_proj``, ``v_proj``), for language models queries and values.
     :param cache: memory in bytes for the cached outputs of the frozen blocks below the adapter,
         ``"auto"`` or None, see :class:`~treelora_avalanche.plugins.ActivationCachePlugin`.
