@@ -103,7 +103,8 @@ class RunSettings:
         default="digits", metadata=_about("stream", f"stream of tasks: {', '.join(SCENARIOS)}")
     )
     data: str | None = field(
-        default=None, metadata=_about("stream", "folder of the images or texts (not digits)")
+        default=None,
+        metadata=_about("stream", "folder of the images or texts (not digits, tiny_texts)"),
     )
     download: bool = field(
         default=False,
@@ -132,7 +133,9 @@ class RunSettings:
     )
     tasks: list[str] | None = field(
         default=None,
-        metadata=_about("stream", "tasks in order of training (trace, text_tasks); default: all"),
+        metadata=_about(
+            "stream", "tasks in order of training (trace, text_tasks, tiny_texts); default: all"
+        ),
     )
     variant: str = field(
         default="500",
@@ -174,7 +177,8 @@ class RunSettings:
         metadata=_about(
             "model",
             f"timm model, default: {IMAGE_MODEL}, for digits a small ViT pretrained in the run; "
-            "for texts a folder of a language model, or its name on the Hugging Face hub",
+            "for texts a folder of a language model, its name on the Hugging Face hub, or a file "
+            "*.gguf",
         ),
     )
     checkpoint: str | None = field(

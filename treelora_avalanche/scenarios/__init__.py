@@ -17,6 +17,7 @@ from treelora_avalanche.scenarios.related_tasks import (
 )
 from treelora_avalanche.scenarios.text_classes import TextClasses
 from treelora_avalanche.scenarios.text_tasks import TextTasks
+from treelora_avalanche.scenarios.tiny_texts import TINY_TASKS, TinyTexts
 from treelora_avalanche.scenarios.trace import (
     FULL_EPOCHS,
     LORA_EPOCHS,
@@ -30,6 +31,7 @@ __all__ = [
     "FULL_EPOCHS",
     "LORA_EPOCHS",
     "TEXT_GROUPS",
+    "TINY_TASKS",
     "TRACE",
     "TREELORA_EPOCHS",
     "DomainDigits",
@@ -47,5 +49,6 @@ __all__ = [
     "SplitImageNetR",
     "TextClasses",
     "TextTasks",
+    "TinyTexts",
     "digits_images",
 ]
