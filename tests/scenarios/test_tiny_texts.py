@@ -144,7 +144,7 @@ def test_plurals_follow_the_rules(stream):
 def test_past_tenses_of_regular_verbs_follow_the_rules(stream):
     assert set(samples(stream, "past_tenses")) < set(PAST_TENSES.items())
     regular = [(verb, past) for verb, past in PAST_TENSES.items() if past.endswith("ed")]
-    assert len(regular) > 50
+    assert len(regular) >= 50
     doubled = {"answer", "listen", "open", "visit", "play", "need"}  # none of them doubles
     assert [(v, p) for v, p in regular if p != regular_past(v) and v not in doubled] == []
     assert all(verb + "ed" == past for verb, past in regular if verb in doubled)

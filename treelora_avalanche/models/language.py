@@ -242,7 +242,7 @@ def create_language_model(
         Face hub such as ``meta-llama/Llama-3.2-1B-Instruct``; or a file ``*.gguf``, see
         :func:`~treelora_avalanche.models.gguf.read_gguf`.
     :param dtype: precision of the frozen weights, such as ``torch.bfloat16`` or ``"bfloat16"``; by
-        default that of the checkpoint, and float32 for GGUF. LoRA's factors are float32 in any case.
+        default that of the checkpoint, for GGUF float32. LoRA's factors are float32 in any case.
     :param max_length: see :class:`LanguageModel`.
     :param gradient_checkpointing: see :class:`LanguageModel`.
     :raises FileNotFoundError: if the folder lacks something, such as weights in safetensors.
