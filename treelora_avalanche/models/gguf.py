@@ -58,7 +58,7 @@ def read_gguf(
     if hasattr(config, "quantization_config"):
         # transformers refuses to save a model that was quantised, and peft to adapt some of them.
         del config.quantization_config
-    network = type(loaded)(config)
+    network: Any = type(loaded)(config)
     network.load_state_dict(loaded.state_dict())
     network.generation_config = loaded.generation_config
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
