@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.training import Replay
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training import Naive
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import logging as hub_logging
 from jsonargparse import auto_cli
@@ -72,7 +72,7 @@ def main(
     :param seed: seed of the samples, the adapters and the batches.
     :param device: where to train.
     """
-    warnings.simplefilter("ignore")
+    warnings.showwarning = lambda *_, **__: None  # Avalanche resets the filters
     hub_logging.set_verbosity_error()  # it warns of every attempt to reach the hub
     disable_progress_bar()
     console = Console()
@@ -137,15 +137,15 @@ def seq_lora(model: LanguageModel, **shared: Any) -> SeqLoRA:
     return SeqLoRA(model, optimizer=ADAMW, **LORA, **shared)
 
 
-def replay(model: LanguageModel, **shared: Any) -> Replay:
-    """Avalanche's strategy, unchanged: every batch of four has four past samples with it."""
+def replay(model: LanguageModel, **shared: Any) -> Naive:
+    """LoRA with Avalanche's replay: two samples of the memory join every batch of four."""
     view = TrainableView(add_lora(model, **LORA)).to(shared["device"])
-    return Replay(
+    return Naive(
         model=view,
         optimizer=ADAMW(view.parameters()),
         criterion=TokenCrossEntropy(),
-        mem_size=70,
-        plugins=[CosineSchedulePlugin()],  # as our strategies train language models
+        # The schedule is that of our strategies on language models.
+        plugins=[ReplayPlugin(mem_size=70, batch_size_mem=2), CosineSchedulePlugin()],
         **shared,
     )
 
@@ -176,16 +176,17 @@ def print_scores(
 def print_routes(console: Console, strategy: TreeLoRAStrategy, benchmark: Any) -> None:
     """Prints which adapter a test prompt of every task gets, and that foreign prompts get none."""
     prompts = [*(experience.prompts[0] for experience in benchmark.test_stream), *FOREIGN]
-    table = Table(title="Which adapter a prompt gets")
-    for column in ("prompt", "adapter of", "distance", "threshold", "generated"):
-        table.add_column(column)
     routes = strategy.route(prompts)
+    table = Table(
+        title=f"Adapters of prompts; foreign above a distance of {routes[0].threshold:.0f}"
+    )
+    for column in ("prompt", "adapter", "distance", "generated"):
+        table.add_column(column, no_wrap=column == "adapter")
     texts = find_text_generator(strategy.model).generate(prompts, 12, len(prompts))
     for prompt, route, text in zip(prompts, routes, texts, strict=True):
-        name = route.task_name or "none: base model"
-        numbers = (f"{route.distance:.1f}", f"{route.threshold:.1f}")
-        table.add_row(prompt.removesuffix("\nAnswer:"), name, *numbers, text.strip())
-        table.add_section()
+        *_, shown = prompt.removesuffix("\nAnswer:").splitlines()  # without the instruction
+        name = route.task_name or "none (foreign)"
+        table.add_row(shown, name, f"{route.distance:.0f}", text.strip(), end_section=True)
     console.print(table)
 
 
