@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import logging as hub_logging
@@ -32,15 +31,13 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from treelora_avalanche import SeqLoRA, TreeLoRAStrategy
-from treelora_avalanche.adapters import TrainableView, add_lora
 from treelora_avalanche.metrics import (
     backward_transfer,
     find_text_generator,
     generation_metrics,
     overall_performance,
 )
-from treelora_avalanche.models import LanguageModel, TokenCrossEntropy, create_language_model
-from treelora_avalanche.plugins import CosineSchedulePlugin
+from treelora_avalanche.models import LanguageModel, create_language_model
 from treelora_avalanche.scenarios import TinyTexts
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -137,17 +134,10 @@ def seq_lora(model: LanguageModel, **shared: Any) -> SeqLoRA:
     return SeqLoRA(model, optimizer=ADAMW, **LORA, **shared)
 
 
-def replay(model: LanguageModel, **shared: Any) -> Naive:
-    """LoRA with Avalanche's replay: two samples of the memory join every batch of four."""
-    view = TrainableView(add_lora(model, **LORA)).to(shared["device"])
-    return Naive(
-        model=view,
-        optimizer=ADAMW(view.parameters()),
-        criterion=TokenCrossEntropy(),
-        # The schedule is that of our strategies on language models.
-        plugins=[ReplayPlugin(mem_size=70, batch_size_mem=2), CosineSchedulePlugin()],
-        **shared,
-    )
+def replay(model: LanguageModel, **shared: Any) -> SeqLoRA:
+    """Plain LoRA with Avalanche's replay: two samples of the memory join every batch of four."""
+    memory = ReplayPlugin(mem_size=70, batch_size_mem=2)
+    return SeqLoRA(model, optimizer=ADAMW, plugins=[memory], **LORA, **shared)
 
 
 def treelora(model: LanguageModel, **shared: Any) -> TreeLoRAStrategy:
