@@ -17,7 +17,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 demo: install  ## compares TreeLoRA with plain LoRA and an Avalanche strategy, on embedded data
 	$(BIN)/treelora compare
 
-demo-language: install  ## a small language model learns seven tasks, and routes prompts
+demo-language: install  ## a small language model learns six tasks, and routes prompts
 	$(BIN)/python examples/demo_language.py
 
 # One process per file: its tests share trained models.
