@@ -44,6 +44,7 @@ EXAMPLES = [
 ]
 MAKE = {
     "make demo": "treelora compare",
+    "make demo-language": "examples/demo_language.py",
     "make test": "-m pytest",
     "make lint": "ruff check",
     "make bench": "benchmarks/stream_speed.py",

@@ -26,6 +26,7 @@ from transformers import (
 
 from treelora_avalanche.adapters import AdapterHost, merged_weights
 from treelora_avalanche.adapters.trainable_view import deepcopy_sharing, evaluating
+from treelora_avalanche.models.gguf import is_gguf, read_gguf
 from treelora_avalanche.models.hub import from_folder_or_hub
 from treelora_avalanche.models.token_batches import LengthBatchSampler
 from treelora_avalanche.models.tokenization import encode_prompt, end_token
@@ -264,14 +265,15 @@ def create_language_model(
 ) -> LanguageModel:
     """Loads a pretrained causal language model and its tokenizer, from a folder or from the hub.
 
-    Only safetensors are read, and no code that comes with a model is ever run::
+    Only safetensors and GGUF are read, and no code that comes with a model is ever run::
 
         model = create_language_model("HuggingFaceTB/SmolLM2-135M-Instruct", max_length=512)
 
     :param name_or_folder: a folder that ``save_pretrained`` has written, or a name on the Hugging
-        Face hub such as ``meta-llama/Llama-3.2-1B-Instruct``.
+        Face hub such as ``meta-llama/Llama-3.2-1B-Instruct``; or a file ``*.gguf``, see
+        :func:`~treelora_avalanche.models.gguf.read_gguf`.
     :param dtype: precision of the frozen weights, such as ``torch.bfloat16`` or ``"bfloat16"``; by
-        default that of the checkpoint. LoRA's factors are float32 in any case.
+        default that of the checkpoint, for GGUF float32. LoRA's factors are float32 in any case.
     :param max_length: see :class:`LanguageModel`.
     :param gradient_checkpointing: see :class:`LanguageModel`.
     :param chat_template: whether prompts are put into the tokenizer's chat template, where there is
@@ -282,19 +284,22 @@ def create_language_model(
     :raises OSError: if the hub cannot be reached, or does not have the model.
     :raises ValueError: if the model is no causal language model, or its tokenizer does not fit.
     """
-    with from_folder_or_hub(name_or_folder) as (name, safe):
-        config = AutoConfig.from_pretrained(name, **safe)
-        _check_causal(name, config)  # before gigabytes come
-        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-        if not chat_template:
-            tokenizer.chat_template = None
-        if pretrained:
-            network = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", use_safetensors=True, **safe
-            )
-        else:
-            with torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(config, **safe)
+    if is_gguf(name_or_folder):
+        network, tokenizer = read_gguf(name_or_folder, dtype)
+    else:
+        with from_folder_or_hub(name_or_folder) as (name, safe):
+            config = AutoConfig.from_pretrained(name, **safe)
+            _check_causal(name, config)  # before gigabytes come
+            tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+            if pretrained:
+                network = AutoModelForCausalLM.from_pretrained(
+                    name, dtype=dtype or "auto", use_safetensors=True, **safe
+                )
+            else:
+                with torch.device("meta"):
+                    network = AutoModelForCausalLM.from_config(config, **safe)
+    if not chat_template:
+        tokenizer.chat_template = None
     return LanguageModel(
         network, tokenizer, max_length=max_length, gradient_checkpointing=gradient_checkpointing
     )

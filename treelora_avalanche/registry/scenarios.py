@@ -173,6 +173,13 @@ SCENARIOS: Registry[Scenario] = Registry(
             n_experiences=None,
             seeded=False,
         ),
+        "tiny_texts": Scenario(
+            _OURS + "TinyTexts",
+            "seven small instruction tasks, such as sentiment and plurals; no download",
+            (_TEXTS - {"data", "limit"}) | {"tasks"},
+            language=True,
+            n_experiences=None,
+        ),
     },
 )
 """Scenarios by name; other packages add theirs by entry points ``treelora_avalanche.scenarios``."""

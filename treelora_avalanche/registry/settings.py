@@ -105,7 +105,8 @@ class RunSettings:
         default="digits", metadata=_about("stream", f"stream of tasks: {', '.join(SCENARIOS)}")
     )
     data: str | None = field(
-        default=None, metadata=_about("stream", "folder of the images or texts (not digits)")
+        default=None,
+        metadata=_about("stream", "folder of the images or texts (not digits, tiny_texts)"),
     )
     download: bool = field(
         default=False,
@@ -137,8 +138,8 @@ class RunSettings:
         default=None,
         metadata=_about(
             "stream",
-            "tasks in order of training (trace, o_lora_order, text_tasks, image_tasks); default: "
-            "all",
+            "tasks in order of training (trace, o_lora_order, text_tasks, tiny_texts, image_tasks); "
+            "default: all",
         ),
     )
     variant: str = field(
@@ -198,7 +199,8 @@ class RunSettings:
         metadata=_about(
             "model",
             f"timm model, default: {IMAGE_MODEL}, for digits a small ViT pretrained in the run; "
-            "for texts a folder of a language model, or its name on the Hugging Face hub",
+            "for texts a folder of a language model, its name on the Hugging Face hub, or a file "
+            "*.gguf",
         ),
     )
     checkpoint: str | None = field(

@@ -112,7 +112,7 @@ def resolve_config(
     if settings.on_language:
         config["dtype"] = weights_dtype(settings, device)
         folder = Path(config["model"]).expanduser()
-        if folder.is_dir():  # not a name on the hub
+        if folder.exists():  # not a name on the hub
             config["model"] = str(folder.resolve())
     return {"method": method, "seed": seed, **config}
 

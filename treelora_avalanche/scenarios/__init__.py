@@ -18,6 +18,7 @@ from treelora_avalanche.scenarios.related_tasks import (
 )
 from treelora_avalanche.scenarios.text_classes import TextClasses
 from treelora_avalanche.scenarios.text_tasks import TextTasks
+from treelora_avalanche.scenarios.tiny_texts import TINY_TASKS, TinyTexts
 from treelora_avalanche.scenarios.trace import (
     FULL_EPOCHS,
     LORA_EPOCHS,
@@ -31,6 +32,7 @@ __all__ = [
     "FULL_EPOCHS",
     "LORA_EPOCHS",
     "TEXT_GROUPS",
+    "TINY_TASKS",
     "TRACE",
     "TREELORA_EPOCHS",
     "DomainDigits",
@@ -49,5 +51,6 @@ __all__ = [
     "SplitImageNetR",
     "TextClasses",
     "TextTasks",
+    "TinyTexts",
     "digits_images",
 ]
