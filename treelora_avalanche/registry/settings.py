@@ -138,8 +138,8 @@ class RunSettings:
         default=None,
         metadata=_about(
             "stream",
-            "tasks in order of training (trace, o_lora_order, text_tasks, tiny_texts, image_tasks); "
-            "default: all",
+            "tasks in order of training (trace, o_lora_order, text_tasks, tiny_texts, "
+            "image_tasks); default: all",
         ),
     )
     variant: str = field(
