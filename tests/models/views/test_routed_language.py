@@ -138,6 +138,13 @@ def test_layers_that_the_model_lacks_are_refused(make_language_model, layer):
         RoutedLanguageModel(model, AdapterBank(), layer=layer)
 
 
+def test_a_model_of_one_layer_is_routed_by_its_embeddings(make_language_model):
+    view = RoutedLanguageModel(add_lora(make_language_model(n_layers=1)), AdapterBank())
+    tokens = tokens_of(view, ["zoo 3"])
+    embedded = view.module.base.get_input_embeddings()(tokens)
+    torch.testing.assert_close(view.frozen_features(tokens), embedded.mean(1))
+
+
 def test_no_route_before_the_first_task(make_language_model):
     view = RoutedLanguageModel(add_lora(make_language_model()), AdapterBank())
     with pytest.raises(RuntimeError, match="Train a task first"):

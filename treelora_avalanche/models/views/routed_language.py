@@ -246,7 +246,8 @@ def uncompiled(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 def _check_layer(layer: int | str | None, n_layers: int, n_frozen: int) -> int | str:
     if layer is None:
-        return n_frozen if n_frozen >= max(1, n_layers // 3) else max(1, n_layers * 2 // 3)
+        usual = n_layers * 2 // 3
+        return n_frozen if n_frozen >= max(1, n_layers // 3) else min(max(1, usual), n_layers - 1)
     if layer != "last" and not (isinstance(layer, int) and 1 <= layer < n_layers):
         raise ValueError(
             f"`router_layer` should be from 1 to {n_layers - 1} for a model of {n_layers} decoder "
