@@ -82,7 +82,8 @@ def TextTasks(
         training; the error names file and record.
     """
     read = read_tasks(folder, tasks, order, test_fraction, seed, keys, allow_overlap)
-    metrics, lengths = _by_task(metric, read), _by_task(max_new_tokens, read)
+    metrics = _by_task("`metric`", metric, read)
+    lengths = _by_task("`max_new_tokens`", max_new_tokens, read)
     for one_metric in metrics.values():
         check_known("`metric`", one_metric, TEXT_METRICS)
     tokenizer, _ = tokenizer_of(model, max_length)
@@ -104,8 +105,13 @@ def TextTasks(
     return text_benchmark(built, model, limit=limit, eval_limit=eval_limit, max_length=max_length)
 
 
-def _by_task(given: Any, read: Sequence[tuple[str, Records, Records]]) -> dict[str, Any]:
+def _by_task(what: str, given: Any, read: Sequence[tuple[str, Records, Records]]) -> dict[str, Any]:
     """Returns the values that are given, by task."""
+    names = [name for name, *_ in read]
     if given is None:
         return {}
-    return dict(given) if isinstance(given, Mapping) else {name: given for name, *_ in read}
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, given)
+    for name in given:
+        check_known(f"a task in {what}", name, names)
+    return dict(given)
