@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,9 @@ def large_model_step(
         with torch.device(device):
             network = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.bfloat16)
         watch = StepTimes()
-        method = SeqLoRA if name == "SeqLoRA" else TreeLoRAStrategy
+        # Routed by default, language models are not pulled towards past tasks.
+        pulled = partial(TreeLoRAStrategy, inference="last")
+        method = SeqLoRA if name == "SeqLoRA" else pulled
         strategy = method(
             LanguageModel(network, tokenizer, max_length=MAX_LENGTH + 1),
             train_mb_size=BATCH_SIZE,
