@@ -21,7 +21,7 @@ from treelora_avalanche._version import __version__
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.recipes import RECIPES, describe_recipe
 from treelora_avalanche.registry.methods import METHODS
-from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
+from treelora_avalanche.registry.settings import SCENARIOS, TUNE_TASKS, RunSettings
 
 LISTS = ("methods", "scenarios", "recipes")
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
@@ -82,6 +82,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     commands.add_subcommand("list", _list_parser(), help="show methods, scenarios and recipes")
     commands.add_subcommand("train", _train_parser(), help="train one method with one seed")
     commands.add_subcommand("compare", _compare_parser(), help="train and compare methods")
+    commands.add_subcommand(
+        "tune", _tune_parser(), help="choose learning rates and strengths on the first tasks"
+    )
     return parser
 
 
@@ -128,15 +131,48 @@ def _compare_parser() -> _Parser:
         description="Train methods on the same streams and compare them; by default on a small "
         "embedded stream. Finished runs in the output folder are not run again."
     )
-    parser.add_argument(
-        "--methods", type=str, default=DEFAULT_METHODS, nargs="+", help=", ".join(METHODS)
-    )
+    _add_methods(parser)
     parser.add_argument(
         "--seeds", type=int, default=DEFAULT_SEEDS, nargs="+", help="each method runs once per seed"
     )
     parser.add_argument(
         "--output", type=str, default="runs/compare", help="folder of the run folders and the table"
     )
+    _add_executor(parser)
+    _add_force(parser)
+    _add_settings(parser)
+    return parser
+
+
+def _tune_parser() -> _Parser:
+    parser = _Parser(
+        description="Choose the learning rate of each method, then its strength, on held-out "
+        "training samples of the first tasks; write them as YAML for treelora compare --config. "
+        "Finished trials in the output folder are kept."
+    )
+    _add_methods(parser)
+    parser.add_argument(
+        "--trials", type=int, default=10, help="trials per method, the same for every method"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=[0], nargs="+", help="seeds of each trial; scores are averaged"
+    )
+    parser.add_argument(
+        "--output", type=str, default="runs/tune", help="folder of the trials and the choice"
+    )
+    _add_executor(parser)
+    _add_settings(parser)
+    parser.set_defaults(tune_tasks=TUNE_TASKS)
+    return parser
+
+
+def _add_methods(parser: jsonargparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods", type=str, default=DEFAULT_METHODS, nargs="+", help=", ".join(METHODS)
+    )
+
+
+def _add_executor(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executor",
         type=str | None,
@@ -151,9 +187,6 @@ def _compare_parser() -> _Parser:
         help="of slurm: {partition: gpu, time: 240, gpus_per_job: 1}, time in minutes, and other "
         "parameters of submitit; of processes: {workers: 2}",
     )
-    _add_force(parser)
-    _add_settings(parser)
-    return parser
 
 
 def _add_force(parser: jsonargparse.ArgumentParser) -> None:
@@ -278,6 +311,13 @@ def _list_options(name: str, console: Any) -> None:
         console.print(f"Set by {flag}{rows[0][0]}: ...{closing}", highlight=False, markup=False)
     else:
         console.print("No options of its own.")
+    if name in METHODS and entry.strength is not None:
+        strength = entry.strength
+        console.print(
+            f"Its strength, for treelora tune: {strength.option}, from {strength.low:g} to "
+            f"{strength.high:g}",
+            highlight=False,
+        )
     if shared:
         console.print(f"Flags it reads: {', '.join(sorted(shared))}", highlight=False)
 
@@ -365,6 +405,48 @@ def _compare(options: Any) -> int:
     return 1 if failed else 0
 
 
+def _tune(options: Any) -> int:
+    from rich.console import Console
+
+    settings = _settings(options)
+    for method in options.methods:
+        check_known("method", method, METHODS)
+    _before_heavy_imports(settings)
+    from treelora_avalanche.tune import caption, table, tune, write_tuned
+
+    tuned = tune(
+        options.methods,
+        settings,
+        options.output,
+        trials=options.trials,
+        seeds=options.seeds,
+        executor=options.executor,
+        executor_options=options.executor_options,
+    )
+    output = Path(options.output)
+    write_tuned(tuned, settings, output, options.seeds)
+    console = Console()
+    console.print(table(tuned))
+    console.print(caption(tuned, settings, options.seeds), style="dim", highlight=False)
+    console.print(
+        f"Written to {output}: tuned.yaml, tuned.md, trials.csv, one folder per run. Next:\n"
+        f"treelora compare --config {output / 'tuned.yaml'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    failed = [of_method for of_method in tuned if of_method.error is not None]
+    for of_method in failed:
+        console.print(
+            f"{of_method.method} failed, {of_method.error} See error.txt in {output / 'trials'}; "
+            "the same command continues.",
+            style="red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return 1 if failed else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``treelora``.
 
@@ -378,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "list":
             return _list(options["list"])
-        run_command = {"train": _train, "compare": _compare}[options.command]
+        run_command = {"train": _train, "compare": _compare, "tune": _tune}[options.command]
         return run_command(options[options.command])
     except (ValueError, OSError) as error:
         # OSError: missing files and folders, failed downloads of weights.

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveLines
 
+from treelora_avalanche.plugins import NonFiniteLossError
 from treelora_avalanche.runs import Progress
 
 
@@ -39,6 +40,11 @@ class Cell:
     results: dict[str, Any] | None = None
     error: str | None = None
     reused: bool = False
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run failed because its loss became NaN or infinite."""
+        return (self.error or "").startswith(NonFiniteLossError.__name__)
 
 
 class MethodLines:

@@ -6,7 +6,7 @@ again, an interrupted cell is resumed, and a failing cell does not stop the othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def compare(
     executor: str | None = None,
     executor_options: Mapping[str, Any] | None = None,
     force: bool = False,
+    prepared: Callable[[int, RunSettings], Ingredients] | None = None,
 ) -> list[Cell]:
     """Runs every method with every seed, except for finished runs.
 
@@ -55,6 +56,8 @@ def compare(
         :func:`~treelora_avalanche.compare.executors.attempt_all`; by default they run sequentially.
     :param executor_options: options of the executor.
     :param force: whether to run finished cells again.
+    :param prepared: returns the stream and the backbone of a seed, for comparisons that share them;
+        by default :func:`~treelora_avalanche.runs.prepare`. Executors build their own.
     :return: one cell per method and seed, failed ones included.
     :raises ValueError: before any training, if a name is unknown, the data cannot be used, or the
         settings do not fit a method.
@@ -93,7 +96,7 @@ def compare(
         if executor is not None:
             _run_elsewhere(cells, settings, executor, options, output, lines)
         else:
-            _run_here(cells, seeds, settings, lines)
+            _run_here(cells, seeds, settings, lines, prepared or prepare)
     return cells + failed
 
 
@@ -126,7 +129,11 @@ def _failed_cells(
 
 
 def _run_here(
-    cells: Sequence[Cell], seeds: Sequence[int], settings: RunSettings, lines: MethodLines
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    settings: RunSettings,
+    lines: MethodLines,
+    prepared: Callable[[int, RunSettings], Ingredients],
 ) -> None:
     """Runs cells seed by seed, so that only one stream and backbone is in memory."""
     missing = list(dict.fromkeys(cell.method for cell in cells if not cell.reused))
@@ -137,7 +144,7 @@ def _run_here(
             if not cell.reused:
                 if ingredients is None:
                     lines.begin(cell.method, "preparing data and backbone")
-                    ingredients = prepare(seed, settings)
+                    ingredients = prepared(seed, settings)
                     if not checked:
                         check_arguments(missing, settings, ingredients)
                         checked = True
@@ -241,7 +248,8 @@ def earlier_results(output: Path, cells: Sequence[Cell]) -> tuple[list[dict[str,
 def _stream_of(results: dict[str, Any]) -> tuple[Any, ...]:
     stream = results["stream"]
     names = stream.get("task_names") or stream["class_names"]
-    return results["config"]["scenario"], len(stream["trained"]), names
+    config = results["config"]
+    return config["scenario"], config.get("tune_tasks"), len(stream["trained"]), names
 
 
 def train(

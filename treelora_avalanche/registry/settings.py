@@ -24,6 +24,8 @@ from treelora_avalanche.registry.scenarios import SCENARIO_SETTINGS, SCENARIOS, 
 
 IMAGE_MODEL = "vit_base_patch16_224"
 EQUAL_EPOCHS, PAPER_EPOCHS = "equal", "paper"
+TUNE_TASKS = 3
+"""Number of first tasks that hyper-parameters are chosen on by default, as in A-GEM."""
 
 TREE_SETTINGS = frozenset({"tree_lambda", "selection", "depth", "max_adapters"})
 LORA_SETTINGS = frozenset({"rank", "alpha", "layers", "target_modules"})
@@ -53,6 +55,7 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
 _SMALLEST = {
     "n_experiences": 1,
     "limit": 1,
+    "tune_tasks": 1,
     "max_new_tokens": 1,
     "img_size": 1,
     "max_length": 2,
@@ -167,6 +170,14 @@ class RunSettings:
         default=None,
         metadata=_about(
             "stream", "use only the first LIMIT training and test samples of each task (texts)"
+        ),
+    )
+    tune_tasks: int | None = field(
+        default=None,
+        metadata=_about(
+            "stream",
+            "train on the first TUNE_TASKS tasks alone, and evaluate on held-out training samples "
+            "instead of the test stream, see treelora tune; default: all tasks, on the test stream",
         ),
     )
     model: str | None = field(
@@ -434,5 +445,6 @@ __all__ = [
     "SCENARIOS",
     "TRAINING_SETTINGS",
     "TREE_SETTINGS",
+    "TUNE_TASKS",
     "RunSettings",
 ]

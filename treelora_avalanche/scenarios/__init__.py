@@ -24,6 +24,7 @@ from treelora_avalanche.scenarios.trace import (
     TREELORA_EPOCHS,
     MathLLM,
 )
+from treelora_avalanche.scenarios.validation import validation_benchmark
 
 __all__ = [
     "CALTECH101_GROUPS",
@@ -48,4 +49,5 @@ __all__ = [
     "TextClasses",
     "TextTasks",
     "digits_images",
+    "validation_benchmark",
 ]
