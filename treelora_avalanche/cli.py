@@ -429,19 +429,24 @@ def _tune(options: Any) -> int:
     console.print(table(tuned))
     console.print(caption(tuned, settings, options.seeds), style="dim", highlight=False)
     console.print(
-        f"Written to {output}: tuned.yaml, tuned.md, trials.csv, one folder per run. Next:\n"
-        f"treelora compare --config {output / 'tuned.yaml'}",
+        f"Written to {output}: tuned.yaml, tuned.md, trials.csv, one folder per run.",
         highlight=False,
         soft_wrap=True,
     )
     failed = [of_method for of_method in tuned if of_method.error is not None]
     for of_method in failed:
         console.print(
-            f"{of_method.method} failed, {of_method.error} See error.txt in {output / 'trials'}; "
-            "the same command continues.",
+            f"{of_method.method} failed, {of_method.error} See error.txt in {output / 'trials'}. "
+            "The same command continues.",
             style="red",
             highlight=False,
             markup=False,
+            soft_wrap=True,
+        )
+    if len(failed) < len(tuned):
+        console.print(
+            f"Next: treelora compare --config {output / 'tuned.yaml'}",
+            highlight=False,
             soft_wrap=True,
         )
     return 1 if failed else 0

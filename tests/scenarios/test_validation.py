@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from support import images_of
 
+from support import images_of
 from treelora_avalanche.experiences import classes_of
 from treelora_avalanche.scenarios import validation_benchmark
 
@@ -66,5 +66,5 @@ def test_a_single_sample_cannot_be_divided():
     data = _make_taskaware_tensor_classification_dataset(
         torch.zeros(1, 2), torch.tensor([0]), task_labels=0
     )
-    with pytest.raises(ValueError, match="at least 2 training samples.*has 1"):
+    with pytest.raises(ValueError, match=r"at least 2 training samples.*has 1"):
         validation_benchmark(benchmark_from_datasets(train=[data]), 1)

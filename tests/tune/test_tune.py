@@ -137,7 +137,7 @@ def test_a_failed_method_stops_alone_and_is_tried_again(stubbed, tmp_path, monke
     monkeypatch.setattr(rounds, "compare", failing)
     tuned = quiet_tune(["Naive", "SeqLoRA"], tmp_path, trials=2)
     assert [(t.error, len(t.trials)) for t in tuned] == [
-        ("seed 0: OSError: disk full", 0),
+        ("seed 0: OSError: disk full.", 0),
         (None, 2),
     ]
     assert tuned_config(tuned, SETTINGS)["methods"] == ["SeqLoRA"]
@@ -182,6 +182,7 @@ def poisoned(monkeypatch, tiny_benchmark, tiny_vit):
     train = [experience.dataset for experience in tiny_benchmark.train_stream]
     test = [Poison([2 * task, 2 * task + 1]) for task in range(3)]
     benchmark = dataset_benchmark(train, test)
+    benchmark.n_classes = tiny_benchmark.n_classes
     monkeypatch.setattr(scenarios, "SplitDigits", lambda n_experiences, seed: benchmark)
     monkeypatch.setattr(models, "pretrained_digits_vit", lambda seed: tiny_vit())
 
@@ -214,7 +215,9 @@ def test_command_chooses_without_the_test_stream(tmp_path, capsys):
     assert options.tune_tasks is None
     assert options.methods == ["L2Anchor", "Naive"]
     best = {
-        name: max((row for row in rows if row["method"] == name), key=lambda row: row["score"])
+        name: max(
+            (row for row in rows if row["method"] == name), key=lambda row: float(row["score"])
+        )
         for name in options.methods
     }
     for name, row in best.items():

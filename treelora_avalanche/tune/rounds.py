@@ -122,7 +122,7 @@ def tune(
             own = [cell for cell in cells if cell.method == method]
             failed = [cell for cell in own if cell.results is None and not cell.diverged]
             if failed:
-                errors[method] = f"seed {failed[0].seed}: {failed[0].error}"
+                errors[method] = f"seed {failed[0].seed}: {str(failed[0].error).rstrip('.')}."
             else:
                 searches[method].tell(_trial(options, own))
     return [

@@ -88,7 +88,8 @@ class MethodSearch:
         self.space = METHODS[method].search_space(self.settings)
         rest = n_trials // max(len(self.space), 1)
         first = n_trials - rest * (len(self.space) - 1)
-        self.budget = {option: n for option, n in zip(self.space, (first, rest)) if n}  # noqa: B905
+        shares = zip(self.space, (first, rest), strict=False)  # there may be one option, or none
+        self.budget = {option: share for option, share in shares if share}
         configs = [resolve_config(method, seed, settings, elsewhere=True) for seed in self.seeds]
         known: dict[Path, str] = {}
         inputs = [fingerprints(config, known) for config in configs]
