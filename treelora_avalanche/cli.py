@@ -5,6 +5,7 @@ torch and Avalanche are imported after parsing, so that ``--help`` is immediate.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -21,11 +23,18 @@ from treelora_avalanche._version import __version__
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.recipes import RECIPES, describe_recipe
 from treelora_avalanche.registry.methods import METHODS
-from treelora_avalanche.registry.settings import SCENARIOS, TUNE_TASKS, RunSettings
+from treelora_avalanche.registry.settings import (
+    METHOD_SETTINGS,
+    SCENARIOS,
+    TUNE_TASKS,
+    RunSettings,
+)
 
 LISTS = ("methods", "scenarios", "recipes")
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
 DEFAULT_SEEDS = [0, 1, 2]
+LISTABLE = sorted(METHOD_SETTINGS - {"layers", "target_modules"})
+"""Settings of methods that have one value, of which ``compare`` takes lists."""
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -50,8 +59,12 @@ def _complain(message: object) -> None:
     print(f"treelora: error: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
-    """Adds the fields of :class:`RunSettings` as flags, in groups."""
+def _add_settings(parser: jsonargparse.ArgumentParser, *, lists: bool = False) -> None:
+    """Adds the fields of :class:`RunSettings` as flags, in groups.
+
+    :param parser: the parser.
+    :param lists: whether options of methods that have one value may be lists of values.
+    """
     parser.add_argument(
         "--config",
         action="config",
@@ -63,9 +76,11 @@ def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
         title = field.metadata["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
+        # The list first: a string would be taken for a single value.
+        listed = GenericAlias(list, (_one(types[field.name]),)) | types[field.name]
         group.add_argument(
             f"--{field.name}",
-            type=types[field.name],
+            type=listed if lists and field.name in LISTABLE else types[field.name],
             default=field.default,
             help=field.metadata["help"],
         )
@@ -129,7 +144,8 @@ def _train_parser() -> _Parser:
 def _compare_parser() -> _Parser:
     parser = _Parser(
         description="Train methods on the same streams and compare them; by default on a small "
-        "embedded stream. Finished runs in the output folder are not run again."
+        "embedded stream. Finished runs in the output folder are not run again. A list of values, "
+        "as in --tree_lambda '[0.1, 0.5]', makes a row of each."
     )
     _add_methods(parser)
     parser.add_argument(
@@ -140,7 +156,7 @@ def _compare_parser() -> _Parser:
     )
     _add_executor(parser)
     _add_force(parser)
-    _add_settings(parser)
+    _add_settings(parser, lists=True)
     return parser
 
 
@@ -195,8 +211,28 @@ def _add_force(parser: jsonargparse.ArgumentParser) -> None:
     )
 
 
+def _one(annotation: Any) -> Any:
+    """Returns a type without None."""
+    return next(
+        (kind for kind in typing.get_args(annotation) if kind is not type(None)), annotation
+    )
+
+
 def _settings(options: Any) -> RunSettings:
     return RunSettings(**{field.name: options[field.name] for field in fields(RunSettings)})
+
+
+def _grid(options: Any) -> list[RunSettings]:
+    """Returns the settings for each combination of listed values."""
+    values = {field.name: options[field.name] for field in fields(RunSettings)}
+    lists = {name: values[name] for name in LISTABLE if isinstance(values[name], list)}
+    for name, listed in lists.items():
+        if not listed:
+            raise ValueError(f"`--{name}` should be a value or a list of values, but is [].")
+    return [
+        RunSettings(**{**values, **dict(zip(lists, point, strict=True))})
+        for point in itertools.product(*lists.values())
+    ]
 
 
 def _quieten() -> None:
@@ -359,11 +395,11 @@ def _train(options: Any) -> int:
 def _compare(options: Any) -> int:
     from rich.console import Console
 
-    settings = _settings(options)
+    points = _grid(options)
     for method in options.methods:
         check_known("method", method, METHODS)
-    _before_heavy_imports(settings)
-    from treelora_avalanche.compare import compare, earlier_results
+    _before_heavy_imports(points[0])
+    from treelora_avalanche.compare import compare, earlier_results, expand_options
     from treelora_avalanche.reports.figures import write_figures
     from treelora_avalanche.reports.table import rich_table, write_table
 
@@ -371,7 +407,7 @@ def _compare(options: Any) -> int:
     cells = compare(
         options.methods,
         options.seeds,
-        settings,
+        [point for settings in points for point in expand_options(settings)],
         output,
         executor=options.executor,
         executor_options=options.executor_options,

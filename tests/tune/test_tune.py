@@ -118,11 +118,14 @@ def test_a_continued_search_is_the_same_as_an_uninterrupted_one(stubbed, tmp_pat
     continued = quiet_tune(["EWCLoRA", "SeqLoRA"], interrupted, trials=4)
     assert tried(continued) == tried(whole)
     assert len(stubbed) == 2 * n_runs
-    # Nothing is left to do; other settings are another search.
-    quiet_tune(["EWCLoRA", "SeqLoRA"], interrupted, trials=4)
+    # Nothing is left to do; more trials continue, other settings are another search.
+    quiet_tune(["SeqLoRA"], interrupted, trials=4)
     assert len(stubbed) == 2 * n_runs
-    quiet_tune(["SeqLoRA"], interrupted, SETTINGS.with_changes(epochs=9), trials=1)
+    more = quiet_tune(["SeqLoRA"], interrupted, trials=5)
     assert len(stubbed) == 2 * n_runs + 1
+    assert tried(more)["SeqLoRA"][:4] == tried(whole)["SeqLoRA"]
+    quiet_tune(["SeqLoRA"], interrupted, SETTINGS.with_changes(epochs=9), trials=1)
+    assert len(stubbed) == 2 * n_runs + 2
 
 
 @pytest.mark.usefixtures("optuna")
@@ -244,6 +247,11 @@ def test_missing_optuna_names_the_extra(monkeypatch, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "pip install 'treelora-avalanche[tune]'" in error
     assert error.count("\n") == 1
+
+
+def test_list_shows_the_strength(capsys):
+    assert main(["list", "EWCLoRA"]) == 0
+    assert "treelora tune: ewc_lambda, from 1 to 100000" in capsys.readouterr().out
 
 
 def test_number_of_trials_is_checked(tmp_path):

@@ -95,6 +95,7 @@ class MethodSearch:
         inputs = [fingerprints(config, known) for config in configs]
         for config in configs:
             del config["device"]  # a search continues on another machine
+        self._studies: dict[str, Study] = {}
         self._identity = [[run_name(config) for config in configs], inputs]
 
     def ask(self) -> dict[str, float] | None:
@@ -153,13 +154,12 @@ class MethodSearch:
         import optuna
 
         text = json.dumps([self._identity, self.space[option], fixed], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return optuna.create_study(
-            storage=self.storage,
-            study_name=f"{self.method} {option} {digest}",
-            direction="maximize",
-            load_if_exists=True,
-        )
+        name = f"{self.method} {option} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        if name not in self._studies:
+            self._studies[name] = optuna.create_study(
+                storage=self.storage, study_name=name, direction="maximize", load_if_exists=True
+            )
+        return self._studies[name]
 
     def _trials(self, option: str, fixed: Mapping[str, float]) -> list[Trial]:
         finished = self._study(option, fixed).get_trials(deepcopy=False)[: self.budget[option]]
