@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Spinning OpenMP threads slow each other down on few or busy cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo demo-language test lint bench clean
 
 install: $(VENV)/installed
 
@@ -16,6 +16,9 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 demo: install  ## compares TreeLoRA with plain LoRA and an Avalanche strategy, on embedded data
 	$(BIN)/treelora compare
+
+demo-language: install  ## a small language model learns six tasks, and routes prompts
+	$(BIN)/python examples/demo_language.py
 
 # One process per file: its tests share trained models.
 test: install  ## runs the test suite on all cores

@@ -135,4 +135,6 @@ def tiny_texts(make_language_model, tmp_path_factory) -> Any:
         (folder / name).mkdir()
         for part in ("train", "test"):
             (folder / name / f"{part}.json").write_text(json.dumps(records))
-    return TextTasks(folder, make_language_model(), tasks=list(tasks), max_new_tokens=4)
+    return TextTasks(
+        folder, make_language_model(), tasks=list(tasks), max_new_tokens=4, allow_overlap=True
+    )

@@ -24,6 +24,7 @@ from torch import nn
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.cli import main
 from treelora_avalanche.metrics import AccuracyMatrix
+from treelora_avalanche.models import vision
 from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.models.features.gaussians import (
@@ -35,7 +36,7 @@ from treelora_avalanche.models.features.gaussians import (
 )
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
 from treelora_avalanche.registry.settings import RunSettings
-from treelora_avalanche.runs import Ingredients, run
+from treelora_avalanche.runs import Ingredients, prepare, run
 from treelora_avalanche.scenarios import SplitDigits
 from treelora_avalanche.strategies import (
     EWCLoRA,
@@ -432,6 +433,23 @@ def treelora(pets, tmp_path, **options):
 def test_training_on_images_of_all_modes(pets, tmp_path, capsys):
     assert treelora(pets, tmp_path, head="task_adaptive") == 0
     assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_arguments_are_checked_before_weights_are_loaded(pets, tmp_path, capsys, monkeypatch):
+    """The check leaves the head's random weights as they are."""
+    shared = {"model": "vit_tiny_patch16_224", "img_size": 32, "n_experiences": 2, "device": "cpu"}
+    given = RunSettings(
+        scenario="image_folder",
+        data=str(pets / "images"),
+        checkpoint=str(pets / "weights.safetensors"),
+        classes=["ant", "bee"],
+        **shared,
+    )
+    heads = [prepare(0, given, methods).backbone.head.weight for methods in ((), ["SeqLoRA"])]
+    assert torch.equal(*heads)
+    monkeypatch.setattr(vision, "_load_checkpoint", lambda *_: pytest.fail("weights were loaded"))
+    status = treelora(pets, tmp_path, layers="last:40")
+    refused(capsys, status, "at most the model's 12 blocks, but is 'last:40'")
 
 
 def refused(capsys, status, *words):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from treelora_avalanche._version import __version__
-from treelora_avalanche.cli import main
+from treelora_avalanche.cli import build_parser, main
 from treelora_avalanche.registry import METHODS, SCENARIOS, Family, Method
 
 QUICK = ["--epochs", "1", "--n_experiences", "2", "--layers", "last:1", "--device", "cpu"]
@@ -52,6 +52,30 @@ def test_help_imports_nothing_heavy(arguments):
     if arguments != ["--help"]:
         for option in ("--tree_lambda", "--config", "--print_config", "--seed", "--output"):
             assert option in done.stdout
+
+
+def test_files_and_methods_are_checked_before_heavy_imports(tmp_path):
+    (tmp_path / "model").mkdir()
+    texts = ["train", "--scenario=text_tasks", f"--data={tmp_path}", f"--output={tmp_path}/run"]
+    images = ["train", "--scenario=image_folder", f"--data={tmp_path}", f"--output={tmp_path}/run"]
+    wrong = {
+        "should hold a config.json": [*texts, f"--model={tmp_path / 'model'}"],
+        "HiDePrompt is not defined": [*texts, "--model=m", "--method=HiDePrompt"],
+        "nowhere is not a folder": [*texts, "--model=m", "--data=nowhere"],
+        "w.pth does not exist": [*images, "--checkpoint=w.pth"],
+        "SAPT is not defined": ["compare", "--methods", "SeqLoRA", "SAPT"],
+    }
+    code = (
+        "import sys, treelora_avalanche.cli as cli\n"
+        f"for arguments in {list(wrong.values())}:\n"
+        "    assert cli.main(arguments) == 2\n"
+        "heavy = {'torch', 'avalanche', 'timm', 'peft', 'numpy', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for message, line in zip(wrong, done.stderr.splitlines(), strict=True):
+        assert message in line
 
 
 def test_version(capsys):
@@ -251,3 +275,30 @@ def test_image_folder_from_a_checkpoint(data_root, tmp_path, capsys):
     assert stream["class_names"] == names
     images = [len(list((data_root / "caltech101" / "train" / n).glob("*.jpg"))) for n in names]
     assert sum(stream["train_samples"]) == sum(images)
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--tasks", "a", "b"], ["a", "b"]),
+        (["--tasks", "a"], ["a"]),
+        (["--tasks", "007", "true"], ["007", "true"]),
+        (["--tasks", "[a, b]"], ["a", "b"]),
+        (["--tasks=[a, b]"], ["a", "b"]),
+        (["--tasks", "null"], None),
+        ([], None),
+    ],
+)
+def test_names_of_a_list_with_and_without_brackets(command, given, expected):
+    arguments = [command, "--data", "d", *given, "--classes", "x", "y", "--limit", "3"]
+    options = build_parser().parse_args(arguments)[command]
+    assert options.tasks == expected
+    assert options.classes == ["x", "y"]
+    assert (options.data, options.limit, options.eval_limit) == ("d", 3, None)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("5", 5), ("all", "all")])
+def test_limit_of_test_samples(given, expected):
+    options = build_parser().parse_args(["train", "--eval_limit", given]).train
+    assert options.eval_limit == expected

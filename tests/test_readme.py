@@ -44,6 +44,7 @@ EXAMPLES = [
 ]
 MAKE = {
     "make demo": "treelora compare",
+    "make demo-language": "examples/demo_language.py",
     "make test": "-m pytest",
     "make lint": "ruff check",
     "make bench": "benchmarks/stream_speed.py",
@@ -211,7 +212,7 @@ def tiny_texts(tmp_path):
 
     def make(data_root, model, variant):
         assert variant in ("500", "1000", "5000")
-        return TextTasks(tmp_path, model, max_new_tokens=2)
+        return TextTasks(tmp_path, model, max_new_tokens=2, allow_overlap=True)
 
     return make
 

@@ -53,7 +53,7 @@ def test_recipe_is_a_valid_comparison(name):
     assert {key: options[key] for key in recipe} == recipe
     check_models(recipe["methods"], settings(name))
     assert SCENARIOS[recipe["scenario"]].language
-    assert "TreeLoRA" in recipe["methods"]
+    assert "TreeLoRA-last" in recipe["methods"]
     assert recipe["output"] == f"runs/{name}"
     # Hyper-parameters of language models in the paper (A.3).
     for method in recipe["methods"]:
@@ -62,7 +62,7 @@ def test_recipe_is_a_valid_comparison(name):
         assert config.get("batch_size", 4) == 4
         if "rank" in config:  # neither prompts nor demonstrations
             assert (config["rank"], config["alpha"], config["lr"]) == (8, 32, 1e-4)
-        if method == "TreeLoRA":
+        if method == "TreeLoRA-last":
             assert config["tree_lambda"] == 0.5
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 HEADS = ("linear", "task_adaptive")
 INFERENCE = ("merged", "last", "routed")
@@ -46,3 +47,24 @@ def check_known(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         hint = did_you_mean(str(name), known)
         raise ValueError(f"{what} should be one of {', '.join(known)}, but is {name!r}.{hint}")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises an error for a folder that lacks a file of a transformers model.
+
+    :param folder: an existing folder.
+    :raises FileNotFoundError: if there is no ``config.json``, or there are no safetensors.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"`name_or_folder` should hold a config.json, but {str(folder)!r} does not. Pass a "
+            "folder that `save_pretrained` has written."
+        )
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(f.name for end in ("*.bin", "*.pt", "*.pth") for f in folder.glob(end))
+        found = f" (found {', '.join(others)}, which may hold code)" if others else ""
+        raise FileNotFoundError(
+            f"`name_or_folder` should hold weights in safetensors, but {str(folder)!r} does "
+            f"not{found}. Load it with transformers if you trust it, and save it with "
+            "`model.save_pretrained(folder)`."
+        )

@@ -6,6 +6,7 @@ torch and Avalanche are imported after parsing, so that ``--help`` is immediate.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import sys
@@ -22,13 +23,15 @@ import jsonargparse
 from treelora_avalanche._version import __version__
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.recipes import RECIPES, describe_recipe
-from treelora_avalanche.registry.methods import METHODS
+from treelora_avalanche.registry.methods import METHODS, check_models
+from treelora_avalanche.registry.names import YAML_MODE, quote_arguments
 from treelora_avalanche.registry.settings import (
     METHOD_SETTINGS,
     SCENARIOS,
     TUNE_TASKS,
     RunSettings,
 )
+from treelora_avalanche.registry.streams import check_files
 
 LISTS = ("methods", "scenarios", "recipes")
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
@@ -38,16 +41,20 @@ LISTABLE = sorted(METHOD_SETTINGS - {"layers", "target_modules"})
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Parser whose errors are one line, without the list of all options."""
+    """Parser whose errors are one line, without the list of all options; names stay as written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, parser_mode=YAML_MODE, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Returns the parsed arguments; names of recipes stand for their files.
+        """Returns the parsed arguments; names of recipes stand for their files, ``a b`` for a list.
 
         :param args: the arguments; by default those of the process.
         :param others: further arguments of jsonargparse.
         :param kwargs: further arguments of jsonargparse.
         """
-        given = _with_recipes(sys.argv[1:] if args is None else args)
+        given = _with_lists(_with_recipes(sys.argv[1:] if args is None else args))
+        given = quote_arguments(given)
         return super().parse_args(given, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -235,6 +242,19 @@ def _grid(options: Any) -> list[RunSettings]:
     ]
 
 
+def _check_early(methods: Sequence[str], settings: RunSettings, output: str | None) -> None:
+    """Checks what needs no heavy import: names, kinds of models, and files of new runs.
+
+    :param output: folder of the runs, if they take place on this machine.
+    """
+    for method in methods:
+        check_known("method", method, METHODS)
+    # Rows of other packages may import torch; `compare` checks them.
+    check_models([name for name in methods if name in METHODS.data], settings)
+    if output is not None and not Path(output).exists():  # finished runs need no files
+        check_files(settings)
+
+
 def _quieten() -> None:
     """Silences other libraries before they are imported; values set by the user stay."""
     # Their warnings concern what a user cannot change.
@@ -266,6 +286,28 @@ def _with_recipes(argv: Sequence[str]) -> list[str]:
         if is_config and name in RECIPES and not Path(name).exists():
             arguments[k] = prefix + str(RECIPES[name])
     return arguments
+
+
+def _with_lists(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with ``--tasks a b`` as ``--tasks ["a", "b"]``, as YAML has it.
+
+    With ``nargs="+"``, as ``--methods`` has it, the form of YAML would be a name.
+    """
+    types = typing.get_type_hints(RunSettings)
+    flags = {f"--{name}" for name, hint in types.items() if hint == list[str] | None}
+    arguments: list[str] = []
+    names: list[str] | None = None
+    for argument in [*argv, "--"]:
+        if names is not None and argument.startswith("-"):
+            is_value = len(names) == 1 and (names[0].startswith("[") or names[0] == "null")
+            arguments += names if is_value or not names else [json.dumps(names)]
+            names = None
+        if names is None:
+            arguments.append(argument)
+            names = [] if argument in flags else None
+        else:
+            names.append(argument)
+    return arguments[:-1]
 
 
 def _tables() -> dict[str, Sequence[tuple[str, ...]]]:
@@ -362,7 +404,7 @@ def _train(options: Any) -> int:
     from rich.console import Console
 
     settings = _settings(options)
-    check_known("method", options.method, METHODS)
+    _check_early([options.method], settings, options.output or "runs/train")
     _before_heavy_imports(settings)
     from treelora_avalanche.compare import train
     from treelora_avalanche.plugins import NonFiniteLossError
@@ -396,8 +438,10 @@ def _compare(options: Any) -> int:
     from rich.console import Console
 
     points = _grid(options)
-    for method in options.methods:
-        check_known("method", method, METHODS)
+    for settings in points:
+        _check_early(
+            options.methods, settings, None if options.executor == "slurm" else options.output
+        )
     _before_heavy_imports(points[0])
     from treelora_avalanche.compare import compare, earlier_results, expand_options
     from treelora_avalanche.reports.figures import write_figures
@@ -445,8 +489,7 @@ def _tune(options: Any) -> int:
     from rich.console import Console
 
     settings = _settings(options)
-    for method in options.methods:
-        check_known("method", method, METHODS)
+    _check_early(options.methods, settings, None if options.executor == "slurm" else options.output)
     _before_heavy_imports(settings)
     from treelora_avalanche.tune import caption, table, tune, write_tuned
 

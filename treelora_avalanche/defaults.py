@@ -90,3 +90,7 @@ LAST_TREE_LAMBDA = 0.5
 TREE_LAMBDA = 0.1
 """The paper's for vision transformers, and ours if inference keeps the past by other means: the
 mean of the adapters, or one adapter per task."""
+
+ROUTED_LANGUAGE_TREE_LAMBDA = 0.0
+"""With an adapter per prompt a language model forgets nothing, and the pull only costs accuracy
+(docs/language_models.md)."""

@@ -41,6 +41,17 @@ def classes_of(experience: Any) -> list[int]:
     return _read[experience]
 
 
+def samples_of(experience: Any) -> Any:
+    """Returns the dataset of an experience as the benchmark holds it, in evaluation mode.
+
+    An :class:`~treelora_avalanche.plugins.ActivationCachePlugin` gives strategies a copy of the
+    experience that holds hidden states in place of samples.
+
+    :param experience: an experience of any stream.
+    """
+    return getattr(experience, "uncached_dataset", experience.dataset).eval()
+
+
 def origin_of(experience: Any) -> Any | None:
     """Returns the experience that a part of an online stream was cut from.
 

@@ -51,8 +51,9 @@ def train_a_little(model, steps=3):
     [
         ("first:2", [0, 1]),
         ("last:2", [1, 2]),
-        ("last:9", [0, 1, 2]),
+        ("last:3", [0, 1, 2]),
         ("all", [0, 1, 2]),
+        (None, [0, 1, 2]),  # the default, first:5, of a model with three blocks
         ([1], [1]),
     ],
 )
@@ -71,8 +72,11 @@ def test_several_kinds_come_in_the_order_of_the_model(tiny_vit):
     [
         ({"layers": "lsat:5"}, "Did you mean 'last:5'"),
         ({"layers": "last:0"}, "k at least 1"),
-        ({"layers": [0, 7]}, "blocks 0 to 2, but is [0, 7]"),
-        ({"layers": []}, "at least one of the model's blocks"),
+        ({"layers": "last:4"}, "at most the model's 3 blocks, but is 'last:4'. Lower"),
+        ({"layers": "first:40"}, "at most the model's 3 blocks, but is 'first:40'. Lower"),
+        ({"layers": [0, 7]}, "model's 3 blocks, blocks 0 to 2, but is [0, 7]"),
+        ({"layers": range(4)}, "model's 3 blocks, blocks 0 to 2, but is [0, 1, 2, 3]"),
+        ({"layers": []}, "at least one of the model's 3 blocks"),
         ({"target_modules": ["qvk"]}, "Did you mean 'qkv'"),
         ({"rank": 0}, "`rank` should be at least 1, but is 0"),
         ({"alpha": 0}, "`alpha` should be positive, but is 0"),

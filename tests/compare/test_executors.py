@@ -27,7 +27,7 @@ def prepared(monkeypatch, tiny_benchmark, tiny_vit):
     """Replaces the stream by a tiny one; returns the list of prepared seeds."""
     seeds = []
 
-    def prepare(seed, settings):
+    def prepare(seed, settings, methods):
         seeds.append(seed)
         return Ingredients(seed, tiny_benchmark, tiny_vit())
 

@@ -1,5 +1,6 @@
 """Generation metrics: a model whose replies are scripted, and matrices worked by hand."""
 
+import logging
 import math
 
 import pytest
@@ -395,3 +396,31 @@ def test_a_pretrained_model_generates_what_transformers_generates(data_root):
     assert metrics[0].generated["stories"] == list(zip(prompts, answers, replies, strict=True))
     assert on_experience(results, "GenerationScore", 0) == pytest.approx(2 / 3)
     assert on_experience(results, "GenerationTokensPerSecond", 0) > 0
+
+
+CONTINUED = ["A. Once", "A, and", "? B", " B \n"]
+
+
+@pytest.mark.parametrize(
+    ("replies", "n_continued"),
+    [
+        (CONTINUED, 3),
+        (["A. Once", "?", "D!", "?"], 2),
+        (["A. Once", "?", "?", "?"], None),
+        (["Apple", "Bee", "Cat", "Dog"], None),  # other words
+        (["B", "A", "D", "C"], None),  # they end
+        (["A", "B. So", "C, so", "D so"], None),  # a score of 1/4
+        (["", "", "", ""], None),
+    ],
+)
+def test_texts_that_do_not_end_are_told_once(streams, replies, n_continued, caplog, monkeypatch):
+    _, test = streams
+    script = dict(zip(TASKS["letters"]["prompts"], replies, strict=True))
+    monkeypatch.setattr(Scripted, "generate", lambda _, prompts, **__: [script[p] for p in prompts])
+    strategy = build(generation_metrics())
+    with caplog.at_level(logging.WARNING, logger="treelora_avalanche"):
+        strategy.eval(test[:1])
+        strategy.eval(test[:1])
+    expected = [f"{n_continued} of 4 generated texts begin with an answer"] if n_continued else []
+    assert [r.getMessage().split(", but ")[1].split(" and ")[0] for r in caplog.records] == expected
+    assert all("`max_new_tokens`" in r.getMessage() for r in caplog.records)

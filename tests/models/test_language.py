@@ -240,6 +240,19 @@ def test_template_is_used_where_there_is_one(make_tokenizer):
     assert text(tokenizer, sample.tokens) == "<s><u>hi</u><a>yo</s>"
 
 
+@pytest.mark.parametrize(("chat_template", "before"), [(True, "<s><u>"), (False, "")])
+def test_prompts_stay_raw_without_the_template(
+    make_language_model, tmp_path, chat_template, before
+):
+    model = make_language_model()
+    model.tokenizer.chat_template = TEMPLATE
+    model.network.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    loaded = create_language_model(tmp_path, chat_template=chat_template)
+    (tokens,) = loaded.encode_prompts(["hi"], 4)
+    assert text(loaded.tokenizer, tokens).startswith(before + "hi")
+
+
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 @settings(max_examples=40, deadline=None)
 @given(

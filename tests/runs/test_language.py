@@ -1,5 +1,6 @@
 """Runs and comparisons on streams of texts: folders, tables, resumption and errors."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,16 +11,19 @@ import torch
 import yaml
 from peft import PeftModel
 from rapidfuzz import fuzz
+from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from treelora_avalanche.cli import main
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.registry.methods import METHODS, check_models
 from treelora_avalanche.registry.settings import RunSettings
+from treelora_avalanche.registry.streams import build_stream
 from treelora_avalanche.reports.figures import FIGURES, write_figures
-from treelora_avalanche.reports.table import summarise, write_table
+from treelora_avalanche.reports.table import rich_table, summarise, write_table
 from treelora_avalanche.runs import prepare, resolve_config, run
 from treelora_avalanche.runs.schedule import epochs_per_task
+from treelora_avalanche.runs.setup import language_model
 from treelora_avalanche.scenarios.trace import TRACE_TASKS
 from treelora_avalanche.tree import AdapterTree
 
@@ -68,6 +72,7 @@ def settings(folder):
             "metric": "edit_similarity",
             "max_new_tokens": 4,
             "max_length": 32,
+            "scenario_options": {"allow_overlap": True},
             "lr": 0.01,
             "epochs": 2,
             "device": "cpu",
@@ -151,7 +156,7 @@ def test_tree_is_noted_after_every_task(settings, ingredients, tmp_path):
     run("TreeLoRA", 0, settings(), tmp_path, ingredients=ingredients, note=notes.append)
     assert [note.splitlines()[0] for note in notes] == [
         "trains LoRA of rank 8 (α 32) on 4 matrices; learning rate 0.01; batches of 4; "
-        "epochs 2, 2; λ 0.5, a tree of depth 4",
+        "epochs 2, 2; λ 0, a tree of depth 4; predictions routed",
         "the tree after echo",
         "the tree after shout",
     ]
@@ -332,6 +337,8 @@ def test_config_of_image_runs_is_stable():
         ({"epochs": None, "epochs_per_task": "papr"}, "Did you mean 'paper'"),
         ({"epochs": None, "epochs_per_task": "paper"}, "the paper gives no epochs for"),
         ({"limit": 0}, "`--limit` should be at least 1"),
+        ({"eval_limit": 0}, "`--eval_limit` should be at least 1, or all, but is 0"),
+        ({"eval_limit": "al"}, "`--eval_limit` should be at least 1, or all, but is al"),
         ({"accumulation_steps": 0}, "`--accumulation_steps` should be at least 1"),
         ({"order": 7}, "`--order` should be from 1 to 6, but is 7"),
     ],
@@ -341,11 +348,18 @@ def test_wrong_settings_are_named_as_flags(changes, message, settings):
         settings(**changes)
 
 
-@pytest.mark.parametrize("option", ["limit", "tasks", "max_length", "accumulation_steps", "dtype"])
+@pytest.mark.parametrize(
+    "option", ["eval_limit", "tasks", "max_length", "accumulation_steps", "dtype"]
+)
 def test_settings_of_texts_are_refused_for_images(option):
     value = {"tasks": ["a"], "dtype": "bfloat16"}.get(option, 3)
     with pytest.raises(ValueError, match=f"`--{option}` is .* does not use it"):
         RunSettings(scenario="image_folder", data="d", **{option: value})
+
+
+def test_limit_is_refused_for_digits():
+    with pytest.raises(ValueError, match=r"`--limit` is 3, but .* does not use it"):
+        RunSettings(scenario="digits", limit=3)
 
 
 def test_methods_are_defined_for_kinds_of_models(settings):
@@ -364,6 +378,7 @@ def test_methods_are_defined_for_kinds_of_models(settings):
 
 def arguments_of(settings, *, but=()):
     given = ("scenario", "data", "model", "metric", "max_new_tokens", "max_length", "epochs", "lr")
+    given += ("scenario_options",)
     return [f"--{name}={getattr(settings, name)}" for name in given if name not in but]
 
 
@@ -382,6 +397,15 @@ def test_compare(settings, tmp_path, capsys):
     assert capsys.readouterr().err.count("finished before") == 2
 
 
+def refuse_weights(monkeypatch):
+    """Fails the test where weights are loaded."""
+
+    def loaded(*args, **kwargs):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -394,6 +418,11 @@ def test_compare(settings, tmp_path, capsys):
         ),
         (["--methods", "SeqLoRA", "--target_modules", "[q_prj]"], "q_prj"),
         (["--methods", "SeqLoRA", "--tasks", "[eco]"], "Did you mean 'echo'?"),
+        (["--methods", "SeqLoRA", "--layers", "last:40"], "the model's 2 blocks, but is 'last:40'"),
+        (
+            ["--methods", "SAPT", "--method_options", "{SAPT: {bottleneck: 0}}"],
+            "`bottleneck` should be at least 1, but is 0",
+        ),
         (
             ["--methods", "SeqLoRA", "--data", "nowhere"],
             "`--data` should be a folder, but nowhere is not a folder",
@@ -407,6 +436,8 @@ def test_compare(settings, tmp_path, capsys):
 )
 def test_bad_input_is_one_line(changes, message, settings, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if message is not None:
+        refuse_weights(monkeypatch)
     own = [option[2:] for option in changes if option.startswith("--")]
     arguments = ["compare", *arguments_of(settings(), but=own), "--seeds", "0", *changes]
     code = main([*arguments, "--device=cpu", f"--output={tmp_path / 'out'}"])
@@ -443,6 +474,36 @@ def test_compare_on_trace(data_root, tmp_path, capsys):
     assert len(json_lines(path.parent / "generated.jsonl")) == 4 + 8
 
 
+def test_a_run_is_refused_before_weights_are_loaded(settings, tmp_path, monkeypatch):
+    refuse_weights(monkeypatch)
+    with pytest.raises(ValueError, match="FrozenNCM is not defined for them"):
+        run("FrozenNCM", 0, settings(), tmp_path / "run")
+    three = settings(epochs=None, epochs_per_task=[1, 3, 1])
+    with pytest.raises(ValueError, match="2 numbers, one for each of echo, shout, but has 3"):
+        run("SeqLoRA", 0, three, tmp_path / "run")
+    with pytest.raises(ValueError, match="`--accumulation_steps` should be 1, since"):
+        run("Replay", 0, settings(accumulation_steps=2), tmp_path / "run")
+    with pytest.raises(ValueError, match="`--shard_backbone` should be used with several"):
+        run("SeqLoRA", 0, settings(), tmp_path / "run", shard_backbone=True)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run("SeqLoRA", 0, settings(), tmp_path / "taken")
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_without_weights_has_the_same_stream(settings, ingredients):
+    unloaded = language_model(settings(), "float32", pretrained=False)
+    assert {p.device.type for p in unloaded.parameters()} == {"meta"}
+    assert (unloaded.max_length, unloaded.context) == (32, 64)
+    benchmark = build_stream(settings(), 0, model=unloaded)
+    for one, other in zip(benchmark.train_stream, ingredients.benchmark.train_stream, strict=True):
+        assert one.prompts == other.prompts
+        for (x, y, *_), (u, v, *_) in zip(one.dataset, other.dataset, strict=True):
+            assert torch.equal(x, u)
+            assert torch.equal(y, v)
+
+
 # ---------------------------------------------------------------------------------------- reports
 
 
@@ -466,3 +527,28 @@ def test_table_and_figures(settings, ingredients, tmp_path):
     assert "text_tasks: 2 tasks, model, cpu" in lines[-2] + lines[-3]
     paths = write_figures(results, tmp_path / "figures")
     assert [path.name for path in paths] == [name for name in FIGURES if name != "tree.png"]
+
+    # Both tasks have seven answers in seven samples, too many for a majority.
+    assert results[0]["stream"]["constant_answers"] == [None, None]
+    assert not any(line.startswith("| chance") for line in lines)
+    known = {"n_answers": 3, "majority_answer": "C", "majority": 0.5, "chance": 1 / 3}
+    for result, row in zip(results, ([0.5, 0.25], [None, 0.75]), strict=True):
+        result["stream"]["constant_answers"] = [known, None]
+        result["accuracy_matrix"]["generated"][-1] = row
+    write_table(results, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    tasks = text.split("\n\n")[1].splitlines()
+    assert tasks[0] == "| Method | echo % | shout % |"
+    assert tasks[2:] == [
+        "| SeqLoRA | 50.0 | 25.0 |",
+        "| JointTraining | – | 75.0 |",
+        "| majority answer | 50.0 | – |",
+        "| chance | 33.3 | – |",
+    ]
+    assert "most frequent training answer" in text.split("\n\n")[2]
+    for width, n_tables in ((200, 1), (24, 2)):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(rich_table(results, width))
+        printed = console.export_text()
+        assert printed.count("majority answer") == printed.count("chance  ") == n_tables
+        assert printed.count("33.3") == 1

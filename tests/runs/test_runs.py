@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from importlib import import_module
 
 import pytest
 import torch
@@ -390,6 +391,7 @@ def test_every_scenario_passes_on_what_it_takes(name):
     """Checks that settings of a scenario are parameters of its generator, or of the model."""
     scenario = SCENARIOS[name]
     of_model = {"model", "checkpoint", "img_size", "max_length", "dtype", "gradient_checkpointing"}
+    of_model |= {"chat_template"}
     of_training = {"head", "epochs_per_task", "accumulation_steps"}
     folder = {"data", "exclude_classes"}
     parameters = inspect.signature(scenario.load()).parameters
@@ -462,7 +464,7 @@ def counted(monkeypatch, tiny_benchmark, tiny_vit):
     """Replaces the stream by a tiny one; returns lists of prepared seeds and trained cells."""
     calls = {"prepared": [], "trained": []}
 
-    def prepare(seed, settings):
+    def prepare(seed, settings, methods):
         calls["prepared"].append(seed)
         return Ingredients(seed, tiny_benchmark, tiny_vit())
 
@@ -507,7 +509,7 @@ def test_finished_cells_are_not_run_again(counted, tmp_path):
     assert counted["trained"][6:] == [("SeqLoRA", 0)]
 
 
-def test_cells_run_again_when_their_inputs_change(counted, tmp_path):
+def test_cells_run_again_when_their_inputs_change(counted, tmp_path, monkeypatch):
     data, output = tmp_path / "data", tmp_path / "out"
     (data / "train" / "ant").mkdir(parents=True)
     image = data / "train" / "ant" / "1.png"
@@ -518,7 +520,14 @@ def test_cells_run_again_when_their_inputs_change(counted, tmp_path):
     assert "finished before" in printed
 
     image.write_bytes(b"other")  # as many bytes
+    read = []
+    fingerprinting = import_module("treelora_avalanche.runs.fingerprints")
+    of_files = fingerprinting.of_files
+    monkeypatch.setattr(
+        fingerprinting, "of_files", lambda path: read.append(path) or of_files(path)
+    )
     (again,), printed = quiet_compare(["Naive"], [0], settings, output)
+    assert read == [data]
     assert len(counted["trained"]) == 2
     assert "runs again (data changed since)" in " ".join(printed.split())
     assert again.results["fingerprints"]["data"] != cell.results["fingerprints"]["data"]

@@ -160,6 +160,30 @@ def test_cifar_chosen_classes_get_labels_in_the_order_given(cifar_root):
         SplitCIFAR100(1, dataset_root=cifar_root, preprocessing=TINY, classes=["clas_03"])
 
 
+def test_cifar_of_listed_tasks_with_a_limit(cifar_root):
+    """The kept images are images of their class; each seed has its own, also in the cache."""
+    listed = [["class_42", "class_03", "class_99"], ["class_00"]]
+    seen = set()
+    for seed in range(4):
+        benchmark = SplitCIFAR100(
+            dataset_root=cifar_root,
+            preprocessing=TINY,
+            classes=["class_42", "class_03", "class_99", "class_00"],
+            task_classes=listed,
+            limit=4,
+            seed=seed,
+        )
+        assert order_of(benchmark) == [[0, 1, 2], [3]]
+        truth, labels = cifar_truth(cifar_root, "train")
+        x, y, _ = batches(benchmark.train_stream)
+        assert [y.tolist().count(label) for label in range(4)] == [1, 1, 2, 2]
+        for image, label in zip(x, y.tolist(), strict=True):
+            of_class = truth[labels == [42, 3, 99, 0][label]]
+            assert any(torch.equal(image, other) for other in of_class)
+        seen.add(x.numpy().tobytes())
+    assert len(seen) > 1
+
+
 def test_cifar_is_resized_once_per_process_whatever_the_seed(cifar_root, monkeypatch):
     resized = []
     real = cifar100._resize

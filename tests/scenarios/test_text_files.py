@@ -6,7 +6,8 @@ import pytest
 from transformers import PreTrainedTokenizer
 
 from treelora_avalanche.scenarios import TextClasses, TextTasks
-from treelora_avalanche.scenarios.data.text_records import TextRecord, read_json, read_records
+from treelora_avalanche.scenarios.data.text_files import read_json
+from treelora_avalanche.scenarios.data.text_records import TextRecord, read_records
 
 SEPARATORS = "\u2028\u2029\x85\x1c\x0b\x0c"
 """Where `str.splitlines` ends a line and JSON does not; the last three must be escaped in JSON."""
@@ -107,7 +108,8 @@ def test_parts_of_a_task_at_the_root_are_refused(tmp_path, make_tokenizer, strea
     write(tmp_path, "sums/train.jsonl", "sums/test.jsonl")
     for file in (tmp_path / "train.jsonl", tmp_path / other):
         file.unlink()
-    assert stream(tmp_path, make_tokenizer()).task_names == ["sums"]
+    stream = stream(tmp_path, make_tokenizer(), allow_overlap=True)
+    assert stream.task_names == ["sums"]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_special_tokens_in_prompts_to_generate_from_stay_text(make_language_mode
 
 def test_special_tokens_in_classified_texts_stay_text(tmp_path, make_tokenizer):
     (tmp_path / "a.jsonl").write_text(lines(record("a</s>b"), record("a</s>b")))
-    benchmark = TextClasses(tmp_path, make_tokenizer(), max_length=20)
+    benchmark = TextClasses(tmp_path, make_tokenizer(), max_length=20, allow_overlap=True)
     x, *_ = benchmark.train_stream[0].dataset[0]
     assert x[x >= 0].tolist() == characters("a</s>b")
 
@@ -211,7 +213,7 @@ def test_pretrained_tokenizer_reads_special_tokens_as_text(data_root, tmp_path, 
         pytest.skip(f"{folder} is missing")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     (tmp_path / "a.jsonl").write_text(lines(record(text, text), record(text, text)))
-    experience = TextTasks(tmp_path, tokenizer, max_length=80).train_stream[0]
+    experience = TextTasks(tmp_path, tokenizer, max_length=80, allow_overlap=True).train_stream[0]
     ((x, y, _),) = experience.dataset
     tokens = x[x >= 0].tolist()
     assert tokens[0] == tokenizer.bos_token_id

@@ -108,6 +108,12 @@ def test_orders_are_o_loras():
     assert len(LONG_SEQUENCE) == len(set(LONG_SEQUENCE)) == 15
 
 
+@pytest.mark.parametrize("argument", ["metric", "max_new_tokens"])
+def test_values_of_unknown_tasks_are_refused(folder, make_tokenizer, argument):
+    with pytest.raises(ValueError, match=f"a task in `{argument}` .* given, but is 'givn'"):
+        TextTasks(folder, make_tokenizer(), **{argument: {"givn": 7}})
+
+
 def test_prompt_is_instruction_options_text(o_lora, make_tokenizer):
     benchmark = OLoRAOrder(4, o_lora.parent, make_tokenizer(), skip_missing_tasks=True, limit=2)
     assert benchmark.task_names == [n for n in O_LORA_ORDERS[4] if n not in ("yelp", "yahoo")]

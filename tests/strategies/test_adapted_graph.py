@@ -4,6 +4,7 @@ import copy
 import logging
 import random
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,13 @@ import torch
 from avalanche.benchmarks import nc_benchmark
 from avalanche.models import as_multitask
 from peft import LoraConfig, get_peft_model
+from timm.models.gcvit import GlobalContextVit
+from timm.models.metaformer import Attention as TokenAttention
+from timm.models.metaformer import LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
 from timm.models.mlp_mixer import MlpMixer
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+from timm.models.nest import Nest
+from timm.models.volo import VOLO
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -82,6 +89,20 @@ class Family(NamedTuple):
     size: int = 32
     target_modules: tuple[str, ...] | None = None
     n_heads: int = 1
+    create: Callable[..., nn.Module] | None = None
+
+    def make(self) -> nn.Module:
+        torch.manual_seed(0)
+        options = {k: v for k, v in self.options.items() if v is not None}
+        create = self.create or partial(timm.create_model, self.name)
+        model = create(num_classes=N_CLASSES, **options)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.LayerNorm) and self.name.startswith(("swinv2", "csatv2")):
+                nn.init.ones_(module.weight)  # scales of 0 before pretraining
+                nn.init.ones_(module.bias)  # the norm of one channel is its bias
+            if isinstance(module, nn.Linear) and "head" in name and not module.weight.any():
+                nn.init.normal_(module.weight)  # 0 before training
+        return model
 
 
 def swin(name, n_layers=2, **options):
@@ -93,8 +114,15 @@ def of_patches_14(name, n_layers=2, **options):
     return Family(name, {**VIT, "img_size": 28, **options}, n_layers, 28)
 
 
-def of_patches_16(name, n_layers=2, n_heads=1, **options):
-    return Family(name, {**VIT, "img_size": 32, **options}, n_layers, n_heads=n_heads)
+def of_patches_16(name, n_layers=2, n_heads=1, target_modules=None, **options):
+    options = {**VIT, "img_size": 32, **options}
+    return Family(name, options, n_layers, target_modules=target_modules, n_heads=n_heads)
+
+
+def of_stages(name, n_layers=4, size=64, target_modules=None, create=None, **options):
+    """Models of four stages with a block each."""
+    small = {"embed_dims": (16,) * 4, "depths": (1,) * 4, "num_heads": (2,) * 4}
+    return Family(name, {**small, **options}, n_layers, size, target_modules, create=create)
 
 
 TRAINED = [
@@ -138,18 +166,135 @@ TRAINED = [
         n_layers=8,
         target_modules=("fc1", "fc2"),
     ),
+    of_patches_16("beit3_base_patch16_224"),
+    of_patches_16("flexivit_small"),
+    of_patches_16("vit_srelpos_small_patch16_224"),
+    of_patches_16("vit_small_patch16_rope_mixed_224"),
+    of_patches_16("naflexvit_base_patch16_siglip", img_size=None),
+    of_patches_16("vit_base_patch16_xp_224", target_modules=("in_proj",)),
+    of_patches_14("vit_intern300m_patch14_448"),
+    of_patches_14("vit_pe_lang_large_patch14_448"),
+    of_patches_14("deepseek_vit_412m"),
+    of_patches_16("qwen3_vit_88m", embed_dim=32),
+    Family("vit_tiny_r_s16_p8_224", {**VIT, "img_size": 64}, size=64),
+    of_patches_16(
+        "tnt_s_patch16_224",
+        n_layers=8,
+        target_modules=("qk", "v"),
+        inner_dim=8,
+        num_heads_inner=2,
+        num_heads_outer=2,
+        num_heads=None,
+    ),
+    Family(
+        "gemma4_vit_167m",
+        {"embed_dim": 16, "depth": 1, "num_heads": 2},
+        n_layers=7,
+        target_modules=("linear",),
+    ),
+    of_stages("davit_tiny", 8, size=32),
+    of_stages("tiny_vit_5m_224", 3, window_sizes=(7,) * 4),
+    of_stages("twins_svt_small", img_size=64),
+    of_stages("twins_pcpvt_small", 8, target_modules=("q", "kv"), img_size=64),
+    of_stages("pvt_v2_b0", 8, target_modules=("q", "kv")),
+    Family(
+        "coat_mini",
+        {
+            "img_size": 64,
+            "embed_dims": (16,) * 4,
+            "serial_depths": (1,) * 4,
+            "parallel_depth": 1,
+            "num_heads": 8,
+        },
+        n_layers=7,
+        size=64,
+    ),
+    Family(
+        "csatv2",
+        {"dims": (16,) * 4, "depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)},
+        n_layers=6,
+        size=64,
+    ),
+    Family(
+        "edgenext_xx_small",
+        {
+            "dims": (16,) * 4,
+            "depths": (1,) * 4,
+            "global_block_counts": (0, 1, 1, 1),
+            "heads": (2,) * 4,
+        },
+        n_layers=3,
+        size=64,
+    ),
+    Family(
+        "efficientformer_l1",
+        {"depths": (1, 1, 1, 2), "embed_dims": (8, 8, 8, 16)},
+        n_layers=1,
+        size=224,
+        n_heads=2,
+    ),
+    Family(
+        "hiera_tiny_224",
+        {"embed_dim": 16, "stages": (1,) * 4, "num_heads": 1, "img_size": (64, 64)},
+        n_layers=4,
+        size=64,
+    ),
+    Family(
+        "hieradet_small",
+        {"embed_dim": 16, "stages": (1,) * 4, "num_heads": 1, "global_att_blocks": ()},
+        n_layers=4,
+        size=64,
+    ),
+    Family("mobilevit_xxs", {}, n_layers=9, size=64),
+    Family("vitamin_small_224", {"img_size": 64, "depth": 1}, n_layers=1, size=64),
+    Family(
+        "volo",
+        {"img_size": 32, "layers": (1,) * 4, "embed_dims": (16,) * 4, "num_heads": (2,) * 4},
+        n_layers=3,
+        n_heads=2,
+        create=VOLO,
+    ),
+    of_stages(
+        "gcvit",
+        embed_dims=None,
+        embed_dim=16,
+        img_size=64,
+        window_ratio=(16, 16, 16, 32),
+        create=GlobalContextVit,
+    ),
+    Family(
+        "caformer",
+        {
+            "depths": (1,) * 4,
+            "dims": (32,) * 4,
+            "token_mixers": [SepConv] * 2 + [TokenAttention] * 2,
+            "norm_layers": [LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2,
+        },
+        n_heads=3,  # two layers and a norm
+        create=MetaFormer,
+    ),
+    Family(
+        "mvitv2",
+        {
+            "cfg": MultiScaleVitCfg(embed_dim=(16,) * 4, depths=(1,) * 4, num_heads=1),
+            "img_size": 32,
+        },
+        n_layers=4,
+        create=MultiScaleVit,
+    ),
+    Family(
+        "nest",
+        {"embed_dims": (16,) * 3, "num_heads": (2,) * 3, "depths": (1,) * 3, "img_size": 64},
+        n_layers=3,
+        size=64,
+        create=Nest,
+    ),
 ]
 
 
 @pytest.mark.parametrize("family", TRAINED, ids=lambda family: family.name)
 def test_family_of_timm_moves_every_adapter(family, caplog):
-    torch.manual_seed(0)
-    model = timm.create_model(family.name, num_classes=N_CLASSES, **family.options)
-    if "swinv2" in family.name:  # scales of 0 before pretraining
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-    strategy = build(model, family.size, target_modules=family.target_modules)
+    strategy = build(family.make(), family.size, target_modules=family.target_modules)
     assert len(lora_layers(strategy.model)) == family.n_layers
     heads = {n for n, _ in strategy.model.named_parameters() if "lora" not in n}
     assert len(heads) == 2 * family.n_heads
@@ -166,6 +311,11 @@ def mixer(img_size):
     return model
 
 
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
 REFUSED = [
     (partial(mixer, img_size=32), "no layer qkv or q_proj+k_proj+v_proj, but is None"),
     (partial(timm.create_model, "resnet10t"), "should have linear layers in numbered blocks"),
@@ -175,6 +325,16 @@ REFUSED = [
     ),
     (partial(timm.create_model, "pvt_v2_b0"), "Choose among q, kv, proj, fc1, fc2"),
     (partial(timm.create_model, "levit_128s"), "`target_modules` should be given"),
+    (partial(on_meta, "twins_pcpvt_small", depths=(1,) * 4), "Choose among q, kv, proj, fc1, fc2"),
+    (partial(on_meta, "tnt_s_patch16_224", depth=1), "Choose among qk, v, proj, fc1, fc2"),
+    (partial(on_meta, "nextvit_small"), "Choose among q, k, v, proj"),
+    (partial(on_meta, "mambaout_femto", depths=(1,) * 4), "Choose among fc1, fc2"),
+    (partial(on_meta, "vit_base_patch16_xp_224", depth=1), "Choose among in_proj, attn_out_proj"),
+    (partial(on_meta, "gemma4_vit_167m", depth=1), "Choose among linear"),
+    (partial(on_meta, "focalnet_tiny_srf"), "linear layers in numbered blocks"),
+    (partial(on_meta, "coatnet_0_rw_224", depths=(1,) * 4), "linear layers in numbered blocks"),
+    (partial(on_meta, "poolformer_s12"), "linear layers in numbered blocks"),
+    (partial(on_meta, "efficientformerv2_s0"), "linear layers in numbered blocks"),
 ]
 
 

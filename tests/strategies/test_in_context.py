@@ -1,12 +1,15 @@
 """In-context learning: demonstrations of the nearest task before every prompt, no training."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 from treelora_avalanche.cli import main
 from treelora_avalanche.metrics.generation import find_text_generator, generation_metrics
+from treelora_avalanche.models.views.in_context_language import Demonstrations, answer_form
+from treelora_avalanche.plugins.baselines.demonstrations import balanced
 from treelora_avalanche.strategies import InContext
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -92,19 +95,93 @@ def test_the_seed_chooses(make, tiny_texts):
 
 
 def test_where_there_is_no_room_the_first_demonstrations_go(make, tiny_texts, monkeypatch):
-    strategy = make(max_length=40)
+    strategy = make(max_length=80)
     train(strategy, tiny_texts, 0)
     taken = []
-    inner = strategy.model.module._generate_batch
+    inner = strategy.model.module.generate_batch
     monkeypatch.setattr(
         strategy.model.module,
-        "_generate_batch",
+        "generate_batch",
         lambda rows, n: taken.extend(rows) or inner(rows, n),
     )
-    strategy.model.generate(["zoo 3 animal:"], 4)
-    text = strategy.model.tasks[0].before("zoo 3 animal:")
-    assert len(text) > 40
-    assert taken == [strategy.model.tokenizer(text)["input_ids"][-40:]]
+    task = strategy.model.tasks[0]
+    shown = [f"{p} {a}\n\n" for p, a in zip(task.prompts, task.answers, strict=True)]
+    assert len(shown) == 3
+    tokenizer = strategy.model.tokenizer
+    for n in (3, 2, 1, 0):
+        kept = "".join(shown[3 - n :])
+        prompt = "z" * (80 - len(kept))  # one token per character
+        strategy.model.generate([prompt], 4)
+        assert taken.pop() == tokenizer(kept + prompt)["input_ids"]
+        longer = "z" * (81 - len(kept))
+        strategy.model.generate([longer], 4)
+        fewer = "".join(shown[4 - n :]) if n else ""
+        assert taken.pop() == tokenizer(fewer + longer)["input_ids"][-80:]
+
+
+def test_says_how_many_demonstrations_fit(make, tiny_texts, caplog):
+    with caplog.at_level("WARNING", logger="treelora_avalanche"):
+        train(make(max_length=80), tiny_texts, 0)
+    assert "zoo: 3 of 6 demonstrations fit before a prompt of median length into 80" in caplog.text
+    caplog.clear()
+    strategy = make(max_length=30)
+    with caplog.at_level("WARNING", logger="treelora_avalanche"):
+        train(strategy, tiny_texts, 0, 1)
+    assert "zoo: 0 of 6 demonstrations fit" in caplog.text
+    assert "maths: 1 of 6 demonstrations fit" in caplog.text
+    assert [len(task.prompts) for task in strategy.model.tasks] == [0, 1]
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="treelora_avalanche"):
+        train(make(), tiny_texts, 0)
+    assert not caplog.text
+
+
+def test_a_stream_without_room_is_refused_with_the_remedy(make, tiny_texts):
+    # "zoo 3 animal:" twice, " ape" and an empty line are 32 characters.
+    with pytest.raises(ValueError, match=r"prompt, 32 tokens .*leaves 12, .*by at least 20"):
+        train(make(max_length=12), tiny_texts, 0)
+
+
+def test_demonstrations_are_balanced_over_the_answers(make, tiny_texts):
+    order, answers = [5, 2, 7, 0, 3, 1, 4, 6], ["A", "A", "A", "B", "A", "A", "C", "A"]
+    assert balanced(order, answers) == [5, 3, 6, 2, 7, 0, 1, 4]
+    assert balanced(order, list(range(8))) == order
+    for seed in range(3):
+        strategy = make(seed=seed)
+        train(strategy, tiny_texts, 0, 1, 2)
+        zoo, maths, words = strategy.model.tasks
+        assert sorted(Counter(zoo.answers).values()) == [3, 3]
+        assert sorted(Counter(words.answers).values()) == [2, 2, 2]
+        assert len(set(maths.answers)) == 6
+
+
+@pytest.mark.parametrize(
+    ("answers", "form", "generated", "extracted"),
+    [
+        (["A", "C", "B"], "letter", " C. Neutral\n\nText: A", "C"),
+        (["A", "C"], "letter", "", ""),
+        (["12", "3.5", "7"], "line", "\n12\nQuestion: 3", "12"),
+        (["12", "3"], "line", " 12", "12"),
+        (["1", "2"], "line", "12\n", "12"),  # numbers are not letters
+        (["B\nsince ..."], "paragraph", " B\nas so\n\nQuestion", "B\nas so"),
+        ([" 4", " 5"], "text", " 4\nx", " 4\nx"),
+        (["one\n\ntwo"], "text", "one\n\nthree", "one\n\nthree"),
+    ],
+)
+def test_answers_are_extracted_by_the_form_of_the_training_answers(
+    answers, form, generated, extracted
+):
+    assert answer_form(answers) == form
+    assert Demonstrations([], [], torch.zeros(1), form).answer_in(generated) == extracted
+
+
+def test_generates_answers_alone(make, tiny_texts, monkeypatch):
+    strategy = make()
+    train(strategy, tiny_texts, 0, 2)
+    monkeypatch.setattr(
+        strategy.model.module, "generate", lambda prompts, *_: [" Ape\n\nzoo"] * len(prompts)
+    )
+    assert strategy.model.generate(["zoo 3 animal:", "WORDS!!"], 4) == ["Ape", "A"]
 
 
 def test_the_model_stays_as_it_was(make, make_language_model, tiny_texts):

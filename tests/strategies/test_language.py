@@ -105,7 +105,7 @@ def make_stream(data, story_teller, tmp_path_factory):
     def make(tasks=TASKS, limit=8):
         options = {"tasks": tasks, "limit": limit, "max_length": 96}
         if data is None:
-            return TextTasks(folder, tokenizer, **options)
+            return TextTasks(folder, tokenizer, **options, allow_overlap=True)
         return TRACE(data, tokenizer, **options)
 
     return make

@@ -97,7 +97,7 @@ def texts(make_tokenizer, tmp_path_factory):
         for part in ("train", "test"):
             (folder / name / f"{part}.json").write_text(json.dumps(records[name]))
     tokenizer = make_tokenizer(bos_token="<s>")
-    return TextTasks(folder, tokenizer, tasks=TASKS, max_length=48)
+    return TextTasks(folder, tokenizer, tasks=TASKS, max_length=48, allow_overlap=True)
 
 
 def make(name, model, seed=1, **options):

@@ -9,9 +9,12 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from treelora_avalanche.adapters.classifier import classifier_names
+from treelora_avalanche.adapters.first_pass import check_at_first_pass
+from treelora_avalanche.adapters.other_libraries import check_not_torchvision
 from treelora_avalanche.choices import check_known, did_you_mean
 from treelora_avalanche.defaults import LANGUAGE_LORA, VISION_LORA, LoRADefaults
 
@@ -68,22 +71,28 @@ def find_adaptable_layers(
 
     :param model: a transformer whose module names number its blocks (``blocks.7.attn.qkv``); or a
         :class:`AdapterHost` around one.
-    :param layers: the blocks: ``"first:k"``, ``"last:k"`` (all of them if there are fewer than k),
-        ``"all"``, or a sequence of block numbers; by default that of :data:`VISION_LORA` or
-        :data:`LANGUAGE_LORA`, by the kind of model.
+    :param layers: the blocks: ``"first:k"``, ``"last:k"``, ``"all"``, or a sequence of block
+        numbers; by default that of :data:`VISION_LORA` or :data:`LANGUAGE_LORA`, by the kind of
+        model, or all blocks if there are fewer.
     :param target_modules: ends of the names of the linear layers inside a block, such as
-        ``("qkv", "attn.proj", "fc1", "fc2")``; by default the ``qkv`` of timm's transformers (or
+        ``("qkv", "attn.proj", "fc1", "fc2")``, or of a module in it, such as ``("mlp",)``, for all
+        linear layers in that; by default the ``qkv`` of timm's transformers (or
         ``q_proj``, ``k_proj``, ``v_proj``), and queries and values of language models.
     :return: the full module names; of a host, those inside its network.
     :raises ValueError: if the model has no such layers, or ``layers`` does not name blocks of it.
     """
+    check_not_torchvision(model, target_modules)
     block_of = _linear_layers(model)
+    _check_no_convolution(model, target_modules or (), block_of)
     defaults = lora_defaults(model)
-    kinds = _target_kinds(block_of, defaults, target_modules)
-    candidates = [n for n in block_of if any(n.endswith(f".{kind}") for kind in kinds)]
-    layers = defaults.layers if layers is None else layers
-    chosen = _choose_blocks(layers, sorted({block_of[name] for name in candidates}))
-    return [name for name in candidates if block_of[name] in chosen]
+    if target_modules is None:
+        candidates = _default_targets(block_of, defaults)
+    else:
+        candidates = _named_targets(block_of, target_modules)
+    blocks = sorted({block_of[name] for name in candidates})
+    chosen = _default_blocks(defaults.layers, blocks) if layers is None else layers
+    numbers = _choose_blocks(chosen, blocks)
+    return [name for name in candidates if block_of[name] in numbers]
 
 
 def _linear_layers(model: nn.Module) -> dict[str, int]:
@@ -102,28 +111,67 @@ def _linear_layers(model: nn.Module) -> dict[str, int]:
     return block_of
 
 
-def _target_kinds(
-    names: Iterable[str], defaults: LoRADefaults, target_modules: Sequence[str] | None
-) -> tuple[str, ...]:
-    """Returns the ends of names to adapt: those given, or the first default that the model has."""
+def _check_no_convolution(
+    model: nn.Module, target_modules: Iterable[str], linear: Iterable[str]
+) -> None:
+    named = dict(_network(model).named_modules())
+    for kind in target_modules:
+        found = [m for name, m in named.items() if f".{name}".endswith(f".{kind}")]
+        kinds = {type(m).__name__ for m in found if isinstance(m, _ConvNd)}
+        if kinds and not any(isinstance(m, (nn.Linear, Conv1D)) for m in found):
+            known = dict.fromkeys(name.split(".")[-1] for name in linear)
+            raise ValueError(
+                f"`target_modules` should name linear layers, but {kind!r} is a {kinds.pop()}. "
+                f"Choose among {', '.join(known)}; for LoRA on convolutions, pass a PeftModel of "
+                "your own."
+            )
 
-    def known_kind(kind: str) -> bool:
-        return any(name.endswith(f".{kind}") for name in names)
 
+def _default_targets(names: Iterable[str], defaults: LoRADefaults) -> list[str]:
+    """Returns the layers of the first default set that the model has."""
+    names = list(names)
     families = defaults.target_modules
-    kinds = next((kinds for kinds in families if all(map(known_kind, kinds))), families[0])
-    known = list(dict.fromkeys(name.split(".")[-1] for name in names))
-    if target_modules is None and not all(map(known_kind, kinds)):
-        raise ValueError(
-            f"`target_modules` should be given for this model, whose blocks have no layer "
-            f"{' or '.join('+'.join(kinds) for kinds in families)}, but is None. Choose among "
-            f"{', '.join(known)}."
-        )
-    kinds = kinds if target_modules is None else tuple(target_modules)
-    for kind in kinds:
-        if not known_kind(kind):
-            check_known("every name in `target_modules`", kind, known)
-    return kinds
+    for kinds in families:
+        if all(_ending_in(kind, names) for kind in kinds):
+            return [name for name in names if any(_ending_in(kind, [name]) for kind in kinds)]
+    raise ValueError(
+        f"`target_modules` should be given for this model, whose blocks have no layer "
+        f"{' or '.join('+'.join(kinds) for kinds in families)}, but is None. Choose among "
+        f"{', '.join(_last_parts(names))}."
+    )
+
+
+def _named_targets(names: Iterable[str], target_modules: Sequence[str]) -> list[str]:
+    """Returns the layers with the given ends of names, or inside modules of a block so named."""
+    names = list(names)
+    found: set[str] = set()
+    for kind in target_modules:
+        own = _ending_in(kind, names) or _inside(kind, names)
+        if not own:
+            known = [*_last_parts(names), *_last_parts(n.rpartition(".")[0] for n in names)]
+            known = [name for name in known if not name.isdigit()]
+            check_known("every name in `target_modules`", kind, dict.fromkeys(known))
+        found.update(own)
+    return [name for name in names if name in found]
+
+
+def _ending_in(kind: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(f".{kind}")]
+
+
+def _inside(module: str, names: Iterable[str]) -> list[str]:
+    # After the number of the block: "blocks.0.mlp.fc1" is inside mlp, and not inside blocks.
+    return [name for name in names if f".{module}." in re.sub(r"^.*?\.\d+\b", "", name)]
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _default_blocks(layers: str, blocks: list[int]) -> str:
+    """Returns the default, or ``"all"`` for a model with fewer blocks than it names."""
+    k = layers.partition(":")[2]
+    return "all" if k and int(k) > len(blocks) else layers
 
 
 def _choose_blocks(layers: LayerChoice, blocks: list[int]) -> set[int]:
@@ -137,14 +185,23 @@ def _choose_blocks(layers: LayerChoice, blocks: list[int]) -> set[int]:
                 f"numbers, but is {layers!r}.{did_you_mean(layers, ('first:5', 'last:5', 'all'))}"
             )
         k = int(match[2])
+        if k > len(blocks):
+            raise ValueError(
+                f"`layers` should name at most the model's {_number_of(blocks)}, but is "
+                f"{layers!r}. Lower the number, or use 'all'."
+            )
         return set(blocks[:k] if match[1] == "first" else blocks[-k:])
     unknown = [block for block in layers if block not in blocks]
     if unknown or not layers:
         raise ValueError(
-            f"`layers` should name at least one of the model's blocks {blocks[0]} to {blocks[-1]}, "
-            f"but is {list(layers)}."
+            f"`layers` should name at least one of the model's {_number_of(blocks)}, "
+            f"blocks {blocks[0]} to {blocks[-1]}, but is {list(layers)}."
         )
     return set(layers)
+
+
+def _number_of(blocks: list[int]) -> str:
+    return f"{len(blocks)} block{'s' if len(blocks) > 1 else ''}"
 
 
 def add_lora(
@@ -159,8 +216,10 @@ def add_lora(
 
     The classifier, if the model has one, is trained with the adapter and saved with it, whatever
     its layers. Attention modules of timm that can call their projection as a layer do so from here
-    on, see :func:`call_projections`. Defaults depend on the kind of model, see :data:`VISION_LORA`
-    and :data:`LANGUAGE_LORA`::
+    on, see :func:`call_projections`. The first training pass, in any strategy, raises an error if a
+    gradient does not reach every adapter, see
+    :func:`~treelora_avalanche.adapters.first_pass.check_at_first_pass`. Defaults depend on the kind
+    of model, see :data:`VISION_LORA` and :data:`LANGUAGE_LORA`::
 
         model = add_lora(create_vit("vit_base_patch16_224", num_classes=100), rank=4)
 
@@ -193,9 +252,9 @@ def add_lora(
     # peft's annotation is for models of transformers, but any module works.
     adapted = get_peft_model(network, config)  # type: ignore[arg-type, unused-ignore]
     if not isinstance(model, AdapterHost):
-        return adapted
+        return check_at_first_pass(adapted)
     model.network = adapted
-    return model
+    return check_at_first_pass(model)
 
 
 def call_projections(network: nn.Module, names: Iterable[str]) -> None:

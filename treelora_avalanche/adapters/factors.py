@@ -15,6 +15,8 @@ from treelora_avalanche.adapters.attach import lora_layers
 class LayerShape(NamedTuple):
     """Shapes of one layer's factors: A is ``(rank, n_in)`` and B ``(n_out, rank)``.
 
+    Of a convolution, n_in counts the values under its kernel, ``channels * height * width``.
+
     >>> LayerShape(rank=4, n_in=768, n_out=2304).size
     12288
     """
@@ -40,11 +42,30 @@ class LayerShape(NamedTuple):
 def active_factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """Returns A ``(rank, n_in)`` and B ``(n_out, rank)`` of a layer's active adapter.
 
+    Of a convolution, A is ``(rank, channels, height, width)`` and B ``(n_out, rank, 1, 1)``.
+
     :param layer: a LoRA layer of peft.
     """
     adapter = layer.active_adapters[0]
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     return a.get_parameter("weight"), b.get_parameter("weight")
+
+
+def check_linear(model: nn.Module, purpose: str) -> None:
+    """Raises an error for LoRA on other layers than linear ones, such as convolutions.
+
+    :param model: a model that carries LoRA.
+    :param purpose: what needs linear layers, for the error.
+    :raises ValueError: if a factor is no matrix.
+    """
+    for name, layer in lora_layers(model).items():
+        if any(factor.ndim != 2 for factor in active_factors(layer)):
+            kind = type(layer.get_base_layer()).__name__
+            raise ValueError(
+                f"`model` should carry LoRA on linear layers alone for {purpose}, but "
+                f"`{name.rpartition('base_model.model.')[2]}` is a {kind}. Leave it out of the "
+                "LoraConfig's `target_modules`, or use a method such as SeqLoRA or TreeLoRA."
+            )
 
 
 class LoRAFactors:
@@ -75,7 +96,7 @@ class LoRAFactors:
         for layer in layers.values():
             a, b = active_factors(layer)
             self.parameters.append((a, b))
-            self.shapes.append(LayerShape(a.shape[0], a.shape[1], b.shape[0]))
+            self.shapes.append(LayerShape(len(a), a[0].numel(), len(b)))
         self.dim = max(shape.size for shape in self.shapes)
         self.stack: Tensor = self._shared_stack()
 
@@ -108,7 +129,8 @@ class LoRAFactors:
 
     def _parameters_and_views(self, stack: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for row, shape, pair in zip(stack, self.shapes, self.parameters, strict=True):
-            yield from zip(pair, shape.split(row), strict=True)
+            for parameter, view in zip(pair, shape.split(row), strict=True):
+                yield parameter, view.view(parameter.shape)
 
 
 class SignatureSketch:

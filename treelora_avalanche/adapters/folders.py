@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from treelora_avalanche.adapters.attach import call_projections, lora_layers
+from treelora_avalanche.adapters.first_pass import check_at_first_pass
 from treelora_avalanche.adapters.past import past_factors
 
 
@@ -88,4 +89,4 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
         )
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     call_projections(adapted, lora_layers(adapted))
-    return adapted
+    return check_at_first_pass(adapted)

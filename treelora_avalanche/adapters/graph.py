@@ -37,7 +37,7 @@ class Trace(NamedTuple):
     of_samples: bool
 
 
-def trace(model: nn.Module, x: Tensor) -> Trace:
+def trace(model: nn.Module, *inputs: Any) -> Trace:
     """Runs a forward and a backward pass of a batch, and leaves the model as it was.
 
     Random generators, gradients, modes and buffers are restored or not touched: the network runs in
@@ -46,12 +46,12 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         trace(model, images).outside  # {} if every adapter is trained
 
     :param model: a model with LoRA, or a view of one.
-    :param x: a batch, as the model takes it.
+    :param inputs: a batch, as the model takes it.
     """
     network = model.module if isinstance(model, TrainableView) else model
     with _untouched(network):
         with _last_module(network) as ran, torch.enable_grad():
-            output = active_forward(model)(x)
+            output = active_forward(model)(*inputs)
             total = _total(output)
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call, unused-ignore]
@@ -65,6 +65,29 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     name, module = ran[-1] if ran else ("", None)
     of_samples = isinstance(output, Tensor) and output.ndim == 2
     return Trace(outside, still, readable(name), module, of_samples)
+
+
+def check_gradients(model: nn.Module, *inputs: Any, of_features: bool | None = None) -> None:
+    """Raises an error for an adapter or a classifier that training would not reach.
+
+    A model without LoRA passes::
+
+        check_gradients(model, images[:2])
+
+    :param model: a model, or a view of one.
+    :param inputs: a small batch, as the model takes it.
+    :param of_features: whether the model returns features, whose last layer may stay frozen; by
+        default if it has no classifier.
+    :raises ValueError: if an adapted layer gets no gradient, or a classifier is frozen.
+    """
+    if not lora_layers(model):
+        return
+    traced = trace(model, *inputs)
+    check_adapters(traced, model)
+    warn_of_still_adapters(traced, model)
+    of_features = not find_classifiers(model) if of_features is None else of_features
+    if traced.of_samples and not of_features:  # an output layer over a vocabulary stays frozen
+        check_logits(traced, model)
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -98,21 +121,25 @@ def check_adapters(traced: Trace, model: nn.Module) -> None:
         )
 
 
-def warn_of_still_adapters(traced: Trace) -> None:
+def warn_of_still_adapters(traced: Trace, model: nn.Module) -> None:
     """Logs a warning if adapters get the gradient 0, unless the classifier is 0 and starts so.
 
     Such are those in blocks with a frozen scale of 0, as some models have before pretraining.
 
     :param traced: return value of :func:`trace`.
+    :param model: the model with LoRA.
     """
     head = traced.last_module
+    network = model.module if isinstance(model, TrainableView) else model
     if traced.still and (
         head is None or all(bool(p.any()) for p in head.parameters() if p.ndim > 1)
     ):
         logger.warning(
-            "the gradient of %s is 0 on the first samples: their adapters may stay as they are. Is "
-            "the model pretrained?",
+            "the gradient of %s is 0 on the first samples: their adapters may stay as they are. %s",
             _listed(traced.still),
+            "float16 rounds gradients below 6e-8 to 0: convert the model with .bfloat16()."
+            if any(p.dtype == torch.float16 for p in network.parameters())
+            else "Is the model pretrained?",
         )
 
 

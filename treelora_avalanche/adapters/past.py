@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters.attach import lora_layers
-from treelora_avalanche.adapters.factors import LoRAFactors, active_factors
+from treelora_avalanche.adapters.factors import LoRAFactors, active_factors, check_linear
 from treelora_avalanche.state import check_keys
 
 
@@ -42,8 +42,9 @@ class PastAdapters:
         """Adds the past adapters to a model's layers. Those that the layers already have are kept.
 
         :param model: a model that carries LoRA.
-        :raises ValueError: if it carries none.
+        :raises ValueError: if it carries none, or LoRA on other layers than linear ones.
         """
+        check_linear(model, "adding the adapters of past tasks")
         shapes = LoRAFactors(model).shapes  # raises where there is no LoRA
         self._layers = list(lora_layers(model).values())
         for layer, shape in zip(self._layers, shapes, strict=True):

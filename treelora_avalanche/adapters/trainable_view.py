@@ -10,7 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from treelora_avalanche.adapters.first_pass import check_at_first_pass
+
 Module = TypeVar("Module", bound=nn.Module)
+
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes of half precision."""
 
 
 class TrainableView(nn.Module):
@@ -18,7 +23,8 @@ class TrainableView(nn.Module):
 
     ``parameters()`` and ``named_parameters()`` yield those with ``requires_grad`` alone, and a deep
     copy shares the frozen tensors and buffers. So strategies that store something per parameter
-    (EWC, SI, GEM) or copy the model (LwF) need the memory of the adapter, not of the backbone::
+    (EWC, SI, GEM) or copy the model (LwF) need the memory of the adapter, not of the backbone. The
+    first training pass raises an error if a gradient does not reach every adapter::
 
         view = TrainableView(add_lora(vit))
         optimizer = torch.optim.SGD(view.parameters(), lr=0.1)
@@ -32,6 +38,7 @@ class TrainableView(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
+        check_at_first_pass(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_active(*args, **kwargs)
@@ -46,8 +53,8 @@ class TrainableView(nn.Module):
 
         :param output: ``(batch, n_values)``, or of tokens ``(batch, n_values, length)``.
         """
-        of_samples = self.autocast is not None and output.ndim == 2
-        return output.float() if of_samples else output
+        of_samples = isinstance(output, torch.Tensor) and output.ndim == 2
+        return at_least_float32(output) if of_samples else output
 
     def autocasting(self) -> AbstractContextManager[Any]:
         """Returns a context in which the model computes in the precision of :attr:`autocast`."""
@@ -64,6 +71,17 @@ class TrainableView(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableView:
         frozen = [p for p in self.module.parameters() if not p.requires_grad]
         return deepcopy_sharing(self, memo, [*frozen, *self.module.buffers()])
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor of half precision in float32, and another one as it is.
+
+    >>> at_least_float32(torch.zeros(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+
+    :param x: any tensor.
+    """
+    return x.float() if x.dtype in HALF else x
 
 
 def active_forward(model: nn.Module) -> Callable[..., Any]:

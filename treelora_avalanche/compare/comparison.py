@@ -7,6 +7,7 @@ again, an interrupted cell is resumed, and a failing cell does not stop the othe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from treelora_avalanche.runs import (
     run_name,
 )
 
+Prepare = Callable[[int, RunSettings, Sequence[str]], Ingredients]
+"""Signature of :func:`~treelora_avalanche.runs.prepare`."""
+
 
 def compare(
     methods: Sequence[str],
@@ -42,7 +46,7 @@ def compare(
     executor: str | None = None,
     executor_options: Mapping[str, Any] | None = None,
     force: bool = False,
-    prepared: Callable[[int, RunSettings], Ingredients] | None = None,
+    prepared: Prepare | None = None,
 ) -> list[Cell]:
     """Runs every method with every seed, except for finished runs.
 
@@ -98,11 +102,11 @@ def compare(
     lines = MethodLines(rows, len(seeds), console, measure=_measure(points[0]))
     found = [cell for cell, _ in cells]
     with lines.live:
-        _reuse(found, lines, force=force)
+        known = _reuse(found, lines, force=force)
         if executor is not None:
             _run_elsewhere(cells, executor, options, output, lines)
         else:
-            _run_here(cells, seeds, lines, prepared or prepare)
+            _run_here(cells, seeds, lines, known, prepared or prepare)
     return found + failed
 
 
@@ -147,22 +151,23 @@ def _run_here(
     cells: Sequence[tuple[Cell, RunSettings]],
     seeds: Sequence[int],
     lines: MethodLines,
-    prepared: Callable[[int, RunSettings], Ingredients],
+    known: dict[Path, str],
+    prepared: Prepare,
 ) -> None:
     """Runs cells seed by seed, so that only one stream and backbone is in memory."""
-    missing = {cell.row: (cell.method, settings) for cell, settings in cells if not cell.reused}
-    checked = False
+    unchecked = {cell.row: (cell.method, own) for cell, own in cells if not cell.reused}
     for seed in seeds:
         ingredients: Ingredients | None = None
         for cell, settings in (pair for pair in cells if pair[0].seed == seed):
             if not cell.reused:
                 if ingredients is None:
                     lines.begin(cell.row, "preparing data and backbone")
-                    ingredients = prepared(seed, settings)
-                    if not checked:
-                        for method, own in missing.values():
+                    same = [method for method, own in unchecked.values() if own is settings]
+                    ingredients = replace(prepared(seed, settings, same), known=known)
+                    for method, own in unchecked.values():
+                        if own is not settings:
                             check_arguments([method], own, ingredients)
-                        checked = True
+                    unchecked = {}
                 lines.begin(cell.row, "starting")
                 _run_cell(cell, settings, ingredients, lines)
             lines.finish(cell)
@@ -184,8 +189,11 @@ def _measure(settings: RunSettings) -> str:
     return "Op" if settings.on_language else "acc"
 
 
-def _reuse(cells: Sequence[Cell], lines: MethodLines, *, force: bool) -> None:
-    """Takes the results of finished cells, unless their inputs have changed."""
+def _reuse(cells: Sequence[Cell], lines: MethodLines, *, force: bool) -> dict[Path, str]:
+    """Takes the results of finished cells, unless their inputs have changed.
+
+    :return: the fingerprints of the files that the cells share, as far as computed.
+    """
     known: dict[Path, str] = {}
     for cell in cells:
         finished = finished_results(cell.folder, cell.config)
@@ -197,6 +205,7 @@ def _reuse(cells: Sequence[Cell], lines: MethodLines, *, force: bool) -> None:
             continue
         reason = f"{' and '.join(changed)} changed since" if changed else "`--force`"
         lines.note(cell, f"runs again ({reason}); the earlier run is kept in {cell.folder}.old*")
+    return known
 
 
 def _run_cell(
@@ -298,7 +307,7 @@ def train(
         [method], 1, console or Console(stderr=True), live=not verbose, measure=_measure(settings)
     )
     with lines.live:
-        _reuse([cell], lines, force=force)
+        known = _reuse([cell], lines, force=force)
         if cell.results is None:
             lines.begin(method, "preparing data and backbone")
             cell.results = run(
@@ -306,6 +315,7 @@ def train(
                 seed,
                 settings,
                 folder,
+                known=known,
                 progress=lambda now: lines.step(method, now),
                 note=lambda text: lines.note(cell, text),
                 verbose=verbose,

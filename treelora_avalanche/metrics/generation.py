@@ -7,7 +7,9 @@ and Bwt_n are computed from the matrix of scores as from one of accuracies.
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +34,8 @@ from treelora_avalanche.processes import shared_work
 
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate
+
+logger = logging.getLogger(__name__)
 
 _REQUIRED = ("task_name", "prompts", "answers", "metric", "max_new_tokens")
 
@@ -107,13 +111,18 @@ class GreedyGeneration:
         self.batch_size = batch_size
         self.generated: dict[str, list[tuple[str, str, str]]] = {}
         """ (prompt, answer, prediction) of all samples of the last evaluation, by task name. """
+        self.routes: dict[str, list[Any]] = {}
+        """ The same for the routes of the prompts, see
+        :class:`~treelora_avalanche.models.views.prompt_router.Route`; none where the model routes
+        no prompts. """
         self.tokens_per_second = math.nan
         """ Generated tokens over seconds of generation, of the last experience. """
         self._score: float | None = None
+        self._hinted = False
 
     def start_evaluation(self) -> None:
         """Clears the texts of the previous evaluation."""
-        self.generated = {}
+        self.generated, self.routes = {}, {}
 
     def start_experience(self, experience: Any) -> None:
         """Checks the next experience and clears the score of the previous one.
@@ -151,15 +160,43 @@ class GreedyGeneration:
                 batch_size=self.batch_size or strategy.eval_mb_size,
                 progress=bar.update,
             )
+        routes = list(getattr(model, "routes", ()))
         if processes is not None:
             predictions = processes.whole_list(predictions, len(prompts))
+            if routes:
+                routes = processes.whole_list(routes, len(prompts))
         seconds = time.perf_counter() - begin
         # Counted in the texts, so that end tokens and padding are left out.
         tokens = model.tokenizer(predictions, add_special_tokens=False)["input_ids"]
         self.tokens_per_second = sum(map(len, tokens)) / seconds
         self.generated[experience.task_name] = list(zip(prompts, answers, predictions, strict=True))
+        if routes:
+            self.routes[experience.task_name] = routes
         sources = getattr(experience, "sources", None)
-        return mean_score(experience.metric, predictions, answers, sources)
+        score = mean_score(experience.metric, predictions, answers, sources)
+        if score == 0 and not self._hinted:
+            first = processes is None or processes.accelerator.is_main_process
+            n_continued = _count_continued(predictions, answers)
+            if first and 2 * n_continued >= len(predictions):
+                self._hinted = True
+                logger.warning(_NOT_ENDED, experience.task_name, n_continued, len(predictions))
+        return score
+
+
+_NOT_ENDED = (
+    "the score of %s is 0, but %d of %d generated texts begin with an answer and then continue: "
+    "the model does not end them. Train until it generates the end token, choose an `eos_token` "
+    "that it knows from pretraining, or lower `max_new_tokens` to the length of the answers."
+)
+
+
+def _count_continued(texts: Sequence[str], answers: Sequence[str]) -> int:
+    """Returns the number of texts that begin with an answer of the task and then continue."""
+    known = {answer for answer in answers if answer}
+    if not known:
+        return 0
+    begins = re.compile(rf"({'|'.join(map(re.escape, known))})(?!\w).", re.DOTALL)
+    return sum(text not in known and begins.match(text.lstrip()) is not None for text in texts)
 
 
 def _check(experience: Any) -> None:

@@ -46,9 +46,19 @@ def accuracy(prediction: str, answer: str) -> float:
     """
     if not prediction or not answer:
         return 0.0
-    if answer[1:2] == "\n":
-        return float(prediction[0] == answer[0])
-    return float(prediction == answer)
+    part = compared_part(answer)
+    return float((prediction if part == answer else prediction[0]) == part)
+
+
+def compared_part(answer: str) -> str:
+    """Returns the part of a reference answer that accuracy compares: all, or its first character.
+
+    >>> compared_part("B\nOrganisms, including people"), compared_part("12")
+    ('B', '12')
+
+    :param answer: the reference answer.
+    """
+    return answer[0] if answer[1:2] == "\n" else answer
 
 
 def rouge_l(prediction: str, answer: str) -> float:
@@ -267,4 +277,12 @@ def mean_score(
     return sum(map(score, predictions, answers, sources)) / len(predictions)
 
 
-__all__ = ["SCORES", "accuracy", "edit_similarity", "mean_score", "rouge_l", "sari"]
+__all__ = [
+    "SCORES",
+    "accuracy",
+    "compared_part",
+    "edit_similarity",
+    "mean_score",
+    "rouge_l",
+    "sari",
+]

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from treelora_avalanche.choices import check_model_folder
+
 
 @contextmanager
 def from_folder_or_hub(
@@ -27,7 +29,7 @@ def from_folder_or_hub(
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if local:
-        _check_folder(folder)
+        check_model_folder(folder)
         name = str(folder)
     elif folder.is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"`name_or_folder` should be a folder, but {name!r} is none.")
@@ -42,19 +44,3 @@ def from_folder_or_hub(
             "must be accepted there, or pass a folder on this machine that holds config.json, the "
             "tokenizer and *.safetensors."
         ) from error
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"`name_or_folder` should hold a config.json, but {str(folder)!r} does not. Pass a "
-            "folder that `save_pretrained` has written."
-        )
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(f.name for end in ("*.bin", "*.pt", "*.pth") for f in folder.glob(end))
-        found = f" (found {', '.join(others)}, which may hold code)" if others else ""
-        raise FileNotFoundError(
-            f"`name_or_folder` should hold weights in safetensors, but {str(folder)!r} does "
-            f"not{found}. Load it with transformers if you trust it, and save it with "
-            "`model.save_pretrained(folder)`."
-        )

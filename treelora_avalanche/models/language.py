@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from transformers import (
 
 from treelora_avalanche.adapters import AdapterHost, merged_weights
 from treelora_avalanche.adapters.trainable_view import deepcopy_sharing, evaluating
+from treelora_avalanche.models.gguf import is_gguf, read_gguf
 from treelora_avalanche.models.hub import from_folder_or_hub
 from treelora_avalanche.models.token_batches import LengthBatchSampler
 from treelora_avalanche.models.tokenization import encode_prompt, end_token
@@ -160,14 +161,11 @@ class LanguageModel(AdapterHost):
         :return: the continuations alone, without the end token, in the order of the prompts.
         :raises ValueError: if ``max_new_tokens`` or ``batch_size`` is out of range.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` should be at least 1, but is {batch_size}.")
         rows = self.encode_prompts(prompts, max_new_tokens)
         texts = [""] * len(rows)
         with evaluating(self), merged_weights(self.network):
-            # The longest first, so that too little memory shows at once.
-            for batch in LengthBatchSampler([*map(len, rows)], batch_size, shuffle=False):
-                own = self._generate_batch([rows[i] for i in batch], max_new_tokens)
+            for batch in length_batches(rows, batch_size):
+                own = self.generate_batch([rows[i] for i in batch], max_new_tokens)
                 for i, text in zip(batch, own, strict=True):
                     texts[i] = text
                 if progress is not None:
@@ -183,12 +181,7 @@ class LanguageModel(AdapterHost):
         :param max_new_tokens: see :meth:`generate`.
         :raises ValueError: if ``max_new_tokens`` is below 1, or leaves no room for a prompt.
         """
-        room = min(self.max_length, self.context - max_new_tokens)
-        if max_new_tokens < 1 or room < 1:
-            raise ValueError(
-                f"`max_new_tokens` should be at least 1 and below the model's context of "
-                f"{self.context}, but is {max_new_tokens}."
-            )
+        room = self.prompt_room(max_new_tokens)
         return [
             encode_prompt(self.tokenizer, prompt, room)
             if isinstance(prompt, str)
@@ -196,7 +189,29 @@ class LanguageModel(AdapterHost):
             for prompt in prompts
         ]
 
-    def _generate_batch(self, rows: list[list[int]], max_new_tokens: int) -> list[str]:
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """Returns the number of tokens that a prompt may have.
+
+        :param max_new_tokens: see :meth:`generate`.
+        :raises ValueError: if ``max_new_tokens`` is below 1, or leaves no room for a prompt.
+        """
+        room = min(self.max_length, self.context - max_new_tokens)
+        if max_new_tokens < 1 or room < 1:
+            raise ValueError(
+                f"`max_new_tokens` should be at least 1 and below the model's context of "
+                f"{self.context}, but is {max_new_tokens}."
+            )
+        return room
+
+    def generate_batch(
+        self, rows: list[list[int]], max_new_tokens: int, **options: Any
+    ) -> list[str]:
+        """Continues the prompts of one batch, see :meth:`generate`.
+
+        :param rows: token ids of :meth:`encode_prompts`.
+        :param max_new_tokens: see :meth:`generate`.
+        :param options: further arguments of the network's ``generate``.
+        """
         device = next(self.network.parameters()).device
         width = max(1, *map(len, rows))
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
@@ -208,6 +223,7 @@ class LanguageModel(AdapterHost):
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
+            **options,
         )
         texts = []
         for new in output[:, width:].tolist():
@@ -217,6 +233,20 @@ class LanguageModel(AdapterHost):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         return deepcopy_sharing(self, memo, [self.tokenizer])  # large, and never changed
+
+
+def length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yields the positions of token sequences in batches of similar length.
+
+    The longest come first, so that too little memory shows at once.
+
+    :param rows: the sequences.
+    :param batch_size: sequences per batch.
+    :raises ValueError: if ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` should be at least 1, but is {batch_size}.")
+    yield from LengthBatchSampler([*map(len, rows)], batch_size, shuffle=False)
 
 
 def _end_tokens(config: GenerationConfig | None) -> list[int]:
@@ -230,29 +260,46 @@ def create_language_model(
     dtype: torch.dtype | str | None = None,
     max_length: int = 1024,
     gradient_checkpointing: bool = False,
+    chat_template: bool = True,
+    pretrained: bool = True,
 ) -> LanguageModel:
     """Loads a pretrained causal language model and its tokenizer, from a folder or from the hub.
 
-    Only safetensors are read, and no code that comes with a model is ever run::
+    Only safetensors and GGUF are read, and no code that comes with a model is ever run::
 
         model = create_language_model("HuggingFaceTB/SmolLM2-135M-Instruct", max_length=512)
 
     :param name_or_folder: a folder that ``save_pretrained`` has written, or a name on the Hugging
-        Face hub such as ``meta-llama/Llama-3.2-1B-Instruct``.
+        Face hub such as ``meta-llama/Llama-3.2-1B-Instruct``; or a file ``*.gguf``, see
+        :func:`~treelora_avalanche.models.gguf.read_gguf`.
     :param dtype: precision of the frozen weights, such as ``torch.bfloat16`` or ``"bfloat16"``; by
-        default that of the checkpoint. LoRA's factors are float32 in any case.
+        default that of the checkpoint, for GGUF float32. LoRA's factors are float32 in any case.
     :param max_length: see :class:`LanguageModel`.
     :param gradient_checkpointing: see :class:`LanguageModel`.
+    :param chat_template: whether prompts are put into the tokenizer's chat template, where there is
+        one; TRACE's release uses raw prompts.
+    :param pretrained: whether to load the weights. Without them the model has its tokenizer and its
+        layers, on the device ``meta``: enough to build a stream and to check arguments.
     :raises FileNotFoundError: if the folder lacks something, such as weights in safetensors.
     :raises OSError: if the hub cannot be reached, or does not have the model.
     :raises ValueError: if the model is no causal language model, or its tokenizer does not fit.
     """
-    with from_folder_or_hub(name_or_folder) as (name, safe):
-        _check_causal(name, AutoConfig.from_pretrained(name, **safe))  # before gigabytes come
-        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-        network = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, **safe
-        )
+    if is_gguf(name_or_folder):
+        network, tokenizer = read_gguf(name_or_folder, dtype)
+    else:
+        with from_folder_or_hub(name_or_folder) as (name, safe):
+            config = AutoConfig.from_pretrained(name, **safe)
+            _check_causal(name, config)  # before gigabytes come
+            tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+            if pretrained:
+                network = AutoModelForCausalLM.from_pretrained(
+                    name, dtype=dtype or "auto", use_safetensors=True, **safe
+                )
+            else:
+                with torch.device("meta"):
+                    network = AutoModelForCausalLM.from_config(config, **safe)
+    if not chat_template:
+        tokenizer.chat_template = None
     return LanguageModel(
         network, tokenizer, max_length=max_length, gradient_checkpointing=gradient_checkpointing
     )

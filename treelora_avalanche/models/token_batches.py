@@ -95,6 +95,22 @@ def collate_tokens(samples: Sequence[Any]) -> list[Tensor]:
     return [tokens.contiguous(), targets[:, first:].contiguous(), *rest]
 
 
+def prompt_lengths(tokens: Tensor, targets: Tensor) -> Tensor:
+    """Returns the number of tokens of each sample's prompt, ``(batch,)``.
+
+    The first target is predicted from the prompt's last token.
+
+    >>> prompt_lengths(torch.tensor([[5, 6, 7, -1]]), torch.tensor([[7, 8, -100]]))
+    tensor([2])
+
+    :param tokens: tokens of prompt and answer, ``(batch, length)``.
+    :param targets: ``(batch, length)``, or its last columns alone; -100 outside the answer.
+    """
+    labelled = targets != IGNORED
+    first = torch.where(labelled.any(1), labelled.int().argmax(1), targets.shape[1] - 1)
+    return first + 1 + tokens.shape[1] - targets.shape[1]
+
+
 def collate_hidden_states(samples: Sequence[Any], width: int | None = None) -> list[Tensor]:
     """Returns a batch of the frozen layers' outputs for texts, padded with NaN.
 
@@ -105,7 +121,7 @@ def collate_hidden_states(samples: Sequence[Any], width: int | None = None) -> l
     width = max(len(sample[1]) for sample in samples) if width is None else width
     hidden = [F.pad(h, (0, 0, 0, width - len(h)), value=torch.nan) for h, *_ in samples]
     targets = [F.pad(y, (0, width - len(y)), value=IGNORED) for _, y, *_ in samples]
-    rest = default_collate([tuple(sample[2:]) for sample in samples])
+    rest = default_collate([tuple(sample[2:]) for sample in samples]) if samples[0][2:] else []
     return [torch.stack(hidden), torch.stack(targets), *rest]
 
 

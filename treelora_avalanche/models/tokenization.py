@@ -101,6 +101,24 @@ def encode_prompt(tokenizer: Any, prompt: str, room: int) -> list[int]:
     return encoded.shortened(room)
 
 
+def encode_answer(tokenizer: Any, answer: str) -> list[int]:
+    """Returns the tokens of an answer and the end token.
+
+    :param tokenizer: a tokenizer of transformers.
+    :param answer: the text.
+    :raises ValueError: if the tokenizer has no end token.
+    """
+    return [
+        *tokenizer(
+            answer,
+            add_special_tokens=False,
+            verbose=False,
+            split_special_tokens=names_special_token(tokenizer, answer),
+        )["input_ids"],
+        end_token(tokenizer),
+    ]
+
+
 def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> EncodedSample:
     """Returns the tokens of a prompt, its answer, and the end token.
 
@@ -114,15 +132,7 @@ def encode_sample(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
     :raises ValueError: if the tokenizer has no end token, or there is no room for an answer.
     """
     encoded = _encode(tokenizer, prompt)
-    full = [
-        *tokenizer(
-            answer,
-            add_special_tokens=False,
-            verbose=False,
-            split_special_tokens=names_special_token(tokenizer, answer),
-        )["input_ids"],
-        end_token(tokenizer),
-    ]
+    full = encode_answer(tokenizer, answer)
     least = encoded.n_fixed + min(len(encoded.body), MIN_PROMPT)
     if max_length <= least:
         raise ValueError(

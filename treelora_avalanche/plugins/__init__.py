@@ -20,6 +20,7 @@ from treelora_avalanche.plugins.lcb_selector import (
     SelectorPlugin,
 )
 from treelora_avalanche.plugins.merged_adapter import MergedAdapterPlugin
+from treelora_avalanche.plugins.prompt_router import PromptRouterPlugin
 from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
@@ -55,6 +56,7 @@ __all__ = [
     "OGDPlugin",
     "OLoRAPlugin",
     "PrefixCachePlugin",
+    "PromptRouterPlugin",
     "RandomSelectorPlugin",
     "RouterPlugin",
     "SAPTPlugin",

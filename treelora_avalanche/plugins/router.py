@@ -9,6 +9,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from treelora_avalanche.adapters.trainable_view import evaluating
+from treelora_avalanche.experiences import samples_of
 from treelora_avalanche.models.features.gaussians import (
     Gaussians,
     StatisticsKind,
@@ -16,6 +17,7 @@ from treelora_avalanche.models.features.gaussians import (
     statistics_state,
     train_head,
 )
+from treelora_avalanche.models.views.routed_language import RoutedLanguageModel
 from treelora_avalanche.models.views.router import RoutedView, Router
 from treelora_avalanche.plugins.task_parts import TaskParts
 from treelora_avalanche.state import check_keys
@@ -68,9 +70,11 @@ class RouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Adds the statistics of the task's frozen features, and refits the router."""
         view: RoutedView = strategy.model
-        loader = torch.utils.data.DataLoader(
-            strategy.experience.dataset.eval(), strategy.eval_mb_size
-        )
+        experience = strategy.experience
+        # Cached hidden states stand for images, but a router of texts reads their first tokens.
+        texts = isinstance(view, RoutedLanguageModel)
+        dataset = samples_of(experience) if texts else experience.dataset.eval()
+        loader = torch.utils.data.DataLoader(dataset, strategy.eval_mb_size)
         with evaluating(view):
             batches = [(view.frozen_features(x.to(strategy.device)), y) for x, y, *_ in loader]
         features = torch.cat([frozen for frozen, _ in batches])

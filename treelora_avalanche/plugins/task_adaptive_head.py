@@ -86,6 +86,7 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Computes the statistics of the new classes and retrains the head on all."""
+        super().after_training_exp(strategy, *args, **kwargs)
         features, targets = self._features(strategy)
         self.statistics = move_statistics(self.statistics, features.device)
         if self._follows_drift(strategy):

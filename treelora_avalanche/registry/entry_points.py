@@ -6,7 +6,6 @@ import logging
 from collections import UserDict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -116,9 +115,8 @@ def load_object(path: str) -> Any:
     :param path: ``"package.module:name"``.
     :raises RegistrationError: if the import fails.
     """
-    module, _, name = path.partition(":")
     try:
-        return getattr(import_module(module), name)
+        return EntryPoint("object", path, group="").load()
     except Exception as error:  # importing another package may raise anything
         raise RegistrationError(
             f"{path} cannot be imported ({type(error).__name__}: {error}). Fix or reinstall its "

@@ -68,12 +68,15 @@ class SharedArguments:
         kind = getattr(torch.optim, defaults.optimizer)
         return partial(kind, lr=self.lr, weight_decay=0.0)
 
-    def lora(self, reads: frozenset[str]) -> dict[str, Any]:
-        """Returns the LoRA settings that a method reads.
+    def values(self, names: frozenset[str]) -> dict[str, Any]:
+        """Returns settings by name; the default ``layers`` are left to the strategy.
 
-        :param reads: settings that the method reads.
+        :param names: names of settings.
         """
-        return {name: getattr(self.settings, name) for name in sorted(LORA_SETTINGS & reads)}
+        values = {name: getattr(self.settings, name) for name in sorted(names)}
+        if "layers" in values and values["layers"] == self.settings.default_layers:
+            values["layers"] = None  # all blocks of a model that has fewer
+        return values
 
     def plugins(self, reads: frozenset[str]) -> list[Any]:
         """Returns the shared plugins, with the task-adaptive head first if it is used.
@@ -127,10 +130,9 @@ def _build_with_factory(
     from treelora_avalanche.registry.options import parameters_of
 
     settings = given.settings
-    own = {name: getattr(settings, name) for name in sorted(reads - TRAINING_SETTINGS)}
     arguments = {
         **given.shared,
-        **own,
+        **given.values(reads - TRAINING_SETTINGS),
         "plugins": given.plugins(reads),
         "optimizer": given.optimizer(),
         "accumulation_steps": settings.accumulation_steps,
@@ -185,7 +187,7 @@ def _build_on_view(
             f"{strategy.__name__} updates after every batch, but is "
             f"{settings.accumulation_steps}. Leave it out, and raise `--batch_size` instead."
         )
-    lora = given.lora(reads)
+    lora = given.values(LORA_SETTINGS & reads)
     view = TrainableView(add_lora(given.model, **lora) if lora else given.model)
     set_precision(view, settings.precision, device)
     # Before the optimizer is made: parameters that move later are no longer the optimizer's.
@@ -224,11 +226,14 @@ def _build_streaming_lda(
     """Builds Avalanche's StreamingLDA on the features of a timm model."""
     from torch.nn import CrossEntropyLoss
 
+    from treelora_avalanche.models.views.precision import train_in_float32
+
     model: Any = given.model
     n_classes = model.num_classes
     model.reset_classifier(0)  # timm: the model returns its features
     # Avalanche trains nothing here, but would build the graph.
     model.requires_grad_(False)
+    train_in_float32(model)
     arguments: dict[str, Any] = {
         "slda_model": model,
         "criterion": CrossEntropyLoss(),

@@ -230,7 +230,6 @@ METHODS: Registry[Method] = Registry(
         "TreeLoRA-last": Method(
             _OURS + "TreeLoRAStrategy",
             "TreeLoRA that predicts with the adapter of the last task, as in the paper",
-            models=VISION,
             options={"inference": "last"},
             also_reads=TREE_SETTINGS,
             strength=_TREE_STRENGTH,
@@ -238,10 +237,16 @@ METHODS: Registry[Method] = Registry(
         "TreeLoRA-routed": Method(
             _OURS + "TreeLoRAStrategy",
             "TreeLoRA that predicts with the adapter a router selects for each sample",
-            models=VISION,
             options={"inference": "routed"},
             also_reads=TREE_SETTINGS,
             strength=_TREE_STRENGTH,
+        ),
+        "TreeLoRA-merged": Method(
+            _OURS + "TreeLoRAStrategy",
+            "TreeLoRA that predicts with the mean of all adapters",
+            models=LANGUAGE,
+            options={"inference": "merged"},
+            also_reads=TREE_SETTINGS,
         ),
         "SeqLoRA": Method(_OURS + "SeqLoRA", "plain LoRA: one adapter, trained sequentially"),
         "EWCLoRA": Method(
@@ -292,7 +297,7 @@ METHODS: Registry[Method] = Registry(
         "HiDeLoRA": Method(
             _OURS + "HiDeLoRA",
             "a LoRA per task (keys, values), selected by a classifier of frozen features",
-            does_not_read=frozenset({"head", "target_modules"}),
+            does_not_read=frozenset({"head"}),
             strength=Strength("contrast", 0.01, 1.0, VISION),
         ),
         "SAPT": Method(

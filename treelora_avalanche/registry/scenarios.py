@@ -11,16 +11,18 @@ from typing import Any
 
 from treelora_avalanche.registry.entry_points import Registry, load_object
 
-_IMAGES = frozenset({"data", "classes", "model", "checkpoint", "img_size", "head"})
+_IMAGES = frozenset({"data", "classes", "limit", "model", "checkpoint", "img_size", "head"})
 _TEXTS = frozenset(
     {
         "data",
         "model",
         "limit",
+        "eval_limit",
         "epochs_per_task",
         "max_length",
         "dtype",
         "gradient_checkpointing",
+        "chat_template",
         "accumulation_steps",
     }
 )
@@ -42,9 +44,9 @@ class Scenario:
     :param generator: the benchmark generator, ``"package.module:function"``; imported on first use.
         It is passed the settings in ``takes``, and, if it has these parameters: ``seed``, the
         run's; ``preprocessing``, the model's
-        :class:`~treelora_avalanche.models.ImagePreprocessing`; ``model``, the language model;
-        ``dataset_root``, ``data_root`` or ``folder``, the folder of the data. Its other parameters
-        are the scenario's options.
+        :class:`~treelora_avalanche.models.ImagePreprocessing`; ``model``, the language model, whose
+        weights are loaded after the stream is built; ``dataset_root``, ``data_root`` or ``folder``,
+        the folder of the data. Its other parameters are the scenario's options.
     :param description: one line.
     :param takes: settings that it reads, of those that not all scenarios read.
     :param language: whether it is a stream of texts for language models, not of images.
@@ -123,6 +125,12 @@ SCENARIOS: Registry[Scenario] = Registry(
             n_experiences=None,
             class_folders="*/*",
         ),
+        "image_tasks": Scenario(
+            _OURS + "ImageTasks",
+            "your own tasks: a folder with one folder per task, each with classes of its own",
+            _IMAGES | {"tasks"},
+            n_experiences=None,
+        ),
         "trace": Scenario(
             _OURS + "TRACE",
             "TRACE: eight tasks, from stance detection in Chinese to mathematics",
@@ -152,18 +160,25 @@ SCENARIOS: Registry[Scenario] = Registry(
         "o_lora_order": Scenario(
             _OURS + "OLoRAOrder",
             "O-LoRA's text classifications in one of its six orders: four tasks (1-3) or fifteen",
-            _TEXTS | {"order", "skip_missing_tasks"},
+            _TEXTS | {"order", "tasks", "skip_missing_tasks"},
             language=True,
             n_experiences=None,
             seeded=False,
         ),
         "text_tasks": Scenario(
             _OURS + "TextTasks",
-            'your own tasks: a folder with one JSON or JSONL of {"prompt", "answer"} per task',
+            'your own tasks: a folder with {"prompt", "answer"} in JSON, JSONL, CSV or Parquet',
             _TEXTS | {"tasks", "metric", "max_new_tokens"},
             language=True,
             n_experiences=None,
             seeded=False,
+        ),
+        "tiny_texts": Scenario(
+            _OURS + "TinyTexts",
+            "seven small instruction tasks, such as sentiment and plurals; no download",
+            (_TEXTS - {"data", "limit"}) | {"tasks"},
+            language=True,
+            n_experiences=None,
         ),
     },
 )

@@ -17,7 +17,6 @@ from treelora_avalanche.choices import (
 from treelora_avalanche.defaults import (
     LANGUAGE_LORA,
     LANGUAGE_TRAINING,
-    LAST_TREE_LAMBDA,
     VISION_LORA,
 )
 from treelora_avalanche.registry.scenarios import SCENARIO_SETTINGS, SCENARIOS, Scenario
@@ -50,7 +49,6 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
     "rank": LANGUAGE_LORA.rank,
     "alpha": float(LANGUAGE_LORA.alpha),
     "layers": LANGUAGE_LORA.layers,
-    "tree_lambda": LAST_TREE_LAMBDA,
 }
 _SMALLEST = {
     "n_experiences": 1,
@@ -80,6 +78,10 @@ _CHOICES = {
 }
 
 
+DIVISIONS = frozenset({"task_classes", "per_exp_classes"})
+"""Options of scenarios that may give the number of experiences."""
+
+
 def _about(group: str, text: str) -> dict[str, str]:
     return {"group": group, "help": text}
 
@@ -106,7 +108,8 @@ class RunSettings:
         default="digits", metadata=_about("stream", f"stream of tasks: {', '.join(SCENARIOS)}")
     )
     data: str | None = field(
-        default=None, metadata=_about("stream", "folder of the images or texts (not digits)")
+        default=None,
+        metadata=_about("stream", "folder of the images or texts (not digits, tiny_texts)"),
     )
     download: bool = field(
         default=False,
@@ -129,13 +132,18 @@ class RunSettings:
         default=None,
         metadata=_about(
             "stream",
-            "number of experiences the classes are split into (images, not domains); default: 5 "
-            "for digits, else 10",
+            "number of experiences the classes are split into (images, not domains and "
+            "image_tasks); default: 5 for digits, else 10, or that of the scenario's option "
+            "task_classes or per_exp_classes",
         ),
     )
     tasks: list[str] | None = field(
         default=None,
-        metadata=_about("stream", "tasks in order of training (trace, text_tasks); default: all"),
+        metadata=_about(
+            "stream",
+            "tasks in order of training (trace, o_lora_order, text_tasks, tiny_texts, "
+            "image_tasks); default: all",
+        ),
     )
     variant: str = field(
         default="500",
@@ -156,20 +164,37 @@ class RunSettings:
             "long_sequence)",
         ),
     )
-    metric: str = field(
-        default="rouge_l",
+    metric: str | None = field(
+        default=None,
         metadata=_about(
-            "stream", f"score of generated texts: {', '.join(TEXT_METRICS)} (text_tasks)"
+            "stream",
+            f"score of generated texts: {', '.join(TEXT_METRICS)} (text_tasks); default: accuracy "
+            "for tasks with few, short, repeated answers, else rouge_l",
         ),
     )
-    max_new_tokens: int = field(
-        default=128,
-        metadata=_about("stream", "maximum length of generated texts in tokens (text_tasks)"),
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata=_about(
+            "stream",
+            "maximum length of generated texts in tokens (text_tasks); default: the longest "
+            "training answer of tasks with few, short, repeated answers, else 128",
+        ),
     )
     limit: int | None = field(
         default=None,
         metadata=_about(
-            "stream", "use only the first LIMIT training and test samples of each task (texts)"
+            "stream",
+            "use only LIMIT training samples of each task, and as many test samples unless "
+            "--eval_limit says otherwise: the first ones of texts; of images, drawn by the seed "
+            "and balanced over classes (not digits)",
+        ),
+    )
+    eval_limit: int | str | None = field(
+        default=None,
+        metadata=_about(
+            "stream",
+            "use only the first EVAL_LIMIT test samples of each task, or all; default: --limit "
+            "(texts)",
         ),
     )
     tune_tasks: int | None = field(
@@ -185,7 +210,8 @@ class RunSettings:
         metadata=_about(
             "model",
             f"timm model, default: {IMAGE_MODEL}, for digits a small ViT pretrained in the run; "
-            "for texts a folder of a language model, or its name on the Hugging Face hub",
+            "for texts a folder of a language model, its name on the Hugging Face hub, or a file "
+            "*.gguf",
         ),
     )
     checkpoint: str | None = field(
@@ -216,6 +242,14 @@ class RunSettings:
             "model",
             "precision of the forward pass: fp32 (that of the weights), bf16 (autocast; weights "
             "and optimizer keep theirs), auto (bf16 if the device supports it natively)",
+        ),
+    )
+    chat_template: bool = field(
+        default=True,
+        metadata=_about(
+            "model",
+            "put prompts into the tokenizer's chat template, where there is one (texts); false: "
+            "raw prompts, as in TRACE's release",
         ),
     )
     gradient_checkpointing: bool = field(
@@ -283,8 +317,9 @@ class RunSettings:
         default=None,
         metadata=_about(
             "LoRA",
-            "linear layers with LoRA in a block, e.g. [qkv, attn.proj]; default: qkv, or q_proj, "
-            "k_proj and v_proj; for texts the query and value projections",
+            "linear layers with LoRA in a block, e.g. [qkv, attn.proj], or a module of it, for all "
+            "of its linear layers, e.g. [mlp]; default: qkv, or q_proj, k_proj and v_proj; for "
+            "texts the query and value projections",
         ),
     )
     tree_lambda: float | None = field(
@@ -292,7 +327,7 @@ class RunSettings:
         metadata=_about(
             "TreeLoRA",
             "strength λ of the pull towards the selected adapter; default: 0.1 if predictions use "
-            "the mean of all adapters or a router, else 0.5",
+            "the mean of all adapters or a router (routed texts: 0), else 0.5",
         ),
     )
     selection: str = field(
@@ -343,7 +378,7 @@ class RunSettings:
                 "meta-llama/Llama-3.2-1B-Instruct."
             )
         self._check_epochs()
-        defaults = LANGUAGE_DEFAULTS if self.on_language else VISION_DEFAULTS
+        defaults = self._defaults
         if self.epochs is None and self.epochs_per_task is None and self._scenario.paper_epochs:
             defaults = {**defaults, "epochs": None, "epochs_per_task": EQUAL_EPOCHS}
         elif self.epochs_per_task is not None:
@@ -361,6 +396,12 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`--{name}` should be a positive number, but is {value}.")
+        if self.eval_limit not in (None, "all") and (
+            isinstance(self.eval_limit, str) or self.eval_limit < 1
+        ):
+            raise ValueError(
+                f"`--eval_limit` should be at least 1, or all, but is {self.eval_limit}."
+            )
         if not 1 <= self.order <= 6:
             raise ValueError(f"`--order` should be from 1 to 6, but is {self.order}.")
 
@@ -369,7 +410,7 @@ class RunSettings:
         defaults = {f.name: f.default for f in fields(self)}
         for name in sorted(self.without_meaning):
             value = getattr(self, name)
-            if value and value != defaults[name]:
+            if value is not None and value != defaults[name]:
                 brings = self._scenario.backbone and name in ("data", "model", "checkpoint")
                 reason = (
                     f"{self.scenario} brings its own data and model. Set another `--scenario`, or "
@@ -412,6 +453,16 @@ class RunSettings:
         return SCENARIOS[self.scenario]
 
     @property
+    def _defaults(self) -> dict[str, Any]:
+        return LANGUAGE_DEFAULTS if self.on_language else VISION_DEFAULTS
+
+    @property
+    def default_layers(self) -> str:
+        """Default blocks with LoRA, for the kind of model."""
+        layers: str = self._defaults["layers"]
+        return layers
+
+    @property
     def on_digits(self) -> bool:
         """Whether the stream is the digits."""
         return self.scenario == "digits"
@@ -427,9 +478,12 @@ class RunSettings:
         return SCENARIO_SETTINGS - self._scenario.takes
 
     @property
-    def number_of_experiences(self) -> int:
-        """Number of tasks, with the scenario's default filled in."""
-        return self.n_experiences or self._scenario.n_experiences or 1
+    def number_of_experiences(self) -> int | None:
+        """Number of tasks, with the scenario's default filled in; None if its options give it."""
+        given = self.n_experiences
+        if given is None and DIVISIONS & set(self.scenario_options or {}):
+            return None
+        return given or self._scenario.n_experiences or 1
 
     @property
     def model_name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from treelora_avalanche.choices import check_known
+from treelora_avalanche.choices import check_known, check_model_folder
 from treelora_avalanche.registry.options import (
     Option,
     check_options,
@@ -34,6 +34,24 @@ def data_folder(settings: RunSettings) -> Path | None:
             f"`--data` should be a folder, but {folder} is not a folder. Correct the path."
         )
     return folder
+
+
+def check_files(settings: RunSettings) -> None:
+    """Raises an error for a missing folder of data or of a model; imports nothing heavy.
+
+    :param settings: the settings.
+    :raises FileNotFoundError: if the data, the model's folder or the checkpoint is missing or
+        incomplete.
+    """
+    data_folder(settings)
+    folder = Path(settings.model_name).expanduser()
+    if settings.on_language and folder.is_dir():  # not a name on the hub
+        check_model_folder(folder)
+    if settings.checkpoint is not None and not Path(settings.checkpoint).exists():
+        raise FileNotFoundError(
+            f"`--checkpoint` should be a file of weights, but {settings.checkpoint} does not exist."
+            " Correct the path."
+        )
 
 
 def scenario_options(scenario: Scenario) -> dict[str, Option]:

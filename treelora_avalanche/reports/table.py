@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from treelora_avalanche.reports.grids import grid_width, markdown_grid, rich_grid, split_grid
+from treelora_avalanche.reports.task_scores import task_cells, task_rows
 from treelora_avalanche.runs import to_json, write_text
 
 
@@ -104,6 +105,18 @@ def _integer(value: float) -> str:
     return f"{value:.0f}"
 
 
+def router_accuracy(result: dict[str, Any]) -> float | None:
+    """Returns the mean over tasks of the share of prompts that got their own task's adapter.
+
+    :param result: content of a ``results.json``.
+    :return: None for a method that routes no prompts.
+    """
+    routes = result.get("routes")
+    if not routes:
+        return None
+    return statistics.fmean(of.get(task, 0) / sum(of.values()) for task, of in routes.items())
+
+
 _VISION = (
     _score("accuracy", "Acc ↑", "class_incremental", "overall_performance"),
     _score("within_task_accuracy", "in task ↑", "within_task", "overall_performance"),
@@ -124,6 +137,7 @@ _LANGUAGE = (
         _integer,
     ),
 )
+_ROUTER = Column("router_accuracy", ("Router ↑", "%"), router_accuracy, _percent, spread=True)
 _COST = (
     Column("train_seconds", ("Time", ""), lambda r: r["timings"]["train_seconds"], short_seconds),
     Column("ms_per_step", ("ms", "/step"), lambda r: r["timings"]["ms_per_step"], _three_digits),
@@ -149,7 +163,8 @@ def columns_of(results: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
 
     :param results: contents of ``results.json`` files, of one stream.
     """
-    return (_LANGUAGE if is_language(results) else _VISION) + _COST
+    routed = (_ROUTER,) if any(router_accuracy(result) is not None for result in results) else ()
+    return (_LANGUAGE if is_language(results) else _VISION) + routed + _COST
 
 
 def is_language(results: Sequence[dict[str, Any]]) -> bool:
@@ -290,6 +305,11 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         what = Path(first["config"]["model"]).name
         scores = "Op: mean over tasks, after the last one, of each task's own score of greedily "
         scores += "generated texts. tokens: of the stream, without padding. "
+        if task_rows(results, labels(results)):
+            scores += "By task: the same, with the score of always giving the most frequent "
+            scores += "training answer, and chance, 1 / number of distinct training answers. "
+        if any(router_accuracy(result) is not None for result in results):
+            scores += "Router: prompts that got the adapter of their own task. "
     else:
         what = f"{len(stream['class_names'])} classes"
         scores = "Acc: class-incremental accuracy, mean over tasks after the last one; in task: "
@@ -323,7 +343,7 @@ def _differences(results: Sequence[dict[str, Any]]) -> str:
 
 
 def rich_table(results: Sequence[dict[str, Any]], width: int = 120) -> Group:
-    """Returns the table for a terminal, split into two where the terminal is narrow.
+    """Returns the table for a terminal, split where the terminal is narrow, and scores by task.
 
     :param results: contents of ``results.json`` files.
     :param width: width of the terminal in characters.
@@ -331,34 +351,35 @@ def rich_table(results: Sequence[dict[str, Any]], width: int = 120) -> Group:
     rows = summarise(results)
 
     def table(columns: Sequence[Column]) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-        table.add_column("Method", style="bold", no_wrap=True)
-        for column in columns:
-            table.add_column("\n".join(column.header).rstrip(), justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(row.method, *(_cell(row, column, "±") for column in columns))
-        return table
+        cells = [[row.method, *(_cell(row, column, "±") for column in columns)] for row in rows]
+        return rich_grid(["\n".join(column.header).rstrip() for column in columns], cells)
 
     columns = columns_of(results)
     tables = [table(columns)]
-    if Console(width=1000).measure(tables[0]).maximum > width:
+    if grid_width(tables[0]) > width:
         learned = [column for column in columns if column.spread]
         tables = [table(learned), table([column for column in columns if not column.spread])]
+    tasks, scores = task_cells(results, labels(results))
+    tables += split_grid([f"{name}\n%" for name in tasks], scores, width)
     return Group(*tables, Text(caption(results), style="dim"))
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
-    """Returns the table as Markdown, with its caption.
+    """Returns the table as Markdown, scores by task, and the caption.
 
     :param results: contents of ``results.json`` files.
     """
     columns = columns_of(results)
-    headers = ["Method", *(" ".join(column.header).strip() for column in columns)]
-    lines = [headers, ["---", *("---:" for _ in columns)]]
-    for row in summarise(results):
-        lines.append([row.method, *(_cell(row, column, " ± ") for column in columns)])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{caption(results)}\n"
+    headers = [" ".join(column.header).strip() for column in columns]
+    lines = [
+        [row.method, *(_cell(row, column, " ± ") for column in columns)]
+        for row in summarise(results)
+    ]
+    tables = [markdown_grid(headers, lines)]
+    tasks, scores = task_cells(results, labels(results))
+    if tasks:
+        tables.append(markdown_grid([f"{name} %" for name in tasks], scores))
+    return "\n\n".join([*tables, caption(results)]) + "\n"
 
 
 def write_table(results: Sequence[dict[str, Any]], folder: Path) -> None:

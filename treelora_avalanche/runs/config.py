@@ -93,6 +93,8 @@ def resolve_config(
     for name in ("epochs", "epochs_per_task", "scenario_options", "method_options", "tune_tasks"):
         if config.get(name, 0) is None:  # epochs and epochs_per_task exclude each other
             del config[name]
+    if not settings.on_language and config.get("limit", 0) is None:
+        del config["limit"]
     if options:
         config["method_options"] = {method: options}
     if config.get("precision") == "fp32":
@@ -110,7 +112,7 @@ def resolve_config(
     if settings.on_language:
         config["dtype"] = weights_dtype(settings, device)
         folder = Path(config["model"]).expanduser()
-        if folder.is_dir():  # not a name on the hub
+        if folder.exists():  # not a name on the hub
             config["model"] = str(folder.resolve())
     return {"method": method, "seed": seed, **config}
 

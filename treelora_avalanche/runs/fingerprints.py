@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -27,6 +28,9 @@ def fingerprints(config: dict[str, Any], known: dict[Path, str] | None = None) -
     known = {} if known is None else known
     paths = {name: Path(config[name]).expanduser() for name in INPUTS if config.get(name)}
     paths = {name: path for name, path in paths.items() if path.exists()}
+    for name, value in (config.get("scenario_options") or {}).items():
+        if isinstance(value, str) and os.path.isfile(os.path.expanduser(value)):
+            paths[name] = Path(value).expanduser()
     for path in paths.values():
         if path not in known:
             known[path] = of_files(path)

@@ -160,12 +160,11 @@ def is_unfinished(folder: Path, config: dict[str, Any]) -> bool:
     return bool(written == config) and not (folder / "results.json").exists()
 
 
-def prepare_folder(folder: Path, config: dict[str, Any], *, keep: bool = False) -> None:
-    """Deletes the files of an earlier run, and of nothing else; then writes ``config.yaml``.
+def check_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Raises an error for a folder that a run may not write to.
 
-    :param folder: the run folder.
+    :param folder: the run folder, which need not exist.
     :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
-    :param keep: whether to keep the files, since their run is resumed.
     :raises ValueError: if the folder holds anything but an unfinished run, or the same one.
     """
     if folder.exists() and not folder.is_dir():
@@ -182,6 +181,17 @@ def prepare_folder(folder: Path, config: dict[str, Any], *, keep: bool = False) 
             f"`--output` should not hold results, but {folder} holds another finished run. Choose "
             "another folder."
         )
+
+
+def prepare_folder(folder: Path, config: dict[str, Any], *, keep: bool = False) -> None:
+    """Deletes the files of an earlier run, and of nothing else; then writes ``config.yaml``.
+
+    :param folder: the run folder.
+    :param config: from :func:`~treelora_avalanche.runs.resolve_config`.
+    :param keep: whether to keep the files, since their run is resumed.
+    :raises ValueError: see :func:`check_folder`.
+    """
+    check_folder(folder, config)
     if (folder / "results.json").is_file() and not keep and is_first():
         set_aside(folder)  # it is run again, since its inputs have changed or by `--force`
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,6 +246,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "STATE",
     "changed_inputs",
+    "check_folder",
     "count_lines",
     "finished_results",
     "first_lines",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +170,12 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """Context manager that measures peak memory: allocated on a GPU, else resident (``MaxRAM``).
+    """Context manager that measures the peak memory of one run, though others ran before it.
+
+    On a GPU, memory allocated by torch. Else resident memory of the process, which includes Python
+    and its libraries: on Linux the kernel's own peak (``VmHWM``), which is reset at the start;
+    elsewhere the largest of Avalanche's samples (``MaxRAM``). Memory that earlier runs no longer
+    use is freed first.
 
     >>> with PeakMemory(torch.device("cpu")) as memory:
     ...     strategy.train(experience)
@@ -181,25 +189,46 @@ class PeakMemory:
         self.device = device
         self.kind = "cuda allocated" if device.type == "cuda" else "process resident"
         self.bytes = before
-        self._ram = MaxRAM(every=0.1)
+        self._sampled: MaxRAM | None = None
 
     def __enter__(self) -> PeakMemory:
+        gc.collect()  # strategies and their plugins refer to each other
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            self._ram.start_thread()
+        elif not _reset_resident_peak():
+            self._sampled = MaxRAM(every=0.1)
+            self._sampled.start_thread()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.device.type != "cuda":
-            self._ram.stop_thread()
+        if self._sampled is not None:
+            self._sampled.stop_thread()
         self.bytes = self.now()
 
     def now(self) -> int:
         """Returns the peak so far."""
         if self.device.type == "cuda":
             return max(self.bytes, torch.cuda.max_memory_allocated(self.device))
-        return max(self.bytes, int((self._ram.result() or 0) * 2**20))
+        if self._sampled is not None:
+            return max(self.bytes, int((self._sampled.result() or 0) * 2**20))
+        return max(self.bytes, _resident_peak())
+
+
+def _reset_resident_peak() -> bool:
+    """Frees unused memory, and sets the kernel's peak to the present; False if it cannot be set."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, for the next allocation
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident_peak() > 0
+    except (OSError, StopIteration):
+        return False
+
+
+def _resident_peak() -> int:
+    """Returns the largest resident memory of the process since the last reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 
 
 def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) -> str:
@@ -220,7 +249,8 @@ def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) 
     ]
     if "tree_lambda" in config:
         depth = config["depth"] or min(len(layers), MAX_DEPTH)
-        words.append(f"λ {config['tree_lambda']:g}, a tree of depth {depth}")
+        words.append(f"λ {strategy.tree_lambda:g}, a tree of depth {depth}")
+        words.append(f"predictions {strategy.inference}")
     return "trains " + "; ".join(words)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from treelora_avalanche.runs.distributed import is_first
 from treelora_avalanche.runs.folder import to_json, write_text
 from treelora_avalanche.runs.monitors import JsonLinesLogger
 from treelora_avalanche.runs.schedule import Stage
+
+BASE_MODEL = "base model"
+"""In counts of routes: the model without an adapter."""
 
 
 class Record:
@@ -110,10 +114,27 @@ class Record:
             return
         with (self.folder / "generated.jsonl").open("a", encoding="utf-8") as file:
             for task, samples in score.generated.items():
-                for prompt, answer, generated in samples:
+                routes = score.generation.routes.get(task)
+                for i, (prompt, answer, generated) in enumerate(samples):
                     line = {"after_task": stage.task, "task": task, "prompt": prompt}
                     line.update(answer=answer, generated=generated)
+                    if routes:
+                        line["route"] = routes[i]._asdict()
                     file.write(to_json(line, indent=None) + "\n")
+
+    def routes(self) -> dict[str, dict[str, int]] | None:
+        """Returns how many prompts of each task were given which adapter in the last evaluation.
+
+        :return: by task, counts by the name of the task whose adapter answered, or
+            :data:`BASE_MODEL`; None if nothing was routed.
+        """
+        score = self.matrices.get("generated")
+        if not isinstance(score, GenerationScore) or not score.generation.routes:
+            return None
+        return {
+            task: dict(Counter(route.task_name or BASE_MODEL for route in routes))
+            for task, routes in score.generation.routes.items()
+        }
 
     def accuracies(self, stage: Stage) -> dict[str, Tensor]:
         """Returns the accuracy matrices so far, ``(n_seen, n_seen)``; NaN where not evaluated.

@@ -32,6 +32,7 @@ def results_of(session: Session) -> dict[str, Any]:
         "accuracy_matrix": {kind: matrix.tolist() for kind, matrix in session.accuracy.items()},
         "stream": session.stream,
         "trees": session.trees or None,
+        "routes": session.routes,
         "timings": _timings(session),
         "memory": {
             "peak_bytes": session.memory.bytes,
@@ -41,7 +42,7 @@ def results_of(session: Session) -> dict[str, Any]:
         "parameters": count_parameters(session.strategy.model, trained=not session.method.frozen),
         "versions": versions(),
         "git_hash": git_hash(),
-        "fingerprints": fingerprints(config),
+        "fingerprints": fingerprints(config, session.job.ingredients.known),
         "hardware": hardware(session.device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -80,6 +80,7 @@ class Session:
     strategy: Any
     accuracy: dict[str, Any]
     scores: dict[str, dict[str, float]]
+    routes: dict[str, dict[str, int]] | None
 
     def __init__(self, job: Job, before: Progressed):
         self.job = job
@@ -177,6 +178,7 @@ class Session:
         with self.evaluating:
             self.strategy.eval(stage.test)
         self.record.write_texts(stage)
+        self.routes = self.record.routes()
         self.accuracy = self.record.accuracies(stage)
         self.scores = {kind: scores_of(matrix) for kind, matrix in self.accuracy.items()}
         self.counter.accuracy = next(iter(self.scores.values()))["overall_performance"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from treelora_avalanche.adapters.classifier import check_classes
+from treelora_avalanche.registry.methods import check_models
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs.config import resolve_config
 from treelora_avalanche.runs.distributed import parallel_plugins
+from treelora_avalanche.runs.folder import check_folder
 from treelora_avalanche.runs.monitors import ProgressCallback
 from treelora_avalanche.runs.resume import CannotContinueError, find_interrupted
 from treelora_avalanche.runs.session import Job
@@ -24,6 +27,7 @@ def run(
     folder: Path | str,
     *,
     ingredients: Ingredients | None = None,
+    known: dict[Path, str] | None = None,
     progress: ProgressCallback | None = None,
     note: Callable[[str], None] | None = None,
     verbose: bool = False,
@@ -42,6 +46,8 @@ def run(
     :param folder: the run folder; an unfinished run of another configuration is replaced.
     :param ingredients: stream and backbone from :func:`prepare`, with the same seed and settings;
         built here by default.
+    :param known: fingerprints of files that other runs share, by path, if ``ingredients`` are built
+        here; see :class:`Ingredients`.
     :param progress: called after every training step.
     :param note: called with messages: whether an interrupted run is resumed; for language models
         also how they are trained, and TreeLoRA's tree after every task, as in the paper's Figures
@@ -50,12 +56,17 @@ def run(
     :param shard_backbone: whether to shard the frozen weights over the processes of ``torchrun``,
         see :class:`~treelora_avalanche.plugins.DataParallelPlugin`.
     :return: the content of ``results.json``.
-    :raises ValueError: if an argument is out of range, or the folder holds another finished run.
+    :raises ValueError: if an argument is out of range, the method is not defined for the kind of
+        model, or the folder holds another finished run.
     """
     note = note or (lambda _: None)
+    check_models([method], settings)
     config = resolve_config(method, seed, settings)
+    check_folder(Path(folder), config)
+    parallel = parallel_plugins(config["device"], shard_backbone=shard_backbone)
     if ingredients is None:
-        ingredients = prepare(seed, settings)
+        shared = {} if known is None else known
+        ingredients = replace(prepare(seed, settings, [method]), known=shared)
     elif ingredients.seed != seed:
         raise ValueError(
             f"`ingredients` should be prepared for seed {seed}, but are for seed "
@@ -70,7 +81,7 @@ def run(
         settings=settings,
         folder=Path(folder),
         ingredients=ingredients,
-        parallel=parallel_plugins(config["device"], shard_backbone=shard_backbone),
+        parallel=parallel,
         progress=progress or (lambda _: None),
         note=note,
         verbose=verbose,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from treelora_avalanche.experiences import classes_of
+from treelora_avalanche.metrics.constant_answers import constant_answers
 from treelora_avalanche.models.tokens import PADDING
 
 
@@ -25,6 +26,10 @@ def describe(benchmark: Any) -> dict[str, Any]:
             "task_names": names,
             "task_metrics": [e.metric for e in benchmark.test_stream],
             "train_tokens": [count_tokens(e) for e in benchmark.train_stream],
+            "constant_answers": [
+                _constant_answers(*pair)
+                for pair in zip(benchmark.train_stream, benchmark.test_stream, strict=True)
+            ],
         }
     return {
         **samples,
@@ -33,6 +38,14 @@ def describe(benchmark: Any) -> dict[str, Any]:
         "class_names": list(getattr(benchmark, "class_names", range(benchmark.n_classes))),
         "domain_names": getattr(benchmark, "domain_names", None),
     }
+
+
+def _constant_answers(train: Any, test: Any) -> dict[str, Any] | None:
+    """Returns the scores of the majority answer and of chance on a task of few answers."""
+    known = getattr(train, "answers", ())  # which training itself does not need
+    sources = getattr(test, "sources", None)
+    scores = constant_answers(test.metric, known, test.answers, sources)
+    return scores._asdict() if scores else None
 
 
 def task_names(benchmark: Any) -> list[str] | None:

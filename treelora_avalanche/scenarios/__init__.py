@@ -5,6 +5,7 @@ from treelora_avalanche.scenarios.cub200 import SplitCUB200
 from treelora_avalanche.scenarios.digits import SplitDigits, digits_images
 from treelora_avalanche.scenarios.domains import DomainImageFolder
 from treelora_avalanche.scenarios.image_folder import SplitImageFolder
+from treelora_avalanche.scenarios.image_tasks import ImageTasks
 from treelora_avalanche.scenarios.imagenet_r import SplitImageNetR
 from treelora_avalanche.scenarios.o_lora import LongSequence, OLoRAOrder
 from treelora_avalanche.scenarios.related_tasks import (
@@ -17,6 +18,7 @@ from treelora_avalanche.scenarios.related_tasks import (
 )
 from treelora_avalanche.scenarios.text_classes import TextClasses
 from treelora_avalanche.scenarios.text_tasks import TextTasks
+from treelora_avalanche.scenarios.tiny_texts import TINY_TASKS, TinyTexts
 from treelora_avalanche.scenarios.trace import (
     FULL_EPOCHS,
     LORA_EPOCHS,
@@ -31,12 +33,14 @@ __all__ = [
     "FULL_EPOCHS",
     "LORA_EPOCHS",
     "TEXT_GROUPS",
+    "TINY_TASKS",
     "TRACE",
     "TREELORA_EPOCHS",
     "DomainDigits",
     "DomainImageFolder",
     "GroupedImageFolder",
     "GroupedTexts",
+    "ImageTasks",
     "LongSequence",
     "MathLLM",
     "OLoRAOrder",
@@ -48,6 +52,7 @@ __all__ = [
     "SplitImageNetR",
     "TextClasses",
     "TextTasks",
+    "TinyTexts",
     "digits_images",
     "validation_benchmark",
 ]

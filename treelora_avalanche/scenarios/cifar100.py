@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from treelora_avalanche.models.vision import ImagePreprocessing, as_preprocessing
-from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.class_incremental import divide_classes, split_by_class
 from treelora_avalanche.scenarios.data.folders import select_classes
 from treelora_avalanche.scenarios.data.images import (
     FileStamp,
@@ -26,10 +26,12 @@ from treelora_avalanche.scenarios.data.images import (
     fits_in_cache,
     stack_images,
 )
+from treelora_avalanche.scenarios.data.limit import limit_rows
+from treelora_avalanche.scenarios.data.task_file import TaskClasses
 
 
 def SplitCIFAR100(
-    n_experiences: int = 10,
+    n_experiences: int | None = None,
     *,
     dataset_root: str | Path | None = None,
     download: bool = True,
@@ -37,9 +39,12 @@ def SplitCIFAR100(
     train_transform: Callable[[Tensor], Any] | None = None,
     eval_transform: Callable[[Tensor], Any] | None = None,
     classes: Sequence[str] | None = None,
-    fixed_class_order: Sequence[int] | None = None,
+    per_exp_classes: Mapping[int, int] | None = None,
+    fixed_class_order: Sequence[str | int] | None = None,
+    task_classes: TaskClasses | None = None,
     seed: int | None = None,
     shuffle: bool = True,
+    limit: int | None = None,
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
 ) -> NCScenario:
@@ -54,7 +59,8 @@ def SplitCIFAR100(
         model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=100)
         benchmark = SplitCIFAR100(10, preprocessing=model, seed=0)
 
-    :param n_experiences: number of experiences; a divisor of the number of classes.
+    :param n_experiences: number of experiences, which share the classes evenly; by default 10, or
+        that of ``task_classes``, or of ``per_exp_classes`` if they sum up to all classes.
     :param dataset_root: the folder that contains ``cifar-100-python``, or into which it is
         downloaded; by default Avalanche's folder for data sets.
     :param download: whether to download missing or damaged files (169 MB).
@@ -65,9 +71,16 @@ def SplitCIFAR100(
     :param eval_transform: the same for the test stream.
     :param classes: names of the classes to use, such as "apple"; ``classes[i]`` gets label i. By
         default all, with their published labels.
-    :param fixed_class_order: labels in the order in which they arrive; overrides the drawn order.
+    :param per_exp_classes: number of classes by experience, from 0, such as ``{0: 50}``; the other
+        experiences share the remaining classes evenly.
+    :param fixed_class_order: names or labels of all classes in the order in which they arrive;
+        overrides the drawn order. Strings are names; if none of them is one, they are labels.
+    :param task_classes: names of the classes of each task, ``{"pets": ["cat", "dog"], ...}``, or a
+        YAML or JSON file of that; instead of the three above and the drawn order.
     :param seed: seed of the class order; None draws it from the global random state.
     :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
+    :param limit: number of training images, and of test images, used of each experience, drawn by
+        ``seed`` and balanced over its classes; None for all.
     :param cache_bytes: limit of the resized images in memory, one byte per value (9.0 GB at 224
         pixels); above it, each image is resized on access. Benchmarks of the same preprocessing
         share one copy.
@@ -75,41 +88,50 @@ def SplitCIFAR100(
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
     :raises OSError: if the files are missing or damaged and could not be downloaded; the error
         names the archive and the folder to put it into.
-    :raises ValueError: if a class is unknown, or ``n_experiences`` does not divide the classes.
+    :raises ValueError: if a class is unknown, or the classes cannot be divided as asked for.
     """
     root = Path(dataset_root or default_dataset_location("cifar100")).expanduser()
     preprocessing = as_preprocessing(preprocessing)
     train, test = _readers(root, download)
     class_names = select_classes(root, train.classes, train.classes, classes)
-
+    tasks = divide_classes(
+        class_names,
+        n_experiences,
+        per_exp_classes=per_exp_classes,
+        fixed_class_order=fixed_class_order,
+        task_classes=task_classes,
+        seed=seed,
+        shuffle=shuffle,
+    )
     labels = {train.classes.index(name): label for label, name in enumerate(class_names)}
     chosen = [np.flatnonzero(np.isin(part.targets, list(labels))) for part in (train, test)]
+    targets = [
+        [labels[part.targets[row]] for row in rows]
+        for part, rows in zip((train, test), chosen, strict=True)
+    ]
+    if limit is not None:
+        kept = limit_rows(targets, tasks, class_names, limit, seed)
+        chosen = [rows[i] for rows, i in zip(chosen, kept, strict=True)]
+        targets = [[ys[k] for k in i] for ys, i in zip(targets, kept, strict=True)]
     source = _Pixels(
         tuple(file_stamp(str(file)) for file, _ in _files(root)),
         tuple(class_names),
+        () if limit is None else tuple(map(int, np.concatenate(chosen))),
         np.concatenate([part.data[rows] for part, rows in zip((train, test), chosen, strict=True)]),
     )
-    kept = None
+    images = None
     if fits_in_cache(len(source.pixels), preprocessing, cache_bytes):
-        kept = _resized(source, preprocessing)
-    train_labels, test_labels = (
-        [labels[part.targets[row]] for row in rows]
-        for part, rows in zip((train, test), chosen, strict=True)
-    )
-    benchmark = split_by_class(
-        _ResizedPixels(source, 0, train_labels, preprocessing, kept),
-        _ResizedPixels(source, len(train_labels), test_labels, preprocessing, kept),
+        images = _resized(source, preprocessing)
+    return split_by_class(
+        _ResizedPixels(source, 0, targets[0], preprocessing, images),
+        _ResizedPixels(source, len(targets[0]), targets[1], preprocessing, images),
         class_names,
-        n_experiences,
-        seed=seed,
-        fixed_class_order=fixed_class_order,
-        shuffle=shuffle,
+        tasks,
         return_task_id=return_task_id,
-        train_transform=train_transform or preprocessing.normalize,
-        eval_transform=eval_transform or preprocessing.normalize,
+        preprocessing=preprocessing,
+        train_transform=train_transform,
+        eval_transform=eval_transform,
     )
-    benchmark.preprocessing = preprocessing if eval_transform is None else None
-    return benchmark
 
 
 def _files(root: Path) -> list[tuple[Path, str]]:
@@ -154,6 +176,7 @@ class _Pixels:
 
     files: tuple[FileStamp, ...]
     classes: tuple[str, ...]
+    limited_to: tuple[int, ...]  # positions in the published files; empty for all images
     pixels: np.ndarray = field(compare=False)  # (n, 32, 32, 3), uint8
 
 

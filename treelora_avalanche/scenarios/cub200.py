@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from treelora_avalanche.models.vision import ImagePreprocessing, as_preprocessing
 from treelora_avalanche.scenarios.data.archives import CUB_200_2011, published_folder
-from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.class_incremental import divide_classes, split_by_class
 from treelora_avalanche.scenarios.data.folders import ImageRecord, select_classes
 from treelora_avalanche.scenarios.data.images import image_datasets
+from treelora_avalanche.scenarios.data.limit import limit_images
+from treelora_avalanche.scenarios.data.task_file import TaskClasses
 
 TEXT_FILES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
 
 
 def SplitCUB200(
-    n_experiences: int = 10,
+    n_experiences: int | None = None,
     *,
     dataset_root: str | Path,
     download: bool = False,
@@ -27,9 +29,12 @@ def SplitCUB200(
     train_transform: Callable[[Tensor], Any] | None = None,
     eval_transform: Callable[[Tensor], Any] | None = None,
     classes: Sequence[str] | None = None,
-    fixed_class_order: Sequence[int] | None = None,
+    per_exp_classes: Mapping[int, int] | None = None,
+    fixed_class_order: Sequence[str | int] | None = None,
+    task_classes: TaskClasses | None = None,
     seed: int | None = None,
     shuffle: bool = True,
+    limit: int | None = None,
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
 ) -> NCScenario:
@@ -48,7 +53,8 @@ def SplitCUB200(
             10, dataset_root="data", preprocessing=model, seed=0
         )
 
-    :param n_experiences: number of experiences; a divisor of the number of classes.
+    :param n_experiences: number of experiences, which share the classes evenly; by default 10, or
+        that of ``task_classes``, or of ``per_exp_classes`` if they sum up to all classes.
     :param dataset_root: the folder that contains ``CUB_200_2011``, or that folder itself.
     :param download: whether to download and unpack a missing archive (1.2 GB).
     :param preprocessing: resizing and normalisation of the images: pass the timm model, or its
@@ -58,16 +64,23 @@ def SplitCUB200(
     :param eval_transform: the same for the test stream.
     :param classes: names of the classes to use, as in ``classes.txt``; ``classes[i]`` gets label i.
         By default all.
-    :param fixed_class_order: labels in the order in which they arrive; overrides the drawn order.
+    :param per_exp_classes: number of classes by experience, from 0, such as ``{0: 50}``; the other
+        experiences share the remaining classes evenly.
+    :param fixed_class_order: names or labels of all classes in the order in which they arrive;
+        overrides the drawn order. Strings are names; if none of them is one, they are labels.
+    :param task_classes: names of the classes of each task, ``{"pets": ["cat", "dog"], ...}``, or a
+        YAML or JSON file of that; instead of the three above and the drawn order.
     :param seed: seed of the class order; None draws it from the global random state.
     :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
+    :param limit: number of training images, and of test images, used of each experience, drawn by
+        ``seed`` and balanced over its classes; None for all.
     :param cache_bytes: limit of the resized images in memory, one byte per value (1.8 GB at 224
         pixels); above it, files are read on access. Benchmarks of the same files and the same
         preprocessing share one copy.
     :param return_task_id: if True, every experience has its own task label, else all have 0.
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
-    :raises ValueError: if the text files contradict each other, or ``n_experiences`` does not
-        divide the classes.
+    :raises ValueError: if the text files contradict each other, or the classes cannot be divided as
+        asked for.
     :raises OSError: if the folder, one of its text files or an image that they list is missing; if
         the archive cannot be downloaded; if an image cannot be read (on access if the images are
         not cached).
@@ -75,21 +88,27 @@ def SplitCUB200(
     root = published_folder(CUB_200_2011, dataset_root, download, _is_cub)
     preprocessing = as_preprocessing(preprocessing)
     train, test, class_names = _read_lists(root, classes)
+    tasks = divide_classes(
+        class_names,
+        n_experiences,
+        per_exp_classes=per_exp_classes,
+        fixed_class_order=fixed_class_order,
+        task_classes=task_classes,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    train, test = limit_images([train, test], tasks, class_names, limit, seed)
     train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
-    benchmark = split_by_class(
+    return split_by_class(
         train_set,
         test_set,
         class_names,
-        n_experiences,
-        seed=seed,
-        fixed_class_order=fixed_class_order,
-        shuffle=shuffle,
+        tasks,
         return_task_id=return_task_id,
-        train_transform=train_transform or preprocessing.normalize,
-        eval_transform=eval_transform or preprocessing.normalize,
+        preprocessing=preprocessing,
+        train_transform=train_transform,
+        eval_transform=eval_transform,
     )
-    benchmark.preprocessing = preprocessing if eval_transform is None else None
-    return benchmark
 
 
 def _is_cub(root: Path) -> bool:

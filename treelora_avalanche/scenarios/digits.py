@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from treelora_avalanche.models.digits import load_digits
-from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.class_incremental import divide_classes, split_by_class
 
 
 class LabelledImages(Dataset):
@@ -60,14 +60,14 @@ def SplitDigits(
     :return: the benchmark; it carries ``class_names`` and ``n_classes``.
     """
     digits = load_digits()
+    names = [str(digit) for digit in range(10)]
     return split_by_class(
         LabelledImages(digits.train_images, digits.train_labels),
         LabelledImages(digits.test_images, digits.test_labels),
-        [str(digit) for digit in range(10)],
-        n_experiences,
-        seed=seed,
-        fixed_class_order=fixed_class_order,
-        shuffle=shuffle,
+        names,
+        divide_classes(
+            names, n_experiences, seed=seed, fixed_class_order=fixed_class_order, shuffle=shuffle
+        ),
         return_task_id=return_task_id,
     )
 

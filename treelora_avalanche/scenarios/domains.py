@@ -23,6 +23,7 @@ from treelora_avalanche.scenarios.data.folders import (
     warn_of_unread,
 )
 from treelora_avalanche.scenarios.data.images import image_datasets
+from treelora_avalanche.scenarios.data.limit import limit_images
 from treelora_avalanche.scenarios.data.names import subfolders
 from treelora_avalanche.scenarios.data.overlap import check_overlap
 
@@ -43,6 +44,7 @@ def DomainImageFolder(
     seed: int | None = None,
     shuffle: bool = True,
     test_fraction: float = 0.2,
+    limit: int | None = None,
     cache_bytes: int = 2 * 1024**3,
     allow_overlap: bool = False,
 ) -> GenericCLScenario:
@@ -77,6 +79,8 @@ def DomainImageFolder(
     :param shuffle: whether to draw the order; if False, domains arrive in alphabetical order.
     :param test_fraction: share of each class of each domain that is drawn for testing if no split
         is given.
+    :param limit: number of training images, and of test images, used of each domain, drawn by
+        ``seed`` and balanced over the classes; None for all.
     :param cache_bytes: limit of the resized images in memory, one byte per value; above it, files
         are read on access. Benchmarks of the same files and the same preprocessing share one copy.
     :param allow_overlap: whether an image may be for training and for testing, in any domain.
@@ -98,7 +102,7 @@ def DomainImageFolder(
 
     train: list[list[ImageRecord]] = []
     test: list[list[ImageRecord]] = []
-    if seed is None and len(parts) == 1:  # one seed for the splits of all domains
+    if seed is None and (len(parts) == 1 or limit is not None):  # one seed for all domains
         seed = int(torch.randint(2**31, ()))
     unread: Counter[str] = Counter()
     for name in names:
@@ -106,8 +110,7 @@ def DomainImageFolder(
         if len(found) == 2:
             train_images, test_images = (list(chain(*images)) for images in found)
         else:
-            # The names appear in errors, and seed the draw of each class of each domain.
-            cells = [f"{name}/{class_name}" for class_name in class_names]
+            cells = _cells(name, class_names)
             train_images, test_images = draw_test_split(found[0], cells, test_fraction, seed)
         train.append(train_images)
         test.append(test_images)
@@ -115,6 +118,10 @@ def DomainImageFolder(
     warn_of_unread(root, unread)
     if not allow_overlap:
         check_overlap(root, list(chain(*train)), list(chain(*test)))
+    labels = [range(len(class_names))]
+    for i, name in enumerate(names):
+        cells = _cells(name, class_names)
+        train[i], test[i] = limit_images([train[i], test[i]], labels, cells, limit, seed)
     datasets = image_datasets(train + test, preprocessing, cache_bytes)
     # The generator of the same family as `nc_benchmark`, with which Avalanche's strategies work.
     benchmark = dataset_benchmark(
@@ -128,6 +135,11 @@ def DomainImageFolder(
     benchmark.class_names = class_names
     benchmark.n_classes = len(class_names)
     return benchmark
+
+
+def _cells(domain: str, class_names: list[str]) -> list[str]:
+    """Returns the names of the classes in a domain, for errors; they seed the draws."""
+    return [f"{domain}/{class_name}" for class_name in class_names]
 
 
 def _parts(root: Path) -> list[Path]:
@@ -189,6 +201,7 @@ def _common_classes(
         raise ValueError(
             f"the domains of `dataset_root` {str(root)!r} should hold the same classes, but do not "
             f"({lacking}). Complete them, or name the common ones in `classes=`"
-            f"{': ' + ', '.join(common) if common else ' (there are none)'}."
+            f"{': ' + ', '.join(common) if common else ' (there are none)'}. Folders with classes "
+            "of their own are tasks for `ImageTasks` (`--scenario image_tasks`)."
         )
     return select_classes(root, common, common, classes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from treelora_avalanche.models.vision import ImagePreprocessing, as_preprocessing
 from treelora_avalanche.scenarios.data.archives import IMAGENET_R, published_folder
-from treelora_avalanche.scenarios.data.class_incremental import split_by_class
+from treelora_avalanche.scenarios.data.class_incremental import divide_classes, split_by_class
 from treelora_avalanche.scenarios.data.folders import list_class_folders, list_images
 from treelora_avalanche.scenarios.data.images import image_datasets
+from treelora_avalanche.scenarios.data.limit import limit_images
+from treelora_avalanche.scenarios.data.task_file import TaskClasses
 
 N_IMAGES = 30_000
 
@@ -48,7 +50,7 @@ WNIDS = tuple(_WNIDS.split())
 
 
 def SplitImageNetR(
-    n_experiences: int = 10,
+    n_experiences: int | None = None,
     *,
     dataset_root: str | Path,
     download: bool = False,
@@ -56,10 +58,13 @@ def SplitImageNetR(
     train_transform: Callable[[Tensor], Any] | None = None,
     eval_transform: Callable[[Tensor], Any] | None = None,
     classes: Sequence[str] | None = None,
-    fixed_class_order: Sequence[int] | None = None,
+    per_exp_classes: Mapping[int, int] | None = None,
+    fixed_class_order: Sequence[str | int] | None = None,
+    task_classes: TaskClasses | None = None,
     seed: int | None = None,
     shuffle: bool = True,
     test_fraction: float = 0.2,
+    limit: int | None = None,
     cache_bytes: int = 2 * 1024**3,
     return_task_id: bool = False,
 ) -> NCScenario:
@@ -81,7 +86,8 @@ def SplitImageNetR(
             10, dataset_root="data", preprocessing=model, seed=0
         )
 
-    :param n_experiences: number of experiences; a divisor of the number of classes.
+    :param n_experiences: number of experiences, which share the classes evenly; by default 10, or
+        that of ``task_classes``, or of ``per_exp_classes`` if they sum up to all classes.
     :param dataset_root: the folder that contains ``imagenet-r``, or that folder itself.
     :param download: whether to download and unpack a missing archive (2.2 GB).
     :param preprocessing: resizing and normalisation of the images: pass the timm model, or its
@@ -91,18 +97,25 @@ def SplitImageNetR(
     :param eval_transform: the same for the test stream.
     :param classes: names of the class folders to use; ``classes[i]`` gets label i. By default all
         200, sorted by name; none may be missing then.
-    :param fixed_class_order: labels in the order in which they arrive; overrides the drawn order.
+    :param per_exp_classes: number of classes by experience, from 0, such as ``{0: 50}``; the other
+        experiences share the remaining classes evenly.
+    :param fixed_class_order: names or labels of all classes in the order in which they arrive;
+        overrides the drawn order. Strings are names; if none of them is one, they are labels.
+    :param task_classes: names of the classes of each task, ``{"pets": ["cat", "dog"], ...}``, or a
+        YAML or JSON file of that; instead of the three above and the drawn order.
     :param seed: seed of the class order and of the drawn split; None draws both from the global
         random state.
     :param shuffle: whether to draw the class order; if False, labels arrive in ascending order.
     :param test_fraction: share of each class that is drawn for testing if no split is given.
+    :param limit: number of training images, and of test images, used of each experience, drawn by
+        ``seed`` and balanced over its classes; None for all.
     :param cache_bytes: limit of the resized images in memory, one byte per value (4.5 GB at 224
         pixels); above it, files are read on access. Benchmarks of the same files and the same
         preprocessing share one copy.
     :param return_task_id: if True, every experience has its own task label, else all have 0.
     :return: the benchmark; it carries ``class_names`` (``class_names[label]``) and ``n_classes``.
-    :raises ValueError: if classes or images are missing, or ``n_experiences`` does not divide the
-        classes.
+    :raises ValueError: if classes or images are missing, or the classes cannot be divided as asked
+        for.
     :raises OSError: if the folder is missing or the archive cannot be downloaded; if an image
         cannot be read (on access if the images are not cached).
     """
@@ -117,21 +130,27 @@ def SplitImageNetR(
             f"{len(train) + len(test):,}. Unpack {IMAGENET_R.url} again, or name the classes to "
             "use in `classes=`: their images are not counted."
         )
+    tasks = divide_classes(
+        class_names,
+        n_experiences,
+        per_exp_classes=per_exp_classes,
+        fixed_class_order=fixed_class_order,
+        task_classes=task_classes,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    train, test = limit_images([train, test], tasks, class_names, limit, seed)
     train_set, test_set = image_datasets([train, test], preprocessing, cache_bytes)
-    benchmark = split_by_class(
+    return split_by_class(
         train_set,
         test_set,
         class_names,
-        n_experiences,
-        seed=seed,
-        fixed_class_order=fixed_class_order,
-        shuffle=shuffle,
+        tasks,
         return_task_id=return_task_id,
-        train_transform=train_transform or preprocessing.normalize,
-        eval_transform=eval_transform or preprocessing.normalize,
+        preprocessing=preprocessing,
+        train_transform=train_transform,
+        eval_transform=eval_transform,
     )
-    benchmark.preprocessing = preprocessing if eval_transform is None else None
-    return benchmark
 
 
 def _parts(root: Path) -> list[Path]:

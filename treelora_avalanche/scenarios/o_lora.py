@@ -15,13 +15,9 @@ from avalanche.benchmarks import CLScenario
 
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.scenarios.data.text_benchmark import TextTask, text_benchmark
-from treelora_avalanche.scenarios.data.text_records import (
-    Records,
-    TextRecord,
-    read_json,
-    read_utf8,
-    text_of,
-)
+from treelora_avalanche.scenarios.data.text_files import read_file, read_utf8
+from treelora_avalanche.scenarios.data.text_parts import ordered_tasks
+from treelora_avalanche.scenarios.data.text_records import Records, TextRecord, text_of
 from treelora_avalanche.scenarios.trace import TRACE_TASKS, trace_tasks
 
 logger = logging.getLogger(__name__)
@@ -109,8 +105,10 @@ def OLoRAOrder(
     data_root: str | Path,
     model: Any,
     *,
+    tasks: Sequence[str] | None = None,
     skip_missing_tasks: bool = False,
     limit: int | None = None,
+    eval_limit: int | str | None = None,
     max_length: int = 1024,
 ) -> CLScenario:
     """Returns O-LoRA's text classifications in one of its six orders, :data:`O_LORA_ORDERS`.
@@ -127,19 +125,25 @@ def OLoRAOrder(
     :param order: 1 to 3, four tasks each; 4 to 6, fifteen tasks each.
     :param data_root: the folder that contains ``CL_Benchmark``, or that folder itself.
     :param model: the :class:`~treelora_avalanche.models.LanguageModel` to train, or a tokenizer.
+    :param tasks: names of the tasks of that order to use, in order of arrival; by default all, in
+        that order.
     :param skip_missing_tasks: whether to leave out missing tasks; results are then not comparable
         with O-LoRA's.
     :param limit: number of records used of each file, from its start; None for all.
+    :param eval_limit: the same for testing, or ``"all"``; None for ``limit``.
     :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :return: the benchmark; it carries ``task_names``.
     :raises FileNotFoundError: if tasks are missing.
-    :raises ValueError: if ``order`` is unknown, or a file does not hold such records.
+    :raises ValueError: if ``order`` or a task is unknown, or a file does not hold such records.
     """
     if order not in O_LORA_ORDERS:
         raise ValueError(f"`order` should be one of O-LoRA's orders, 1 to 6, but is {order!r}.")
-    names = _present(data_root, O_LORA_ORDERS[order], skip_missing_tasks)
+    names = O_LORA_ORDERS[order] if tasks is None else ordered_tasks(tasks, None)
+    for name in names:
+        check_known(f"task in `tasks` of order {order}", name, O_LORA_ORDERS[order])
+    names = _present(data_root, names, skip_missing_tasks)
     built = classification_tasks(data_root, names)
-    return text_benchmark(built, model, limit=limit, max_length=max_length)
+    return text_benchmark(built, model, limit=limit, eval_limit=eval_limit, max_length=max_length)
 
 
 def LongSequence(
@@ -149,6 +153,7 @@ def LongSequence(
     *,
     skip_missing_tasks: bool = False,
     limit: int | None = None,
+    eval_limit: int | str | None = None,
     max_length: int = 1024,
 ) -> CLScenario:
     """Returns TreeLoRA's sequence of fifteen tasks (Table 9): TRACE's, then seven of O-LoRA's.
@@ -163,6 +168,7 @@ def LongSequence(
     :param skip_missing_tasks: whether to leave out missing tasks of O-LoRA, such as Yelp and Yahoo;
         results are then not comparable with TreeLoRA's.
     :param limit: number of records used of each file, from its start; None for all.
+    :param eval_limit: the same for testing, or ``"all"``; None for ``limit``.
     :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :return: the benchmark; it carries ``task_names``.
     :raises FileNotFoundError: if tasks are missing.
@@ -173,7 +179,7 @@ def LongSequence(
         *trace_tasks(data_root, variant, TRACE_TASKS),
         *classification_tasks(data_root, names),
     ]
-    return text_benchmark(built, model, limit=limit, max_length=max_length)
+    return text_benchmark(built, model, limit=limit, eval_limit=eval_limit, max_length=max_length)
 
 
 def classification_tasks(data_root: str | Path, names: Sequence[str]) -> list[TextTask]:
@@ -237,11 +243,11 @@ def _records(file: Path, family: str, labels: Sequence[str]) -> Records:
     instruction = _INSTRUCTIONS[family]
     before = "" if instruction is None else f"{instruction}Option: {', '.join(labels)} \n"
     records = []
-    for number, record in enumerate(read_json(file)):
-        label = text_of(record, "label", file, number)
+    for record, place in read_file(file):
+        label = text_of(record, "label", place)
         if label == _NO_LABEL:
             continue
-        check_known(f"label in record {number} of {file}", label, labels)
-        sentence = text_of(record, "sentence", file, number)
+        check_known(f"label in {place}", label, labels)
+        sentence = text_of(record, "sentence", place)
         records.append(TextRecord(f"{before}{sentence}\nAnswer:", label))
     return Records(file, records)

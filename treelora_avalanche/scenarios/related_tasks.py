@@ -179,6 +179,7 @@ def GroupedTexts(
     groups: Mapping[str, Sequence[str]] = TEXT_GROUPS,
     *,
     limit: int | None = None,
+    eval_limit: int | str | None = None,
     max_length: int = 1024,
     seed: int | None = None,
 ) -> CLScenario:
@@ -193,6 +194,7 @@ def GroupedTexts(
     :param model: the :class:`~treelora_avalanche.models.LanguageModel` to train, or a tokenizer.
     :param groups: the tasks of each group.
     :param limit: number of records used of each file, from its start; None for all.
+    :param eval_limit: the same for testing, or ``"all"``; None for ``limit``.
     :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :param seed: seed of the order; None draws it from the global random state.
     :return: the benchmark, with ``task_names`` and ``groups``, one name for each experience.
@@ -202,7 +204,9 @@ def GroupedTexts(
     tasks = [(group, name) for group, names in groups.items() for name in names]
     tasks = _shuffled(tasks, _generator(seed))
     built = classification_tasks(data_root, [name for _, name in tasks])
-    benchmark = text_benchmark(built, model, limit=limit, max_length=max_length)
+    benchmark = text_benchmark(
+        built, model, limit=limit, eval_limit=eval_limit, max_length=max_length
+    )
     benchmark.groups = [group for group, _ in tasks]
     return benchmark
 

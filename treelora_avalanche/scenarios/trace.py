@@ -10,7 +10,7 @@ from avalanche.benchmarks import CLScenario
 
 from treelora_avalanche.choices import TRACE_VARIANTS, check_known
 from treelora_avalanche.scenarios.data.text_benchmark import TextTask, text_benchmark
-from treelora_avalanche.scenarios.data.text_folder import ordered_tasks
+from treelora_avalanche.scenarios.data.text_parts import ordered_tasks
 from treelora_avalanche.scenarios.data.text_records import read_records
 
 
@@ -56,6 +56,7 @@ def TRACE(
     tasks: Sequence[str] | None = None,
     order: Sequence[int] | None = None,
     limit: int | None = None,
+    eval_limit: int | str | None = None,
     max_length: int = 1024,
 ) -> CLScenario:
     """Returns the eight tasks of TRACE, one experience each.
@@ -79,6 +80,7 @@ def TRACE(
     :param tasks: names of the tasks to use, in order of arrival; by default all, in TRACE's order.
     :param order: positions in that list, from 0, to change the order.
     :param limit: number of records used of each file, from its start; None for all.
+    :param eval_limit: the same for testing, or ``"all"``; None for ``limit``.
     :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :return: the benchmark; it carries ``task_names``.
     :raises FileNotFoundError: if the variant lacks a task.
@@ -86,7 +88,7 @@ def TRACE(
         file and record.
     """
     built = trace_tasks(data_root, variant, ordered_tasks(tasks or TRACE_TASKS, order))
-    return text_benchmark(built, model, limit=limit, max_length=max_length)
+    return text_benchmark(built, model, limit=limit, eval_limit=eval_limit, max_length=max_length)
 
 
 def MathLLM(
@@ -96,6 +98,7 @@ def MathLLM(
     *,
     order: Sequence[int] | None = None,
     limit: int | None = None,
+    eval_limit: int | str | None = None,
     max_length: int = 1024,
 ) -> CLScenario:
     """Returns TRACE's three tasks of science and mathematics, :data:`MATH_TASKS` (Table 7).
@@ -109,6 +112,7 @@ def MathLLM(
     :param variant: records per task: ``"500"``, as in TreeLoRA, ``"1000"`` or ``"5000"``.
     :param order: positions in :data:`MATH_TASKS`, from 0, to change the order.
     :param limit: number of records used of each file, from its start; None for all.
+    :param eval_limit: the same for testing, or ``"all"``; None for ``limit``.
     :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :return: the benchmark, as :func:`TRACE` returns it.
     :raises FileNotFoundError: if the variant lacks a task.
@@ -121,6 +125,7 @@ def MathLLM(
         tasks=MATH_TASKS,
         order=order,
         limit=limit,
+        eval_limit=eval_limit,
         max_length=max_length,
     )
 

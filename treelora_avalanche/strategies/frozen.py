@@ -15,9 +15,11 @@ from treelora_avalanche.adapters import find_host
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
 from treelora_avalanche.defaults import VISION_TRAINING
 from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.views.precision import train_in_float32
 from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys
 from treelora_avalanche.strategies.base.arguments import TemplateOptions
+from treelora_avalanche.strategies.base.outputs import check_returns_logits
 from treelora_avalanche.strategies.base.untrained import UntrainedStrategy
 
 
@@ -102,9 +104,11 @@ class _FrozenBackbone(UntrainedStrategy):
                 f"but is a {type(model).__name__}. Use one such as "
                 "timm.create_model('vit_base_patch16_224')."
             )
+        check_returns_logits(model)
         head = classifier_of(model)  # raises where there is none
         model.requires_grad_(False)
         head.requires_grad_(True)
+        train_in_float32(model)  # sums over many samples
         super().__init__(
             model=model,
             criterion=nn.CrossEntropyLoss(),

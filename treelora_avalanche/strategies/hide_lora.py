@@ -58,8 +58,7 @@ class HiDeLoRA(SeqLoRA):
     :param seed: seed of the pseudo-features.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA` without ``head``, which is the method's own.
-        ``target_modules`` cannot be chosen for images, and is ``("k_proj", "v_proj")`` by default
-        for language models.
+        ``target_modules`` is ``("k_proj", "v_proj")`` by default for language models.
     :raises ValueError: if an argument is out of range, or the model is of another kind; the model
         is then unchanged.
     """
@@ -95,5 +94,7 @@ class HiDeLoRA(SeqLoRA):
 
     def _view(self, model: nn.Module) -> TrainableView:
         if isinstance(model, LanguageModel):
-            return RoutedLanguageModel(model, self.bank, self.query_length)
+            return RoutedLanguageModel(
+                model, self.bank, layer="last", query_length=self.query_length
+            )
         return RoutedAdapters(model, self.bank)

@@ -27,18 +27,21 @@ class InContext(TokenBatches, UntrainedStrategy):
     TRACE (Wang et al. 2023, arXiv 2310.06762) prepends six demonstrations of the task that a prompt
     is known to belong to. Here the demonstrations are those of the nearest seen task, see
     :class:`~treelora_avalanche.models.views.in_context_language.InContextLanguageModel`. They are
-    used in generation; the loss is that of the model without them.
+    balanced over a task's answers, and used in generation, whose first letter, line or paragraph is
+    the answer, whichever form the task's training answers have; the loss is that of the model
+    without them.
 
-    Stores per task ``n_demonstrations`` pairs of prompt and answer, and one vector as wide as the
-    model's embeddings. Task labels are not used.
+    Stores per task up to ``n_demonstrations`` pairs of prompt and answer, and one vector as wide as
+    the model's embeddings. Task labels are not used.
 
     Example::
 
         strategy = InContext(create_language_model("meta-llama/Llama-2-7b-hf"), n_demonstrations=6)
 
     :param model: a :class:`~treelora_avalanche.models.LanguageModel`, which is frozen. Its
-        ``max_length`` covers demonstrations and prompt together; the first demonstrations are
-        dropped where it is exceeded.
+        ``max_length`` covers demonstrations and prompt together: fewer are drawn where they do
+        not fit before a prompt of median length, with a warning, and the first are left out before
+        longer ones.
     :param n_demonstrations: demonstrations per task, from its training texts.
     :param seed: seed of their choice.
     :param eval_mb_size: mini-batch size for evaluation.
@@ -47,7 +50,7 @@ class InContext(TokenBatches, UntrainedStrategy):
     :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
     :param kwargs: further arguments of :class:`avalanche.training.templates.SupervisedTemplate`.
     :raises ValueError: if an argument is out of range, or the model is of another kind; the model
-        is then unchanged.
+        is then unchanged. The first ``train`` raises one if no demonstration fits.
     """
 
     def __init__(

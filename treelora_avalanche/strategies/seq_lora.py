@@ -5,11 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from avalanche.models import MultiTaskModule
 from avalanche.training.plugins import SupervisedPlugin
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import (
@@ -19,10 +16,12 @@ from treelora_avalanche.adapters import (
     lora_layers,
 )
 from treelora_avalanche.adapters.graph import check_trainable
+from treelora_avalanche.adapters.other_libraries import check_not_torchvision
 from treelora_avalanche.models.views.split_language import SplitLanguageModel, supports_split
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins import ActivationCachePlugin
 from treelora_avalanche.strategies.base.arguments import TrainingOptions
+from treelora_avalanche.strategies.base.outputs import check_returns_logits
 from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
     check_training,
@@ -54,7 +53,8 @@ class SeqLoRA(ParameterEfficientStrategy):
     :param alpha: LoRA's output is scaled by ``alpha / rank``; default 10, for language models 32.
     :param layers: adapted blocks: ``"first:k"``, ``"last:k"``, ``"all"`` or block numbers; default
         the first five, for language models all.
-    :param target_modules: adapted linear layers inside a block; default the fused ``qkv`` (or
+    :param target_modules: adapted linear layers inside a block, or modules of it, such as
+        ``["mlp"]``, for all of their linear layers; default the fused ``qkv`` (or
         ``q_proj``, ``k_proj``, ``v_proj``), for language models queries and values.
     :param cache: memory in bytes for the cached outputs of the frozen blocks below the adapter,
         ``"auto"`` or None, see :class:`~treelora_avalanche.plugins.ActivationCachePlugin`.
@@ -80,8 +80,9 @@ class SeqLoRA(ParameterEfficientStrategy):
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Unpack[TrainingOptions],
     ):
+        check_not_torchvision(model, target_modules)
         check_training(model, plugins=plugins, **kwargs)
-        _check_returns_logits(model)
+        check_returns_logits(model)
         activation_cache = ActivationCachePlugin(cache)
         check_trainable(model)
         if not lora_layers(model):
@@ -97,21 +98,3 @@ class SeqLoRA(ParameterEfficientStrategy):
     def _view(self, model: nn.Module) -> TrainableView:
         """The view of a model with LoRA that becomes :attr:`model`."""
         return SplitLanguageModel(model) if supports_split(model) else trainable_view(model)
-
-
-def _check_returns_logits(model: nn.Module) -> None:
-    inner = model.module if isinstance(model, TrainableView) else model
-    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-    if isinstance(inner, PreTrainedModel):
-        raise ValueError(
-            "`model` should return logits, but is a transformers model "
-            f"({type(inner).__name__}), which returns more. "
-            "Wrap it as `treelora_avalanche.models.LanguageModel(model, tokenizer)`, or make it "
-            "with `create_language_model` or `create_text_encoder`."
-        )
-    if any(isinstance(module, MultiTaskModule) for module in inner.modules()):
-        raise ValueError(
-            f"`model` should have one head for all tasks, but this {type(inner).__name__} has one "
-            "for each, chosen by task labels, which are not used. Pass it without `as_multitask`, "
-            "with num_classes for all tasks together."
-        )

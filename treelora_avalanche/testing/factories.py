@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from avalanche.training.determinism.rng_manager import RNGManager
@@ -83,9 +83,8 @@ def resolve(factory: Factory) -> Callable[..., Any]:
     """
     if not isinstance(factory, str):
         return factory
-    module, _, name = factory.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        found = EntryPoint("factory", factory, group="").load()
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"a factory should be a function or a reference 'module:name', but is {factory!r}, "

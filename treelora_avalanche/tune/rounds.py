@@ -167,10 +167,12 @@ class _LastPrepared:
     def __init__(self) -> None:
         self.last: Ingredients | None = None
 
-    def __call__(self, seed: int, settings: RunSettings) -> Ingredients:
+    def __call__(
+        self, seed: int, settings: RunSettings, methods: Sequence[str] = ()
+    ) -> Ingredients:
         if self.last is None or self.last.seed != seed:
             self.last = None  # only one is in memory
-            self.last = prepare(seed, settings)
+            self.last = prepare(seed, settings, methods)
         return self.last
 
 

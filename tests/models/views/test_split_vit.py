@@ -102,7 +102,7 @@ def test_hidden_states_stand_for_the_images(blocks, kind):
 
 def test_the_last_block_computes_the_class_token_alone(images):
     for kind, expected in (("plain", 1), ("mean of the patches", 5)):
-        view = SplitViT(lora_vit(kind))
+        view = SplitViT(lora_vit(kind)).eval()
         seen = []
         view.transformer.blocks[-1].mlp.register_forward_pre_hook(
             lambda _, inputs, seen=seen: seen.append(inputs[0].shape[1])

@@ -57,7 +57,9 @@ for task in "ab":
         path = Path(folder, f"texts{rank}", task, f"{part}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(records))
-texts = TextTasks(Path(folder, f"texts{rank}"), tokenizer, max_length=32, max_new_tokens=4)
+texts = TextTasks(
+    Path(folder, f"texts{rank}"), tokenizer, max_length=32, max_new_tokens=4, allow_overlap=True
+)
 first_block = []
 
 

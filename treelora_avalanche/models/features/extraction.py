@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.adapters.trainable_view import active_forward, evaluating
+from treelora_avalanche.adapters.trainable_view import (
+    active_forward,
+    at_least_float32,
+    evaluating,
+)
 
 if TYPE_CHECKING:
     from treelora_avalanche.processes import Processes
@@ -59,7 +63,8 @@ def extract_features(
     :param batch_size: samples per forward pass.
     :param device: device of the model.
     :param processes: processes that divide the samples among them; each gets all features.
-    :return: features ``(n_samples, dim)`` and classes ``(n_samples,)``, on the device.
+    :return: features ``(n_samples, dim)``, at least in float32, and classes ``(n_samples,)``; both
+        on the device.
     """
     targets: list[Tensor] = []
     n_samples = len(dataset)
@@ -70,7 +75,8 @@ def extract_features(
         for images, target, *_ in DataLoader(dataset, batch_size):
             forward(images.to(device))
             targets.append(target.to(device))
-    found, classes = torch.cat(features).to(classifier_of(model).weight.dtype), torch.cat(targets)
+    weight = classifier_of(model).weight
+    found, classes = torch.cat(features).to(at_least_float32(weight).dtype), torch.cat(targets)
     if processes is not None:
         found, classes = (processes.whole(f, n_samples, batch_size) for f in (found, classes))
     return found, classes

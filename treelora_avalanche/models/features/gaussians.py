@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from treelora_avalanche.adapters.trainable_view import at_least_float32
 from treelora_avalanche.state import check_keys
 
 Statistics = TypeVar("Statistics", bound="Any")
@@ -246,8 +247,8 @@ def train_head(
     :param generator: source of randomness, on the CPU.
     """
     seen, rows = pseudo_features.labels.unique(return_inverse=True)
-    weight = head.weight.detach()[seen].requires_grad_()
-    bias = head.bias.detach()[seen].requires_grad_()
+    weight = at_least_float32(head.weight.detach()[seen]).requires_grad_()
+    bias = at_least_float32(head.bias.detach()[seen]).requires_grad_()
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     targets = rows.repeat_interleave(n_per_class)
@@ -261,8 +262,8 @@ def train_head(
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        head.weight[seen] = weight
-        head.bias[seen] = bias
+        head.weight[seen] = weight.to(head.weight.dtype)
+        head.bias[seen] = bias.to(head.bias.dtype)
 
 
 def feature_drift(before: Tensor, after: Tensor, ridge: float = 0.01) -> tuple[Tensor, Tensor]:

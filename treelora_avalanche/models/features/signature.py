@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters import LoRAFactors, lora_layers
+from treelora_avalanche.adapters.factors import check_linear
 from treelora_avalanche.adapters.trainable_view import active_forward, evaluating
+from treelora_avalanche.models.token_batches import collate_hidden_states
 from treelora_avalanche.models.tokens import real_tokens
 
 
@@ -34,6 +36,7 @@ def activation_signature(
     :param seed: seed of the coordinates; equal seeds give equal ones.
     :return: ``(n_layers, size)``; each row is divided by its L1 norm.
     """
+    check_linear(model, "signatures of activations")
     factors = LoRAFactors(model)
     size = min(size, *(shape.n_in for shape in factors.shapes))
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +49,7 @@ def activation_signature(
             rows = activations.flatten(0, -2)
         else:
             rows = activations[real_tokens(samples)[:, : activations.shape[1]]]
-        means.append(rows.mean(0)[drawn[len(means)].to(rows.device)])
+        means.append(rows.to(factors.stack.dtype).mean(0)[drawn[len(means)].to(rows.device)])
 
     layers = [model.get_submodule(name) for name in lora_layers(model)]
     hooks = [layer.register_forward_pre_hook(observe) for layer in layers]
@@ -57,7 +60,7 @@ def activation_signature(
     finally:
         for hook in hooks:
             hook.remove()
-    return F.normalize(torch.stack(means).to(factors.stack.dtype), p=1.0, dim=1)
+    return F.normalize(torch.stack(means), p=1.0, dim=1)
 
 
 def stack_samples(dataset: Sequence[tuple[Tensor, ...]], rows: Sequence[int]) -> list[Tensor]:
@@ -68,5 +71,7 @@ def stack_samples(dataset: Sequence[tuple[Tensor, ...]], rows: Sequence[int]) ->
     :return: the inputs ``(n, ...)`` and the targets ``(n, ...)``.
     """
     pairs = [dataset[row][:2] for row in rows]
+    if torch.as_tensor(pairs[0][0]).ndim == 2:  # hidden states of texts, of different lengths
+        return collate_hidden_states(pairs)[:2]
     columns = zip(*pairs, strict=True)
     return [torch.stack([torch.as_tensor(part) for part in column]) for column in columns]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora_avalanche.adapters import find_classifier
+from treelora_avalanche.adapters.trainable_view import at_least_float32
 from treelora_avalanche.models.prompts.pools import (
     DualPrompted,
     PromptPool,
@@ -70,6 +71,7 @@ def attend_with_prefix(attention: Attention, hidden: Tensor, prefix: Tensor) -> 
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, n_heads, n_tokens, head_dim)
     q, k = attention.q_norm(q), attention.k_norm(k)
     prefix_k, prefix_v = prefix.expand(batch, *prefix.shape[1:]).transpose(2, 3).unbind(1)
+    prefix_k, prefix_v = prefix_k.to(k.dtype), prefix_v.to(v.dtype)
     k, v = torch.cat((prefix_k, k), 2), torch.cat((prefix_v, v), 2)
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return attention.proj(attention.norm(mixed))
@@ -123,7 +125,8 @@ class PromptedViT(nn.Module):
 
         :param images: a batch of preprocessed images.
         """
-        return self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
+        features = self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
+        return at_least_float32(features)
 
     def _embed(self, images: Tensor) -> Tensor:
         vit = self.vit
@@ -156,7 +159,8 @@ class PromptTunedViT(PromptedViT):
         if self.training:
             self.key_distance = self.pool.distance(queries, picks)
         prompts = self.pool.take(picks)
-        hidden = self.vit.norm(self.vit.blocks(torch.cat((prompts, self._embed(images)), 1)))
+        tokens = self._embed(images)
+        hidden = self.vit.norm(self.vit.blocks(torch.cat((prompts.to(tokens.dtype), tokens), 1)))
         return self.vit.head(self.vit.fc_norm(hidden[:, : prompts.shape[1]].mean(1)))
 
 

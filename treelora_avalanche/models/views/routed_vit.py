@@ -28,20 +28,23 @@ class RoutedAdapters(SplitViT, RoutedView):
     def __init__(self, module: nn.Module, bank: AdapterBank):
         if not is_transformer(module):
             raise ValueError(
-                "`inference` is 'routed', which takes a timm VisionTransformer with timm's own "
-                "forward pass; use inference='last'."
+                "`inference` is 'routed', which takes a timm VisionTransformer or Eva with timm's "
+                "own forward pass; use inference='last'."
             )
         super().__init__(module)
         self.bank = bank
 
     def routed(self, images: Tensor, router: Router) -> Tensor:
         factors = LoRAFactors(self.module)
-        hidden = self.hidden(images)
+        start = self.start(images)
         with factors.restored():
             factors.zero_()
-            chosen = router(self.features(hidden))
+            chosen = router(self.features(start))
             return forward_by_adapter(
-                factors, self.bank, chosen, lambda rows: self.forward_active(hidden[rows])
+                factors,
+                self.bank,
+                chosen,
+                lambda rows: self.forward_active(start._replace(hidden=start.hidden[rows])),
             )
 
     def frozen_features(self, images: Tensor) -> Tensor:

@@ -83,13 +83,16 @@ def forward_by_adapter(
 
     :param factors: the active factors, which are overwritten; see :meth:`LoRAFactors.restored`.
     :param bank: the adapters.
-    :param chosen: index in the bank of each sample's adapter, ``(batch,)``.
+    :param chosen: index in the bank of each sample's adapter, -1 for none, ``(batch,)``.
     :param forward: from the indices of some samples to their outputs under the active adapter.
     :return: the outputs in the order of the samples, ``(batch, ...)``.
     """
     rows, outputs = [], []
     for adapter in chosen.unique().tolist():
         rows.append((chosen == adapter).nonzero().squeeze(1))
-        factors.stack.copy_(bank[adapter])
+        if adapter < 0:
+            factors.zero_()
+        else:
+            factors.stack.copy_(bank[adapter])
         outputs.append(forward(rows[-1]))
     return torch.cat(outputs)[torch.cat(rows).argsort()]

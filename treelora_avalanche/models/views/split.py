@@ -24,6 +24,9 @@ class SplitView(TrainableView):
     :param module: a model with LoRA.
     """
 
+    reads_inputs = False
+    """Whether ``forward`` needs the samples themselves in evaluation mode."""
+
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self.n_settled = 0

@@ -130,6 +130,16 @@ class SplitLanguageModel(SplitView):
 
         :param x: token ids, padded on the right with -1, ``(batch, length)``.
         """
+        return self.output_below(x, self.n_frozen or 0)
+
+    def output_below(self, x: Tensor, n_layers: int) -> Tensor:
+        """Returns the output of the lowest layers, without gradients: ``(batch, length, dim)``.
+
+        The layers above are not computed. At padding it is NaN.
+
+        :param x: token ids, padded on the right with -1, ``(batch, length)``.
+        :param n_layers: number of layers, below that of the model.
+        """
         layers = self.blocks
         reached: list[Tensor] = []
 
@@ -142,7 +152,7 @@ class SplitLanguageModel(SplitView):
 
         hook = layers[0].register_forward_hook(note_form)
         try:
-            with torch.no_grad(), self.autocasting(), replaced(layers[self.n_frozen :], record):
+            with torch.no_grad(), self.autocasting(), replaced(layers[n_layers:], record):
                 self.module.logits(x, last=1)
         finally:
             hook.remove()
@@ -160,6 +170,14 @@ class SplitLanguageModel(SplitView):
             return logits
         if x.device.type == "cpu" or x.shape[1] >= self.module.max_length:
             x = crop(x)  # as the model does with tokens
+        return self.logits_above(x, last)
+
+    def logits_above(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Returns the logits for the output of the frozen layers, none of it cropped.
+
+        :param x: ``(batch, length, dim)``.
+        :param last: see :meth:`forward_active`.
+        """
         real = real_tokens(x)
         # Perhaps cached in fewer bits than the residual stream has. The value at padding affects no
         # output, but has to be a number.

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
-from timm.models import checkpoint_seq
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models import checkpoint, checkpoint_seq
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters import TrainableView
+from treelora_avalanche.models.views.class_token import (
+    class_token_of,
+    has_own,
+    head_reads_class_token,
+)
 from treelora_avalanche.models.views.split import SplitView
 
 _AFTER_EMBEDDING = ("blocks.", "norm.", "attn_pool.", "fc_norm.", "head.")
 
 
-def find_transformer(model: nn.Module) -> VisionTransformer | None:
+Transformer = VisionTransformer | Eva
+"""Classes of timm; EVA-02, DINOv3 and other models with rotary embeddings are ``Eva``."""
+
+
+def find_transformer(model: nn.Module) -> Transformer | None:
     """Returns the timm vision transformer in a model, if it has timm's own forward pass.
+
+    Not one of class ``Eva`` that drops patches or jitters its rotary embeddings in training: each
+    forward pass would draw others for its upper blocks.
 
     :param model: a plain model, or one with LoRA; with or without a view.
     :return: None where there is none.
     """
     for module in model.modules():
-        if isinstance(module, VisionTransformer):
-            return module if _has_own(module, "forward", "forward_features") else None
+        if isinstance(module, Transformer):
+            own = has_own(module, "forward", "forward_features")
+            return module if own and not _draws_positions(module) else None
     return None
 
 
-def _has_own(vit: VisionTransformer, *methods: str) -> bool:
-    """Returns whether a transformer has timm's own methods, and not those of a subclass."""
-    return all(getattr(type(vit), name) is getattr(VisionTransformer, name) for name in methods)
+def _draws_positions(vit: Transformer) -> bool:
+    return isinstance(vit, Eva) and (
+        vit.patch_drop is not None or getattr(vit.rope, "aug_active", False)
+    )
 
 
 def trainable_view(model: nn.Module) -> TrainableView:
@@ -53,7 +68,7 @@ def is_transformer(model: nn.Module) -> bool:
     )
 
 
-def frozen_blocks(vit: VisionTransformer) -> int | None:
+def frozen_blocks(vit: Transformer) -> int | None:
     """Returns the number of blocks below the lowest one with a trainable parameter.
 
     :param vit: the transformer.
@@ -69,53 +84,24 @@ def frozen_blocks(vit: VisionTransformer) -> int | None:
     return lowest
 
 
-def head_reads_class_token(vit: VisionTransformer) -> bool:
-    """Returns whether the head reads the output of the last block at the class token alone.
+class Start(NamedTuple):
+    """Output of the frozen blocks, and what the other blocks read next to it.
 
-    :param vit: the transformer.
+    :param hidden: ``(batch, n_tokens, dim)``.
+    :param rope: rotary position embeddings of the patches, as timm passes them on; None where the
+        model has none.
     """
-    last = vit.blocks[-1]
-    return (
-        _has_own(vit, "forward_head", "pool")
-        and vit.global_pool == "token"
-        and vit.attn_pool is None
-        and vit.has_class_token
-        and type(last) is Block
-        and type(last.attn) is Attention
-        and getattr(last.attn, "gate", None) is None
-    )
 
-
-def class_token_of(block: nn.Module, hidden: Tensor) -> Tensor:
-    """Returns the output of a block at the class token.
-
-    Its keys and values come from all tokens; its query, and all that follows, from one.
-
-    :param block: a block of timm.
-    :param hidden: ``(batch, n_tokens, dim)``, the class token first.
-    :return: ``(batch, 1, dim)``.
-    """
-    at: Any = block  # to mypy, what a module holds may be a tensor
-    attention = at.attn
-    n, n_tokens, _ = hidden.shape
-    qkv = attention.qkv(at.norm1(hidden)).reshape(
-        n, n_tokens, 3, attention.num_heads, attention.head_dim
-    )
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, n_heads, n_tokens, head_dim) each
-    # For a single query the fused attention is not faster, and in bf16 on a CPU far slower.
-    scores = (attention.scale * attention.q_norm(q[:, :, :1])) @ attention.k_norm(k).mT
-    mixed = attention.attn_drop(scores.softmax(-1)) @ v  # (batch, n_heads, 1, head_dim)
-    mixed = attention.norm(mixed.transpose(1, 2).flatten(2))  # (batch, 1, dim)
-    mixed = attention.proj_drop(attention.proj(mixed))
-    token = hidden[:, :1] + at.drop_path1(at.ls1(mixed))
-    return token + at.drop_path2(at.ls2(at.mlp(at.norm2(token))))
+    hidden: Tensor
+    rope: Tensor | None = None
 
 
 class SplitViT(SplitView):
     """Splits a timm vision transformer at the first trainable block.
 
-    The frozen blocks run without gradients. Where the head reads nothing else, only the class
-    token's output of the last block is computed. The logits are those of the model up to rounding::
+    It is one of class ``VisionTransformer`` or ``Eva``. The frozen blocks run without gradients.
+    Where the head reads nothing else, only the class token's output of the last block is computed.
+    The logits are those of the model up to rounding::
 
         view = SplitViT(add_lora(vit, layers="last:3"))
         hidden = view.frozen_output(images)  # (batch, n_tokens, dim)
@@ -128,16 +114,16 @@ class SplitViT(SplitView):
     def __init__(self, module: nn.Module):
         if not is_transformer(module):
             raise ValueError(
-                f"`module` ({type(module).__name__}) is no timm VisionTransformer with timm's own "
-                "forward pass; use TrainableView."
+                f"`module` ({type(module).__name__}) is no timm VisionTransformer or Eva with "
+                "timm's own forward pass; use TrainableView."
             )
         super().__init__(module)
 
     @property
-    def transformer(self) -> VisionTransformer:
+    def transformer(self) -> Transformer:
         """The transformer inside the peft model."""
         # Not kept: as a second submodule it would give every parameter a second name.
-        return cast(VisionTransformer, find_transformer(self.module))
+        return cast(Transformer, find_transformer(self.module))
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -153,62 +139,115 @@ class SplitViT(SplitView):
         """Returns the number of frozen blocks, see :func:`frozen_blocks`."""
         return frozen_blocks(self.transformer)
 
+    def agrees(self, x: Tensor) -> bool:
+        """Returns whether hidden states alone determine the rest of the forward pass.
+
+        Not so for images of another size than the model's, whose rotary embeddings differ.
+
+        :param x: a batch of images.
+        """
+        vit = self.transformer
+        if not isinstance(vit, Eva):
+            return True
+        grid = vit.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        return bool(grid == vit.patch_embed.grid_size)
+
     def frozen_output(self, x: Tensor) -> Tensor:
         """Returns the output of the frozen blocks, without gradients: ``(batch, n_tokens, dim)``.
 
         :param x: images, ``(batch, channels, height, width)``.
         """
-        vit = self.transformer
+        return self.start(x).hidden
+
+    def start(self, x: Tensor) -> Start:
+        """Returns the output of the frozen blocks, with the rotary embeddings of the images.
+
+        :param x: images; or the output of the frozen blocks for images of the model's own size.
+        """
+        if x.ndim != 4:
+            return Start(x, _rope_of(self.transformer))
         trained = torch.is_grad_enabled() and self.n_frozen is None
         with torch.set_grad_enabled(trained), self.autocasting():
-            hidden = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
-            for block in self.blocks[: self.n_frozen or 0]:
+            start = _embed(self.transformer, x)
+            return start._replace(hidden=self._run(start, 0, self.n_frozen or 0))
+
+    def _run(self, start: Start, first: int, last: int) -> Tensor:
+        """Returns the output of the blocks from ``first`` to the one before ``last``."""
+        hidden, vit = start.hidden, self.transformer
+        for number in range(first, last):
+            block = vit.blocks[number]
+            if isinstance(vit, Eva):
+                hidden = block(hidden, rope=_rope_at(vit, start.rope, number))
+            else:
                 hidden = block(hidden)
         return hidden
 
-    def trained_output(self, hidden: Tensor) -> Tensor:
+    def _run_checkpointed(self, start: Start, first: int, last: int) -> Tensor:
+        hidden, vit = start.hidden, self.transformer
+        if not isinstance(vit, Eva):
+            return cast(Tensor, checkpoint_seq(vit.blocks[first:last], hidden))
+        for number in range(first, last):
+            rope = _rope_at(vit, start.rope, number)
+            hidden = checkpoint(vit.blocks[number], hidden, rope=rope)
+        return hidden
+
+    def trained_output(self, start: Start) -> Tensor:
         """Returns the input of the head under the active adapter: ``(batch, n_tokens or 1, dim)``.
 
-        :param hidden: output of the frozen blocks, in any precision.
+        :param start: output of the frozen blocks, in any precision.
         """
         vit = self.transformer
-        blocks = self.blocks[self.n_frozen or 0 :]
-        last = blocks.pop() if blocks and head_reads_class_token(vit) else None
+        first, last = self.n_frozen or 0, len(vit.blocks)
+        shortens = first < last and head_reads_class_token(vit)
         # Perhaps cached in fewer bits than the residual stream has.
-        hidden = hidden.to(self.weight_dtype)
-        if vit.grad_checkpointing:
-            hidden = checkpoint_seq(blocks, hidden)
-        else:
-            for block in blocks:
-                hidden = block(hidden)
-        if last is not None:
-            hidden = class_token_of(last, hidden)
-        return vit.norm(hidden)
+        start = start._replace(hidden=start.hidden.to(self.weight_dtype))
+        run = self._run_checkpointed if vit.grad_checkpointing else self._run
+        hidden = run(start, first, last - shortens)
+        if shortens:
+            hidden = class_token_of(vit.blocks[-1], hidden, _rope_at(vit, start.rope, last - 1))
+        return cast(Tensor, vit.norm(hidden))
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor | Start) -> Tensor:
         """Returns the input of the classifier under the active adapter, ``(batch, dim)``.
 
         :param x: as for :meth:`forward_active`.
         """
         return self._head_output(x, pre_logits=True)
 
-    def forward_active(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward_active(self, x: Tensor | Start) -> Tensor:  # type: ignore[override]
         """Returns the logits under the active adapter, ``(batch, n_classes)``.
 
         :param x: images ``(batch, channels, height, width)``, or the output of the frozen blocks
-            for them, ``(batch, n_tokens, dim)``.
+            for them, ``(batch, n_tokens, dim)`` or :class:`Start`.
         """
         return self._head_output(x, pre_logits=False)
 
-    def _head_output(self, x: Tensor, pre_logits: bool) -> Tensor:
+    def _head_output(self, x: Tensor | Start, pre_logits: bool) -> Tensor:
         with self.autocasting():
-            last = self.trained_output(self.hidden(x))
+            last = self.trained_output(x if isinstance(x, Start) else self.start(x))
             output = self.transformer.forward_head(last, pre_logits=pre_logits)
             return cast(Tensor, self.full_precision(output))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Returns the output of the frozen blocks for images, or ``x`` if it is that already.
 
-        :param x: as for :meth:`forward_active`.
-        """
-        return self.frozen_output(x) if x.ndim == 4 else x
+def _embed(vit: Transformer, images: Tensor) -> Start:
+    """Returns the input of the first block."""
+    tokens = vit.patch_embed(images)
+    if isinstance(vit, Eva):
+        hidden, rope = vit._pos_embed(tokens)
+        return Start(vit.norm_pre(hidden), rope)
+    return Start(vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens))))
+
+
+def _rope_of(vit: Transformer) -> Tensor | None:
+    """Returns the rotary embeddings of images of the model's own size, as timm computes them."""
+    rope: Any = vit.rope if isinstance(vit, Eva) else None
+    if rope is None:
+        return None
+    kept = hasattr(rope, "feat_shape") and not vit.dynamic_img_size
+    shape = {} if kept else {"shape": vit.patch_embed.grid_size}
+    return cast(Tensor, rope.get_embed(**shape))
+
+
+def _rope_at(vit: Transformer, rope: Tensor | None, number: int) -> Tensor | None:
+    """Returns the rotary embeddings of a block, which some models have of its own."""
+    return rope[number] if rope is not None and getattr(vit, "rope_mixed", False) else rope

@@ -161,6 +161,8 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
         if not isinstance(view, SplitView):
             self._log_once("the model cannot be split at a block")
             return
+        if not training and view.reads_inputs:
+            return
         if not view.n_frozen:
             self._log_once("no block is frozen below the adapter (choose layers='last:k')")
             return
@@ -175,6 +177,7 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
         # A copy, so that the benchmark's own experience keeps its images.
         strategy.experience = copy.copy(strategy.experience)
         strategy.experience._dataset = kept.dataset
+        strategy.experience.uncached_dataset = dataset
 
     def _find(self, strategy: Any, training: bool, num_workers: int) -> _Kept | None:
         """Returns the cache entry of the experience, computed if needed; None without a cache."""
@@ -272,6 +275,9 @@ class ActivationCachePlugin(SupervisedPlugin, supports_distributed=True):  # typ
             self._log_once("a sample read again differs (random augmentation, or two transforms)")
             return False
         some = torch.stack(images[:2]).to(device)
+        if not on_text and not view.agrees(some):
+            self._log_once("the images have another size than the model's")
+            return False
         if isinstance(view, SplitLanguageModel):
             some = crop(some)
             if not view.agrees(crop(some[:1])):

@@ -19,7 +19,8 @@ from treelora_avalanche.scenarios.data.names import files_within, subfolders
 
 LAYOUTS = (
     "Accepted are <root>/train/<class>/<image> with <root>/test/<class>/<image>, or "
-    "<root>/<class>/<image>, from which a test set is drawn"
+    "<root>/<class>/<image>, from which a test set is drawn; one folder per task is for "
+    "`ImageTasks`, one per domain for `DomainImageFolder`"
 )
 _UNREAD = (
     ".apng .arw .avif .avifs .cr2 .cr3 .dcm .dib .dng .exr .gif .hdr .heic .heif .hif .ico .j2k "
@@ -59,27 +60,43 @@ def list_images(
     """
     if not root.is_dir():
         raise ValueError(f"`dataset_root` should be a folder, but is {str(root)!r}. {LAYOUTS}.")
-    unread: Counter[str] = Counter()
-    given = [part for part in ("train", "test") if (root / part).is_dir()]
-    if len(given) == 2:
-        train_names, test_names = (list_class_folders(root / part) for part in given)
-        class_names = select_classes(root, train_names, test_names, classes)
-        train, test = (
-            list(chain(*images_by_class(root / part, class_names, unread=unread))) for part in given
-        )
-        warn_of_unread(root, unread)
-        return train, test, class_names
-    if given and subfolders(root / given[0]):
-        missing = "test" if given == ["train"] else "train"
+    given = [root / part for part in ("train", "test") if (root / part).is_dir()]
+    if len(given) == 1 and subfolders(given[0]):
+        missing = "test" if given[0].name == "train" else "train"
         raise ValueError(
-            f"`dataset_root` {str(root)!r} has a folder {given[0]!r} with classes but none named "
-            f"{missing!r}. {LAYOUTS}."
+            f"`dataset_root` {str(root)!r} has a folder {given[0].name!r} with classes but none "
+            f"named {missing!r}. {LAYOUTS}."
         )
-    names = list_class_folders(root)
-    class_names = select_classes(root, names, names, classes)
-    images = images_by_class(root, class_names, unread=unread)
+    return read_parts(root, given if len(given) == 2 else [root], classes, test_fraction, seed)
+
+
+def read_parts(
+    root: Path,
+    parts: Sequence[Path],
+    classes: Sequence[str] | None,
+    test_fraction: float,
+    seed: int | None,
+    layouts: str = LAYOUTS,
+) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
+    """Returns the training images, the test images and the class names of folders of classes.
+
+    :param root: the folder, for the errors.
+    :param parts: the folders for training and for testing, or the one to draw both from.
+    :param classes: names of the classes to use; None for all, sorted by name.
+    :param test_fraction: share of each class that is drawn for testing if no split is given.
+    :param seed: seed of that draw; None takes one from the global random state.
+    :param layouts: the accepted layouts, for the errors.
+    :raises ValueError: if the folders, their classes or their images do not fit.
+    """
+    names = [list_class_folders(part, layouts) for part in parts]
+    class_names = select_classes(root, names[0], names[-1], classes)
+    unread: Counter[str] = Counter()
+    images = [images_by_class(part, class_names, layouts, unread) for part in parts]
     warn_of_unread(root, unread)
-    train, test = draw_test_split(images, class_names, test_fraction, seed)
+    if len(parts) == 2:
+        train, test = (list(chain(*found)) for found in images)
+    else:
+        train, test = draw_test_split(images[0], class_names, test_fraction, seed)
     return train, test, class_names
 
 

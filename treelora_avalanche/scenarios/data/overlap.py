@@ -1,13 +1,14 @@
-"""Search for equal images in the training and the test set."""
+"""Search for equal images, or equal text records, in the training and the test set."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from treelora_avalanche.scenarios.data.folders import ImageRecord
+from treelora_avalanche.scenarios.data.text_records import Records
 
 _TAIL = 4096
 
@@ -28,6 +29,32 @@ def check_overlap(root: Path, train: Iterable[ImageRecord], test: Iterable[Image
             f"training and test images of `dataset_root` {str(root)!r} should differ, but "
             f"{len(pairs)} of {len(test)} test images are training images too, such as {twin!r}, "
             f"which equals {path!r}. Delete one of each two, or pass `allow_overlap=True`."
+        )
+
+
+def check_text_overlap(
+    task: str, train: tuple[Records, Sequence[int]], test: tuple[Records, Sequence[int]]
+) -> None:
+    """Raises an error if a record for testing has the prompt and the answer of one for training.
+
+    :param task: name of the task, for the error.
+    :param train: records for training, with their positions in the file.
+    :param test: the same for testing.
+    :raises ValueError: if there are equal records; the error names two.
+    """
+    number_of = dict(zip(reversed(train[0].records), reversed(train[1]), strict=True))
+    pairs = [
+        (number_of[record], number)
+        for record, number in zip(test[0].records, test[1], strict=True)
+        if record in number_of
+    ]
+    if pairs:
+        first, second = pairs[0]
+        raise ValueError(
+            f"training and test records of task {task!r} should differ, but {len(pairs)} of "
+            f"{len(test[1])} test records are training records too, such as record {second} of "
+            f"{test[0].file}, whose prompt and answer are those of record {first} of "
+            f"{train[0].file}. Delete one of each two, or pass `allow_overlap=True`."
         )
 
 

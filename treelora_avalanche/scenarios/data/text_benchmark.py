@@ -18,7 +18,7 @@ from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.models.token_loss import IGNORED
 from treelora_avalanche.models.tokenization import EncodedSample, encode_sample
 from treelora_avalanche.models.tokens import PADDING
-from treelora_avalanche.scenarios.data.text_records import Records
+from treelora_avalanche.scenarios.data.text_records import Records, check_limits
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,12 @@ def as_avalanche_dataset(
 
 
 def text_benchmark(
-    tasks: Sequence[TextTask], model: Any, *, limit: int | None = None, max_length: int = 1024
+    tasks: Sequence[TextTask],
+    model: Any,
+    *,
+    limit: int | None = None,
+    eval_limit: int | str | None = None,
+    max_length: int = 1024,
 ) -> CLScenario:
     """Returns an Avalanche benchmark of text tasks, one experience each.
 
@@ -150,23 +155,23 @@ def text_benchmark(
     :param tasks: the tasks, in order of arrival.
     :param model: the :class:`~treelora_avalanche.models.LanguageModel` to train, or a tokenizer.
     :param limit: number of records used of each file, from its start; None for all.
+    :param eval_limit: the same for testing, or ``"all"``; None for ``limit``.
     :param max_length: limit of the tokens of a prompt and its answer if ``model`` is a tokenizer.
     :return: the benchmark; it carries ``task_names``.
     :raises ValueError: if there is nothing to learn, or the tokenizer cannot be used.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` should be at least 1, but is {limit}. Use None for all records.")
+    limits = dict(zip(("train", "test"), check_limits(limit, eval_limit), strict=True))
     if not tasks:
         raise ValueError("`tasks` should name at least one task, but is empty.")
-    tokenizer, max_length = _tokenizer_of(model, max_length)
+    tokenizer, max_length = tokenizer_of(model, max_length)
     datasets: dict[str, list[Any]] = {"train": [], "test": []}
     for task in tasks:
         for name, records in (("train", task.train), ("test", task.test)):
-            datasets[name].append(_encoded(records.first(limit), tokenizer, max_length))
+            datasets[name].append(_encoded(records.first(limits[name]), tokenizer, max_length))
     benchmark = with_task_labels(benchmark_from_datasets(**datasets))
     for stream, name in ((benchmark.train_stream, "train"), (benchmark.test_stream, "test")):
         for experience, task in zip(stream, tasks, strict=True):
-            records = getattr(task, name).first(limit).records
+            records = getattr(task, name).first(limits[name]).records
             experience.task_name = task.name
             experience.prompts = [record.prompt for record in records]
             experience.answers = [record.answer for record in records]
@@ -178,8 +183,14 @@ def text_benchmark(
     return benchmark
 
 
-def _tokenizer_of(model: Any, max_length: int) -> tuple[Any, int]:
-    """Returns the tokenizer and the limit of the tokens."""
+def tokenizer_of(model: Any, max_length: int) -> tuple[Any, int]:
+    """Returns the tokenizer and the limit of the tokens of a prompt and its answer.
+
+    :param model: a :class:`~treelora_avalanche.models.LanguageModel`, which has its own limit, or
+        a tokenizer.
+    :param max_length: the limit if ``model`` is a tokenizer.
+    :raises ValueError: if it is neither.
+    """
     host = find_host(model) if isinstance(model, torch.nn.Module) else None
     if isinstance(host, LanguageModel):
         return host.tokenizer, host.max_length

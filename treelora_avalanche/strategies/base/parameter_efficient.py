@@ -21,12 +21,8 @@ from treelora_avalanche.adapters.classifier import (
     classifier_of,
     find_classifiers,
 )
-from treelora_avalanche.adapters.graph import (
-    check_adapters,
-    check_logits,
-    trace,
-    warn_of_still_adapters,
-)
+from treelora_avalanche.adapters.first_pass import TRACED_SAMPLES, TRACED_TOKENS, skip_check
+from treelora_avalanche.adapters.graph import check_gradients
 from treelora_avalanche.checkpoint import Resumable
 from treelora_avalanche.choices import HEADS, PRECISIONS, SCHEDULES, check_known
 from treelora_avalanche.models.views.precision import set_precision
@@ -127,8 +123,8 @@ class ParameterEfficientStrategy(
         defaults = LANGUAGE if find_host(model) else VISION
         schedule = schedule or defaults.numbers.schedule
         self.accumulation_steps = accumulation_steps
-        plugins = _sharded_first(model, plugins or (), device)
         set_precision(model, precision, device)
+        plugins = _sharded_first(model, plugins or (), device)
         # On its device now: an optimizer of parameters that move later would train copies.
         model.to(device)
         optimizer = _make_optimizer(optimizer, lr, defaults, model)
@@ -144,6 +140,7 @@ class ParameterEfficientStrategy(
             evaluator=defaults.evaluator if evaluator is default_evaluator else evaluator,
             **kwargs,
         )
+        skip_check(model)  # this class checks before the first experience
         logger.info(
             "%s, %s schedule; batches of %d, %d per step; %d epochs",
             type(optimizer).__name__ + f" at {optimizer.param_groups[0]['lr']:g}",
@@ -170,24 +167,16 @@ class ParameterEfficientStrategy(
     def _check_gradients(self, **kwargs: Any) -> None:
         """Raises an error for an adapter or a classifier that training would not reach."""
         x = _first_samples(
-            self.experience.dataset, min(_TRACED_SAMPLES, self.train_mb_size), **kwargs
+            self.experience.dataset, min(TRACED_SAMPLES, self.train_mb_size), **kwargs
         )
-        traced = trace(self.model, x.to(self.device))
-        check_adapters(traced, self.model)
-        warn_of_still_adapters(traced)
         of_features = not isinstance(self._criterion, nn.CrossEntropyLoss) and not find_classifiers(
             self.model
         )
-        if traced.of_samples and not of_features:  # an output layer over a vocabulary stays frozen
-            check_logits(traced, self.model)
+        check_gradients(self.model, x.to(self.device), of_features=of_features)
 
     def _before_eval_exp(self, **kwargs: Any) -> None:
         check_classes(self.model, self.experience)
         super()._before_eval_exp(**kwargs)
-
-
-_TRACED_SAMPLES = 2
-_TRACED_TOKENS = 32  # of a text: its memory is then below that of any step of training
 
 
 def _first_samples(
@@ -205,7 +194,7 @@ def _first_samples(
         x: torch.Tensor = collate(samples)[0]
     finally:
         set_random_state(before)
-    return x[:, :_TRACED_TOKENS] if hasattr(dataset, "lengths") else x  # token sequences
+    return x[:, :TRACED_TOKENS] if hasattr(dataset, "lengths") else x  # token sequences
 
 
 def _sharded_first(

@@ -6,7 +6,8 @@ from typing import Any
 
 from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 
-from treelora_avalanche.models.token_batches import token_loader
+from treelora_avalanche.models.token_batches import prompt_lengths, token_loader
+from treelora_avalanche.models.views.routed_language import RoutedLanguageModel
 
 
 class TokenBatches:
@@ -57,6 +58,8 @@ class TokenBatches:
     def forward(self: Any) -> Any:
         """Returns the logits of the current batch; for token sequences, where there are targets."""
         x, y = self.mb_x, self.mb_y
+        if y.ndim == 2 and isinstance(self.model, RoutedLanguageModel) and not self.model.training:
+            return self.model(x, last=y.shape[1], prompt_lengths=prompt_lengths(x, y))
         if y.ndim == 2 and y.shape[1] < x.shape[1] and not any(map(_needs_all, self.plugins)):
             return self.model(x, last=y.shape[1])
         return super().forward()  # type: ignore[misc]
