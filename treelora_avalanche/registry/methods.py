@@ -247,6 +247,7 @@ METHODS: Registry[Method] = Registry(
             models=LANGUAGE,
             options={"inference": "merged"},
             also_reads=TREE_SETTINGS,
+            strength=_TREE_STRENGTH,
         ),
         "SeqLoRA": Method(_OURS + "SeqLoRA", "plain LoRA: one adapter, trained sequentially"),
         "EWCLoRA": Method(
