@@ -9,6 +9,7 @@ import pytest
 # Highest first. A layer imports from lower ones only.
 CHAIN = (
     "cli",
+    "tune",
     "compare",
     "reports",
     "runs",

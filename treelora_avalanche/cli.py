@@ -5,6 +5,7 @@ torch and Avalanche are imported after parsing, so that ``--help`` is immediate.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -23,12 +25,19 @@ from treelora_avalanche.choices import check_known
 from treelora_avalanche.recipes import RECIPES, describe_recipe
 from treelora_avalanche.registry.methods import METHODS, check_models
 from treelora_avalanche.registry.names import YAML_MODE, quote_arguments
-from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
+from treelora_avalanche.registry.settings import (
+    METHOD_SETTINGS,
+    SCENARIOS,
+    TUNE_TASKS,
+    RunSettings,
+)
 from treelora_avalanche.registry.streams import check_files
 
 LISTS = ("methods", "scenarios", "recipes")
 DEFAULT_METHODS = ["TreeLoRA", "SeqLoRA", "Naive"]
 DEFAULT_SEEDS = [0, 1, 2]
+LISTABLE = sorted(METHOD_SETTINGS - {"layers", "target_modules"})
+"""Settings of methods that have one value, of which ``compare`` takes lists."""
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -57,8 +66,12 @@ def _complain(message: object) -> None:
     print(f"treelora: error: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
-    """Adds the fields of :class:`RunSettings` as flags, in groups."""
+def _add_settings(parser: jsonargparse.ArgumentParser, *, lists: bool = False) -> None:
+    """Adds the fields of :class:`RunSettings` as flags, in groups.
+
+    :param parser: the parser.
+    :param lists: whether options of methods that have one value may be lists of values.
+    """
     parser.add_argument(
         "--config",
         action="config",
@@ -70,9 +83,11 @@ def _add_settings(parser: jsonargparse.ArgumentParser) -> None:
         title = field.metadata["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
+        # The list first: a string would be taken for a single value.
+        listed = GenericAlias(list, (_one(types[field.name]),)) | types[field.name]
         group.add_argument(
             f"--{field.name}",
-            type=types[field.name],
+            type=listed if lists and field.name in LISTABLE else types[field.name],
             default=field.default,
             help=field.metadata["help"],
         )
@@ -89,6 +104,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     commands.add_subcommand("list", _list_parser(), help="show methods, scenarios and recipes")
     commands.add_subcommand("train", _train_parser(), help="train one method with one seed")
     commands.add_subcommand("compare", _compare_parser(), help="train and compare methods")
+    commands.add_subcommand(
+        "tune", _tune_parser(), help="choose learning rates and strengths on the first tasks"
+    )
     return parser
 
 
@@ -133,17 +151,51 @@ def _train_parser() -> _Parser:
 def _compare_parser() -> _Parser:
     parser = _Parser(
         description="Train methods on the same streams and compare them; by default on a small "
-        "embedded stream. Finished runs in the output folder are not run again."
+        "embedded stream. Finished runs in the output folder are not run again. A list of values, "
+        "as in --tree_lambda '[0.1, 0.5]', makes a row of each."
     )
-    parser.add_argument(
-        "--methods", type=str, default=DEFAULT_METHODS, nargs="+", help=", ".join(METHODS)
-    )
+    _add_methods(parser)
     parser.add_argument(
         "--seeds", type=int, default=DEFAULT_SEEDS, nargs="+", help="each method runs once per seed"
     )
     parser.add_argument(
         "--output", type=str, default="runs/compare", help="folder of the run folders and the table"
     )
+    _add_executor(parser)
+    _add_force(parser)
+    _add_settings(parser, lists=True)
+    return parser
+
+
+def _tune_parser() -> _Parser:
+    parser = _Parser(
+        description="Choose the learning rate of each method, then its strength, on held-out "
+        "training samples of the first tasks; write them as YAML for treelora compare --config. "
+        "Finished trials in the output folder are kept."
+    )
+    _add_methods(parser)
+    parser.add_argument(
+        "--trials", type=int, default=10, help="trials per method, the same for every method"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=[0], nargs="+", help="seeds of each trial; scores are averaged"
+    )
+    parser.add_argument(
+        "--output", type=str, default="runs/tune", help="folder of the trials and the choice"
+    )
+    _add_executor(parser)
+    _add_settings(parser)
+    parser.set_defaults(tune_tasks=TUNE_TASKS)
+    return parser
+
+
+def _add_methods(parser: jsonargparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods", type=str, default=DEFAULT_METHODS, nargs="+", help=", ".join(METHODS)
+    )
+
+
+def _add_executor(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executor",
         type=str | None,
@@ -158,9 +210,6 @@ def _compare_parser() -> _Parser:
         help="of slurm: {partition: gpu, time: 240, gpus_per_job: 1}, time in minutes, and other "
         "parameters of submitit; of processes: {workers: 2}",
     )
-    _add_force(parser)
-    _add_settings(parser)
-    return parser
 
 
 def _add_force(parser: jsonargparse.ArgumentParser) -> None:
@@ -169,8 +218,28 @@ def _add_force(parser: jsonargparse.ArgumentParser) -> None:
     )
 
 
+def _one(annotation: Any) -> Any:
+    """Returns a type without None."""
+    return next(
+        (kind for kind in typing.get_args(annotation) if kind is not type(None)), annotation
+    )
+
+
 def _settings(options: Any) -> RunSettings:
     return RunSettings(**{field.name: options[field.name] for field in fields(RunSettings)})
+
+
+def _grid(options: Any) -> list[RunSettings]:
+    """Returns the settings for each combination of listed values."""
+    values = {field.name: options[field.name] for field in fields(RunSettings)}
+    lists = {name: values[name] for name in LISTABLE if isinstance(values[name], list)}
+    for name, listed in lists.items():
+        if not listed:
+            raise ValueError(f"`--{name}` should be a value or a list of values, but is [].")
+    return [
+        RunSettings(**{**values, **dict(zip(lists, point, strict=True))})
+        for point in itertools.product(*lists.values())
+    ]
 
 
 def _check_early(methods: Sequence[str], settings: RunSettings, output: str | None) -> None:
@@ -320,6 +389,13 @@ def _list_options(name: str, console: Any) -> None:
         console.print(f"Set by {flag}{rows[0][0]}: ...{closing}", highlight=False, markup=False)
     else:
         console.print("No options of its own.")
+    if name in METHODS and entry.strength is not None:
+        strength = entry.strength
+        console.print(
+            f"Its strength, for treelora tune: {strength.option}, from {strength.low:g} to "
+            f"{strength.high:g}",
+            highlight=False,
+        )
     if shared:
         console.print(f"Flags it reads: {', '.join(sorted(shared))}", highlight=False)
 
@@ -361,10 +437,13 @@ def _train(options: Any) -> int:
 def _compare(options: Any) -> int:
     from rich.console import Console
 
-    settings = _settings(options)
-    _check_early(options.methods, settings, None if options.executor == "slurm" else options.output)
-    _before_heavy_imports(settings)
-    from treelora_avalanche.compare import compare, earlier_results
+    points = _grid(options)
+    for settings in points:
+        _check_early(
+            options.methods, settings, None if options.executor == "slurm" else options.output
+        )
+    _before_heavy_imports(points[0])
+    from treelora_avalanche.compare import compare, earlier_results, expand_options
     from treelora_avalanche.reports.figures import write_figures
     from treelora_avalanche.reports.table import rich_table, write_table
 
@@ -372,7 +451,7 @@ def _compare(options: Any) -> int:
     cells = compare(
         options.methods,
         options.seeds,
-        settings,
+        [point for settings in points for point in expand_options(settings)],
         output,
         executor=options.executor,
         executor_options=options.executor_options,
@@ -406,6 +485,52 @@ def _compare(options: Any) -> int:
     return 1 if failed else 0
 
 
+def _tune(options: Any) -> int:
+    from rich.console import Console
+
+    settings = _settings(options)
+    _check_early(options.methods, settings, None if options.executor == "slurm" else options.output)
+    _before_heavy_imports(settings)
+    from treelora_avalanche.tune import caption, table, tune, write_tuned
+
+    tuned = tune(
+        options.methods,
+        settings,
+        options.output,
+        trials=options.trials,
+        seeds=options.seeds,
+        executor=options.executor,
+        executor_options=options.executor_options,
+    )
+    output = Path(options.output)
+    write_tuned(tuned, settings, output, options.seeds)
+    console = Console()
+    console.print(table(tuned))
+    console.print(caption(tuned, settings, options.seeds), style="dim", highlight=False)
+    console.print(
+        f"Written to {output}: tuned.yaml, tuned.md, trials.csv, one folder per run.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    failed = [of_method for of_method in tuned if of_method.error is not None]
+    for of_method in failed:
+        console.print(
+            f"{of_method.method} failed, {of_method.error} See error.txt in {output / 'trials'}. "
+            "The same command continues.",
+            style="red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    if len(failed) < len(tuned):
+        console.print(
+            f"Next: treelora compare --config {output / 'tuned.yaml'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 1 if failed else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``treelora``.
 
@@ -419,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "list":
             return _list(options["list"])
-        run_command = {"train": _train, "compare": _compare}[options.command]
+        run_command = {"train": _train, "compare": _compare, "tune": _tune}[options.command]
         return run_command(options[options.command])
     except (ValueError, OSError) as error:
         # OSError: missing files and folders, failed downloads of weights.

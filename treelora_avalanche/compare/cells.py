@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveLines
 
+from treelora_avalanche.plugins import NonFiniteLossError
 from treelora_avalanche.runs import Progress
 
 
@@ -30,6 +31,7 @@ class Cell:
     :param results: content of ``results.json``; None if the run failed.
     :param error: one line on the error, if the run failed.
     :param reused: whether the run was finished before.
+    :param row: name of its row; by default the method.
     """
 
     method: str
@@ -39,6 +41,15 @@ class Cell:
     results: dict[str, Any] | None = None
     error: str | None = None
     reused: bool = False
+    row: str = ""
+
+    def __post_init__(self) -> None:
+        self.row = self.row or self.method
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run failed because its loss became NaN or infinite."""
+        return (self.error or "").startswith(NonFiniteLossError.__name__)
 
 
 class MethodLines:
@@ -122,7 +133,7 @@ class MethodLines:
         :param text: the line.
         """
         self.console.print(
-            f"{cell.method}, seed {cell.seed}: {escape(text)}", soft_wrap=True, highlight=False
+            f"{cell.row}, seed {cell.seed}: {escape(text)}", soft_wrap=True, highlight=False
         )
 
     def finish(self, cell: Cell) -> None:
@@ -130,11 +141,11 @@ class MethodLines:
 
         :param cell: the finished or failed cell.
         """
-        self.done[cell.method] += 1
-        line = self.lines[cell.method]
+        self.done[cell.row] += 1
+        line = self.lines[cell.row]
         if cell.results is None:
             self.console.print(
-                f"[red]failed[/red]  {cell.method}, seed {cell.seed}: {escape(cell.error or '')}",
+                f"[red]failed[/red]  {cell.row}, seed {cell.seed}: {escape(cell.error or '')}",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -145,5 +156,5 @@ class MethodLines:
             state = f"{note}, {self.measure} {100 * accuracy:.1f} %"
             self.live.update(line, state=state)
             if self.live.disable:
-                self.console.print(f"{cell.method}, seed {cell.seed}: {state}", highlight=False)
-        self.live.update(line, total=self.n_seeds, completed=self.done[cell.method])
+                self.console.print(f"{cell.row}, seed {cell.seed}: {state}", highlight=False)
+        self.live.update(line, total=self.n_seeds, completed=self.done[cell.row])

@@ -6,7 +6,7 @@ again, an interrupted cell is resumed, and a failing cell does not stop the othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from treelora_avalanche.choices import EXECUTORS
 from treelora_avalanche.compare.cells import Cell, MethodLines
 from treelora_avalanche.compare.executors import attempt, attempt_all, settings_of_jobs
 from treelora_avalanche.registry import METHODS, RegistrationError, RunSettings, check_models
+from treelora_avalanche.reports.table import labels
 from treelora_avalanche.runs import (
     Ingredients,
     changed_inputs,
+    check_arguments,
     fingerprints,
     finished_results,
     prepare,
@@ -30,17 +32,21 @@ from treelora_avalanche.runs import (
     run_name,
 )
 
+Prepare = Callable[[int, RunSettings, Sequence[str]], Ingredients]
+"""Signature of :func:`~treelora_avalanche.runs.prepare`."""
+
 
 def compare(
     methods: Sequence[str],
     seeds: Sequence[int],
-    settings: RunSettings,
+    settings: RunSettings | Sequence[RunSettings],
     output: Path | str,
     *,
     console: Console | None = None,
     executor: str | None = None,
     executor_options: Mapping[str, Any] | None = None,
     force: bool = False,
+    prepared: Prepare | None = None,
 ) -> list[Cell]:
     """Runs every method with every seed, except for finished runs.
 
@@ -48,13 +54,17 @@ def compare(
 
     :param methods: names of the methods, in the order of the table.
     :param seeds: the seeds; under one seed, all methods have the same stream and backbone.
-    :param settings: the settings of all methods.
+    :param settings: the settings of all methods; several, which differ in options of methods alone,
+        make a row for each that is different for the method, see
+        :func:`~treelora_avalanche.compare.grid.expand_options`.
     :param output: folder of the run folders.
     :param console: console of the progress lines; by default standard error.
     :param executor: runs cells in parallel: ``"processes"`` or ``"slurm"``, see
         :func:`~treelora_avalanche.compare.executors.attempt_all`; by default they run sequentially.
     :param executor_options: options of the executor.
     :param force: whether to run finished cells again.
+    :param prepared: returns the stream and the backbone of a seed, for comparisons that share them;
+        by default :func:`~treelora_avalanche.runs.prepare`. Executors build their own.
     :return: one cell per method and seed, failed ones included.
     :raises ValueError: before any training, if a name is unknown, the data cannot be used, or the
         settings do not fit a method.
@@ -67,7 +77,8 @@ def compare(
         )
     broken = _broken(methods)
     usable = [method for method in methods if method not in broken]
-    check_models(usable, settings)
+    points = [settings] if isinstance(settings, RunSettings) else list(settings)
+    check_models(usable, points[0])
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ValueError(
@@ -75,41 +86,52 @@ def compare(
         )
     options = executor_options or {}
     if executor is not None:
-        settings = settings_of_jobs(settings, executor, options)
+        points = [settings_of_jobs(point, executor, options) for point in points]
     elif options:
         raise ValueError(
             "`--executor_options` should come with `--executor`, but no executor is given. Pass "
             f"`--executor` {' or '.join(EXECUTORS)}."
         )
 
-    cells = _cells(usable, seeds, settings, output, elsewhere=executor == "slurm")
+    cells = _cells(usable, seeds, points, output, elsewhere=executor == "slurm")
     console = console or Console(stderr=True)
     failed = _failed_cells(broken, seeds, output, console)
     if not usable:
         return failed
-    lines = MethodLines(usable, len(seeds), console, measure=_measure(settings))
+    rows = list(dict.fromkeys(cell.row for cell, _ in cells))
+    lines = MethodLines(rows, len(seeds), console, measure=_measure(points[0]))
+    found = [cell for cell, _ in cells]
     with lines.live:
-        known = _reuse(cells, lines, force=force)
+        known = _reuse(found, lines, force=force)
         if executor is not None:
-            _run_elsewhere(cells, settings, executor, options, output, lines)
+            _run_elsewhere(cells, executor, options, output, lines)
         else:
-            _run_here(cells, seeds, settings, lines, known)
-    return cells + failed
+            _run_here(cells, seeds, lines, known, prepared or prepare)
+    return found + failed
 
 
 def _cells(
     methods: Sequence[str],
     seeds: Sequence[int],
-    settings: RunSettings,
+    points: Sequence[RunSettings],
     output: Path,
     *,
     elsewhere: bool,
-) -> list[Cell]:
-    def cell_of(method: str, seed: int) -> Cell:
-        config = resolve_config(method, seed, settings, elsewhere=elsewhere)
-        return Cell(method, seed, config, output / run_name(config))
-
-    return [cell_of(method, seed) for method in methods for seed in seeds]
+) -> list[tuple[Cell, RunSettings]]:
+    """Returns the cells with their settings; settings that a method does not read make none."""
+    cells: dict[Path, tuple[Cell, RunSettings]] = {}
+    for method in methods:
+        for settings in points:
+            for seed in seeds:
+                config = resolve_config(method, seed, settings, elsewhere=elsewhere)
+                folder = output / run_name(config)
+                cells.setdefault(folder, (Cell(method, seed, config, folder), settings))
+    found = list(cells.values())
+    if len(points) > 1:
+        names = labels([{"method": cell.method, "config": cell.config} for cell, _ in found])
+        for (cell, _), name in zip(found, names, strict=True):
+            cell.row = name
+    return found
 
 
 def _failed_cells(
@@ -126,23 +148,27 @@ def _failed_cells(
 
 
 def _run_here(
-    cells: Sequence[Cell],
+    cells: Sequence[tuple[Cell, RunSettings]],
     seeds: Sequence[int],
-    settings: RunSettings,
     lines: MethodLines,
     known: dict[Path, str],
+    prepared: Prepare,
 ) -> None:
     """Runs cells seed by seed, so that only one stream and backbone is in memory."""
-    unchecked = list(dict.fromkeys(cell.method for cell in cells if not cell.reused))
+    unchecked = {cell.row: (cell.method, own) for cell, own in cells if not cell.reused}
     for seed in seeds:
         ingredients: Ingredients | None = None
-        for cell in (cell for cell in cells if cell.seed == seed):
+        for cell, settings in (pair for pair in cells if pair[0].seed == seed):
             if not cell.reused:
                 if ingredients is None:
-                    lines.begin(cell.method, "preparing data and backbone")
-                    ingredients = replace(prepare(seed, settings, unchecked), known=known)
-                    unchecked = []
-                lines.begin(cell.method, "starting")
+                    lines.begin(cell.row, "preparing data and backbone")
+                    same = [method for method, own in unchecked.values() if own is settings]
+                    ingredients = replace(prepared(seed, settings, same), known=known)
+                    for method, own in unchecked.values():
+                        if own is not settings:
+                            check_arguments([method], own, ingredients)
+                    unchecked = {}
+                lines.begin(cell.row, "starting")
                 _run_cell(cell, settings, ingredients, lines)
             lines.finish(cell)
 
@@ -191,30 +217,29 @@ def _run_cell(
         settings,
         cell.folder,
         ingredients=ingredients,
-        progress=lambda now: lines.step(cell.method, now),
+        progress=lambda now: lines.step(cell.row, now),
         note=lambda text: lines.note(cell, text),
     )
     cell.results = finished_results(cell.folder, cell.config)
 
 
 def _run_elsewhere(
-    cells: Sequence[Cell],
-    settings: RunSettings,
+    cells: Sequence[tuple[Cell, RunSettings]],
     executor: str,
     options: Mapping[str, Any],
     output: Path,
     lines: MethodLines,
 ) -> None:
     missing = []
-    for cell in cells:
+    for cell, settings in cells:
         if cell.reused:
             lines.finish(cell)
         else:
-            missing.append(cell)
-            lines.begin(cell.method, "submitted")
-    tasks = [(cell.method, cell.seed, settings, cell.folder.resolve()) for cell in missing]
+            missing.append((cell, settings))
+            lines.begin(cell.row, "submitted")
+    tasks = [(cell.method, cell.seed, own, cell.folder.resolve()) for cell, own in missing]
     for number, error in attempt_all(tasks, executor, options, output) if tasks else ():
-        cell = missing[number]
+        cell, _ = missing[number]
         cell.error = error
         cell.results = finished_results(cell.folder, cell.config)
         lines.finish(cell)
@@ -246,7 +271,8 @@ def earlier_results(output: Path, cells: Sequence[Cell]) -> tuple[list[dict[str,
 def _stream_of(results: dict[str, Any]) -> tuple[Any, ...]:
     stream = results["stream"]
     names = stream.get("task_names") or stream["class_names"]
-    return results["config"]["scenario"], len(stream["trained"]), names
+    config = results["config"]
+    return config["scenario"], config.get("tune_tasks"), len(stream["trained"]), names
 
 
 def train(

@@ -32,6 +32,7 @@ from treelora_avalanche.registry.methods import (
     METHODS,
     VISION,
     Method,
+    Strength,
     check_models,
 )
 from treelora_avalanche.registry.scenarios import SCENARIOS, Scenario
@@ -55,5 +56,6 @@ __all__ = [
     "RegistrationError",
     "RunSettings",
     "Scenario",
+    "Strength",
     "check_models",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from treelora_avalanche.defaults import L2P_LR
 from treelora_avalanche.registry.entry_points import Registry, load_object
@@ -40,6 +40,26 @@ VISION = frozenset({"vision"})
 LANGUAGE = frozenset({"language"})
 BOTH = VISION | LANGUAGE
 
+LR_FACTOR = 10
+"""The learning rates to choose from reach from 1 / 10 of the default to 10 times the default."""
+
+
+class Strength(NamedTuple):
+    """Option that weighs a method's own term, and the range that it is chosen from.
+
+    >>> Strength("ewc_lambda", 1.0, 1e5)
+
+    :param option: name of the option, or of the setting.
+    :param low: lowest value; above 0, since values are drawn log-uniformly.
+    :param high: highest value.
+    :param models: kinds of models for which it has an effect.
+    """
+
+    option: str
+    low: float
+    high: float
+    models: frozenset[str] = BOTH
+
 
 @dataclass(frozen=True)
 class Method:
@@ -59,6 +79,7 @@ class Method:
     :param does_not_read: settings of its family that it does not read.
     :param rates: default learning rates, if they differ from its family's.
     :param joint: whether it trains once, on all tasks together.
+    :param strength: its strength, which ``treelora tune`` chooses after the learning rate.
     """
 
     strategy: str
@@ -71,6 +92,7 @@ class Method:
     does_not_read: frozenset[str] = frozenset()
     rates: Rates | None = None
     joint: bool = False
+    strength: Strength | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -119,6 +141,33 @@ class Method:
             return rates.language
         return rates.digits if settings.on_digits and rates.digits else rates.vision
 
+    def search_space(self, settings: RunSettings) -> dict[str, tuple[float, float]]:
+        """Returns the options that :command:`treelora tune` chooses, in its order, by range.
+
+        :param settings: the method's settings; their learning rate is the middle of its range.
+        """
+        space = {}
+        lr = self.lr(settings) if "lr" in self.reads else None
+        if lr is not None:
+            low, high = (float(f"{lr * factor:.3g}") for factor in (1 / LR_FACTOR, LR_FACTOR))
+            space["lr"] = (low, high)
+        kind = "language" if settings.on_language else "vision"
+        if self.strength is not None and kind in self.strength.models:
+            space[self.strength.option] = (self.strength.low, self.strength.high)
+        return space
+
+    def default_of(self, option: str, settings: RunSettings) -> Any:
+        """Returns the default value of an option; imports the strategy.
+
+        :param option: name of the option, or of a setting.
+        :param settings: the method's settings.
+        :return: None for a setting whose default the strategy knows.
+        """
+        if option in METHOD_SETTINGS:
+            return getattr(settings, option)
+        fixed = self.options.get(self.aliases.get(option, option))
+        return self.own_options()[option].default if fixed is None else fixed
+
     def strategy_class(self) -> type[SupervisedTemplate]:
         """Imports and returns the strategy class."""
         found: type[SupervisedTemplate] = load_object(self.strategy)
@@ -165,6 +214,7 @@ SUPPLIED = frozenset(
 
 _OURS = "treelora_avalanche.strategies:"
 _AVALANCHES = "avalanche.training:"
+_TREE_STRENGTH = Strength("tree_lambda", 0.01, 10.0)
 
 METHODS: Registry[Method] = Registry(
     "method",
@@ -175,18 +225,21 @@ METHODS: Registry[Method] = Registry(
             _OURS + "TreeLoRAStrategy",
             "LoRA pulled towards the adapter of the most similar past task, found in a K-D tree",
             also_reads=TREE_SETTINGS,
+            strength=_TREE_STRENGTH,
         ),
         "TreeLoRA-last": Method(
             _OURS + "TreeLoRAStrategy",
             "TreeLoRA that predicts with the adapter of the last task, as in the paper",
             options={"inference": "last"},
             also_reads=TREE_SETTINGS,
+            strength=_TREE_STRENGTH,
         ),
         "TreeLoRA-routed": Method(
             _OURS + "TreeLoRAStrategy",
             "TreeLoRA that predicts with the adapter a router selects for each sample",
             options={"inference": "routed"},
             also_reads=TREE_SETTINGS,
+            strength=_TREE_STRENGTH,
         ),
         "TreeLoRA-merged": Method(
             _OURS + "TreeLoRAStrategy",
@@ -194,10 +247,19 @@ METHODS: Registry[Method] = Registry(
             models=LANGUAGE,
             options={"inference": "merged"},
             also_reads=TREE_SETTINGS,
+            strength=_TREE_STRENGTH,
         ),
         "SeqLoRA": Method(_OURS + "SeqLoRA", "plain LoRA: one adapter, trained sequentially"),
-        "EWCLoRA": Method(_OURS + "EWCLoRA", "LoRA with online elastic weight consolidation"),
-        "GEMLoRA": Method(_OURS + "GEMLoRA", "LoRA with gradient episodic memory"),
+        "EWCLoRA": Method(
+            _OURS + "EWCLoRA",
+            "LoRA with online elastic weight consolidation",
+            strength=Strength("ewc_lambda", 1.0, 1e5),
+        ),
+        "GEMLoRA": Method(
+            _OURS + "GEMLoRA",
+            "LoRA with gradient episodic memory",
+            strength=Strength("memory_strength", 0.005, 1.0),
+        ),
         "OGD": Method(
             _OURS + "OGD",
             "LoRA with gradients projected orthogonally to those of past samples",
@@ -205,21 +267,25 @@ METHODS: Registry[Method] = Registry(
         "OLoRA": Method(
             _OURS + "OLoRA",
             "one LoRA per task, summed, each orthogonal to the earlier ones",
+            strength=Strength("orthogonality", 0.01, 10.0),
         ),
         "InfLoRA": Method(
             _OURS + "InfLoRA",
             "one LoRA per task, summed, each in the null space of past inputs",
+            strength=Strength("threshold", 0.8, 0.99),
         ),
         "L2P": Method(
             _OURS + "L2P",
             "prompts from a shared pool, selected per sample by the nearest keys",
             family=PROMPTS,
             rates=Rates(vision=L2P_LR, language=PROMPTS.rates.language),
+            strength=Strength("sim_coefficient", 0.01, 10.0),
         ),
         "DualPrompt": Method(
             _OURS + "DualPrompt",
             "general prompts, and an expert prompt per task, selected by the nearest key",
             family=PROMPTS,
+            strength=Strength("sim_coefficient", 0.01, 10.0),
         ),
         "HiDePrompt": Method(
             _OURS + "HiDePrompt",
@@ -227,25 +293,30 @@ METHODS: Registry[Method] = Registry(
             family=PROMPTS,
             models=VISION,
             does_not_read=frozenset({"head"}),
+            strength=Strength("contrast", 0.01, 1.0),
         ),
         "HiDeLoRA": Method(
             _OURS + "HiDeLoRA",
             "a LoRA per task (keys, values), selected by a classifier of frozen features",
             does_not_read=frozenset({"head"}),
+            strength=Strength("contrast", 0.01, 1.0, VISION),
         ),
         "SAPT": Method(
             _OURS + "SAPT",
             "one LoRA per task, summed with weights from attention of the prompt over tasks",
             models=LANGUAGE,
+            strength=Strength("distillation", 0.01, 10.0),
         ),
         "TaSL": Method(
             _OURS + "TaSL",
             "LoRA averaged with its state before the task, by the importance of its matrices",
             models=LANGUAGE,
+            strength=Strength("past_weight", 0.1, 1.0),
         ),
         "L2Anchor": Method(
             _OURS + "L2Anchor",
             "LoRA with a squared L2 penalty towards the previous task's adapter (a control)",
+            strength=Strength("strength", 0.01, 100.0),
         ),
         "Naive": Method(
             _AVALANCHES + "Naive", "full fine-tuning, without LoRA", family=EVERY_WEIGHT
@@ -256,6 +327,7 @@ METHODS: Registry[Method] = Registry(
             family=AVALANCHE,
             options={"alpha": 1.0, "temperature": 2.0},
             aliases={"distillation_alpha": "alpha"},
+            strength=Strength("distillation_alpha", 0.1, 10.0),
         ),
         "Replay": Method(
             _AVALANCHES + "Replay",
@@ -286,6 +358,7 @@ METHODS: Registry[Method] = Registry(
             "streaming linear discriminant analysis on features of the frozen backbone",
             family=STREAMING_LDA,
             models=VISION,
+            strength=Strength("shrinkage_param", 1e-6, 0.1),
         ),
         "Cumulative": Method(
             _AVALANCHES + "Cumulative",
@@ -320,4 +393,4 @@ def check_models(methods: Iterable[str], settings: RunSettings) -> None:
             )
 
 
-__all__ = ["BOTH", "LANGUAGE", "METHODS", "VISION", "Method", "check_models"]
+__all__ = ["BOTH", "LANGUAGE", "METHODS", "VISION", "Method", "Strength", "check_models"]

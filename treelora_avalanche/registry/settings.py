@@ -23,6 +23,8 @@ from treelora_avalanche.registry.scenarios import SCENARIO_SETTINGS, SCENARIOS, 
 
 IMAGE_MODEL = "vit_base_patch16_224"
 EQUAL_EPOCHS, PAPER_EPOCHS = "equal", "paper"
+TUNE_TASKS = 3
+"""Number of first tasks that hyper-parameters are chosen on by default, as in A-GEM."""
 
 TREE_SETTINGS = frozenset({"tree_lambda", "selection", "depth", "max_adapters"})
 LORA_SETTINGS = frozenset({"rank", "alpha", "layers", "target_modules"})
@@ -51,6 +53,7 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
 _SMALLEST = {
     "n_experiences": 1,
     "limit": 1,
+    "tune_tasks": 1,
     "max_new_tokens": 1,
     "img_size": 1,
     "max_length": 2,
@@ -192,6 +195,14 @@ class RunSettings:
             "stream",
             "use only the first EVAL_LIMIT test samples of each task, or all; default: --limit "
             "(texts)",
+        ),
+    )
+    tune_tasks: int | None = field(
+        default=None,
+        metadata=_about(
+            "stream",
+            "train on the first TUNE_TASKS tasks alone, and evaluate on held-out training samples "
+            "instead of the test stream, see treelora tune; default: all tasks, on the test stream",
         ),
     )
     model: str | None = field(
@@ -488,5 +499,6 @@ __all__ = [
     "SCENARIOS",
     "TRAINING_SETTINGS",
     "TREE_SETTINGS",
+    "TUNE_TASKS",
     "RunSettings",
 ]

@@ -92,7 +92,12 @@ def build_stream(
     own = settings.scenario_options
     if own:
         arguments |= check_options(settings.scenario, own, scenario_options(scenario))
-    return generator(**arguments)
+    benchmark = generator(**arguments)
+    if settings.tune_tasks is None:
+        return benchmark
+    from treelora_avalanche.scenarios import validation_benchmark  # the package imports Avalanche
+
+    return validation_benchmark(benchmark, settings.tune_tasks, seed=seed)
 
 
 def _classes(settings: RunSettings, scenario: Scenario) -> list[str] | None:

@@ -299,6 +299,7 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
     :param results: contents of ``results.json`` files.
     """
     first = results[0]
+    tuned = first["config"].get("tune_tasks") is not None
     stream, seeds = first["stream"], sorted({result["seed"] for result in results})
     if is_language(results):
         what = Path(first["config"]["model"]).name
@@ -314,7 +315,9 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         scores = "Acc: class-incremental accuracy, mean over tasks after the last one; in task: "
         scores += "within-task accuracy. "
     return (
-        f"{first['config']['scenario']}: {len(stream['trained'])} tasks, {what}, "
+        f"{first['config']['scenario']}: "
+        f"{'held-out training samples of the first ' if tuned else ''}"
+        f"{len(stream['trained'])} tasks, {what}, "
         f"{first['hardware']['device']}; "
         f"mean{' ± deviation' if len(seeds) > 1 else ''} over "
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n"

@@ -26,6 +26,7 @@ from treelora_avalanche.scenarios.trace import (
     TREELORA_EPOCHS,
     MathLLM,
 )
+from treelora_avalanche.scenarios.validation import validation_benchmark
 
 __all__ = [
     "CALTECH101_GROUPS",
@@ -53,4 +54,5 @@ __all__ = [
     "TextTasks",
     "TinyTexts",
     "digits_images",
+    "validation_benchmark",
 ]
