@@ -176,7 +176,7 @@ SCENARIOS: Registry[Scenario] = Registry(
         "tiny_texts": Scenario(
             _OURS + "TinyTexts",
             "seven small instruction tasks, such as sentiment and plurals; no download",
-            (_TEXTS - {"data", "limit"}) | {"tasks"},
+            (_TEXTS - {"data", "limit", "eval_limit"}) | {"tasks"},
             language=True,
             n_experiences=None,
         ),
