@@ -22,7 +22,7 @@ CLASSES = ["airplanes", "Leopards", "Motorbikes", "accordion"]
 TASKS = ["NumGLUE-cm", "FOMC"]
 N_TEXTS = 8
 RANK = 4
-TREE = {"TreeLoRA", "TreeLoRA-last", "TreeLoRA-routed"}
+TREE = {"TreeLoRA", "TreeLoRA-last", "TreeLoRA-routed", "TreeLoRA-merged"}
 PENALISED = {*TREE, "EWCLoRA", "OLoRA", "SAPT", "L2Anchor", "LwF"}
 
 
@@ -50,9 +50,10 @@ def text_settings(data_root: Path) -> RunSettings:
         tasks=TASKS,
         limit=N_TEXTS,
         model=str(data_root / "stories260K"),
-        max_length=96,
+        max_length=224,  # room for a demonstration
         epochs=3,
         lr=0.005,
+        tree_lambda=0.5,
         rank=RANK,
         device="cpu",
     )

@@ -268,7 +268,7 @@ def test_resolved_config(settings):
     assert not {"epochs_per_task", "head", "variant", "order", "n_experiences"} & set(config)
     trace = RunSettings(scenario="trace", data="x", model="y")
     config = resolve_config("TreeLoRA", 0, trace)
-    assert (config["epochs_per_task"], config["lr"], config["tree_lambda"]) == ("equal", 1e-4, 0.5)
+    assert (config["epochs_per_task"], config["lr"], config["tree_lambda"]) == ("equal", 1e-4, None)
     assert resolve_config("Naive", 0, trace)["lr"] == 1e-5
     assert "epochs" not in config
 
@@ -367,7 +367,7 @@ def test_methods_are_defined_for_kinds_of_models(settings):
         check_models(["SeqLoRA", "FrozenNCM"], settings())
     possible = str(error.value).partition("Possible: ")[2].rstrip(".").split(", ")
     assert possible == LANGUAGE
-    assert not {"StreamingLDA", "FrozenGaussian", "TreeLoRA-routed", "HiDePrompt"} & set(possible)
+    assert not {"StreamingLDA", "FrozenGaussian", "HiDePrompt"} & set(possible)
     check_models([m for m, entry in METHODS.items() if "vision" in entry.models], RunSettings())
     with pytest.raises(ValueError, match="is for vision models, but InContext is not defined"):
         check_models(["InContext"], RunSettings())
@@ -410,7 +410,7 @@ def refuse_weights(monkeypatch):
     ("changes", "message"),
     [
         (["--methods", "FrozenNCM"], "FrozenNCM is not defined for them. Possible: TreeLoRA,"),
-        (["--methods", "TreeLoRA-routed"], "TreeLoRA-routed is not defined for them"),
+        (["--methods", "HiDePrompt"], "HiDePrompt is not defined for them"),
         (["--methods", "SeqLoRA", "--depth", "99"], None),  # SeqLoRA does not read it
         (
             ["--methods", "SeqLoRA", "TreeLoRA", "--depth", "99"],

@@ -10,7 +10,7 @@ from treelora_avalanche.state import backbone_fingerprint
 
 
 def test_fingerprint_is_of_the_frozen_weights_alone(tiny_vit):
-    def fingerprint(layers="last:5", change=None, dtype=None, **options):
+    def fingerprint(layers="all", change=None, dtype=None, **options):
         model = tiny_vit(**options)
         nn.init.normal_(model.head.weight)
         if change is not None:

@@ -43,10 +43,14 @@ READS_NO_TOKENS = {"InContext"}
 # The sizes of stories260K, and of an adapter on its queries and values, in bytes.
 WIDTH, KEYS, N_BLOCKS = 64, 32, 5
 ADAPTER = 4 * N_BLOCKS * RANK * (2 * WIDTH + WIDTH + KEYS)
+# The adapter, its layers made equally large; a signature of 256 numbers per layer; the sums of two
+# nodes of the tree, in double precision; and from the second task on the layers' picks.
+LAST = 4 * 2 * N_BLOCKS * (RANK * 2 * WIDTH + 256) + 8 * (2 * 256 + 2 * N_BLOCKS)
 STORED_PER_TASK = {
-    # The adapter, its layers made equally large; a signature of 256 numbers per layer; the sums of
-    # two nodes of the tree, in double precision; and from the second task on the layers' picks.
-    "TreeLoRA": 4 * 2 * N_BLOCKS * (RANK * 2 * WIDTH + 256) + 8 * (2 * 256 + 2 * N_BLOCKS),
+    "TreeLoRA-last": LAST,
+    # Also the features of the prompts and their mean, the index of its adapter, and the mean input
+    # of each layer.
+    "TreeLoRA": LAST + 4 * WIDTH * (N_TEXTS + 1 + 2 * N_BLOCKS) + 8,
     "SeqLoRA": 0,
     "EWCLoRA": 0,
     "OGD": N_TEXTS * ADAPTER,

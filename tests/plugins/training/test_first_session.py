@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 STRATEGIES = {
     "SeqLoRA": SeqLoRA,
     "TreeLoRA": partial(TreeLoRAStrategy, head="task_adaptive"),
-    "TreeLoRA, last": TreeLoRAStrategy,
+    "TreeLoRA, last": partial(TreeLoRAStrategy, inference="last"),
     "EWC": EWCLoRA,
     "GEM": GEMLoRA,
     "L2Anchor": L2Anchor,

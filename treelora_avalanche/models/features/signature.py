@@ -71,7 +71,8 @@ def stack_samples(dataset: Sequence[tuple[Tensor, ...]], rows: Sequence[int]) ->
     :return: the inputs ``(n, ...)`` and the targets ``(n, ...)``.
     """
     pairs = [dataset[row][:2] for row in rows]
-    if torch.as_tensor(pairs[0][0]).ndim == 2:  # hidden states of texts, of different lengths
+    if torch.as_tensor(pairs[0][1]).ndim and pairs[0][0].ndim == 2:
+        # Hidden states of texts, of different lengths.
         return collate_hidden_states(pairs)[:2]
     columns = zip(*pairs, strict=True)
     return [torch.stack([torch.as_tensor(part) for part in column]) for column in columns]
