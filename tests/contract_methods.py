@@ -50,7 +50,7 @@ def text_settings(data_root: Path) -> RunSettings:
         tasks=TASKS,
         limit=N_TEXTS,
         model=str(data_root / "stories260K"),
-        max_length=224,  # room for a demonstration
+        max_length=96,
         epochs=3,
         lr=0.005,
         tree_lambda=0.5,
@@ -131,6 +131,8 @@ def stream(kind: str, data_root: Path) -> Any:
 def build(kind: str, method: str, data_root: Path, model: Any) -> Any:
     """A strategy of the method, as the command line builds it."""
     entry = METHODS[method]
+    if method == "InContext":
+        model.max_length = 224  # room for a demonstration
     settings, options = of_method(method, SETTINGS[kind](data_root))
     shared = {
         "train_mb_size": settings.batch_size,

@@ -48,9 +48,8 @@ ADAPTER = 4 * N_BLOCKS * RANK * (2 * WIDTH + WIDTH + KEYS)
 LAST = 4 * 2 * N_BLOCKS * (RANK * 2 * WIDTH + 256) + 8 * (2 * 256 + 2 * N_BLOCKS)
 STORED_PER_TASK = {
     "TreeLoRA-last": LAST,
-    # Also the features of the prompts and their mean, the index of its adapter, and the mean input
-    # of each layer.
-    "TreeLoRA": LAST + 4 * WIDTH * (N_TEXTS + 1 + 2 * N_BLOCKS) + 8,
+    # Also the features of the prompts, and the mean input of each layer.
+    "TreeLoRA": LAST + 4 * WIDTH * (N_TEXTS + 2 * N_BLOCKS),
     "SeqLoRA": 0,
     "EWCLoRA": 0,
     "OGD": N_TEXTS * ADAPTER,

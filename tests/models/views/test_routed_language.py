@@ -90,7 +90,8 @@ def test_logits_are_those_of_the_chosen_adapters(view):
         with factors.restored():
             factors.stack.copy_(view.bank[route.task])
             own = view.module(tokens[i : i + 1])
-        torch.testing.assert_close(logits[i : i + 1, :, : own.shape[2]], own)
+        found = logits[i : i + 1, :, : own.shape[2]]
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
 
 
 def test_router_reads_the_prompt_alone(view):
