@@ -355,7 +355,7 @@ def test_scores_are_chosen_from_the_training_answers(make_tokenizer, caplog):
         ({"metric": "sari"}, "sari", 4, 1),
         ({"max_new_tokens": 9}, "accuracy", 9, 1),
         ({"metric": {"a": "rouge_l"}, "max_new_tokens": {"a": 7}}, "rouge_l", 7, 0),
-        ({"metric": {"b": "rouge_l"}, "max_new_tokens": {"a": 7}}, "accuracy", 7, 1),
+        ({"metric": {}, "max_new_tokens": {"a": 7}}, "accuracy", 7, 1),
     ],
 )
 def test_given_scores_win(make_tokenizer, caplog, given, metric, length, n_lines):
