@@ -1,4 +1,4 @@
-"""The router of prompts: which adapter answers, before, during and after a stream."""
+"""The router of prompts: which adapter a prompt gets, before, during and after a stream."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_share_of_the_quantile_is_within_the_threshold(make_stream):
         assert (route.task is None) == (route.distance > route.threshold)
 
 
-def test_a_task_that_returns_is_answered_by_its_newest_adapter(make_stream):
+def test_a_task_that_returns_gets_its_newest_adapter(make_stream):
     model, stream = make_stream({"a sums": SUMS, "b animals": ANIMALS, "c sums": MORE_SUMS})
     strategy = train(TreeLoRAStrategy(model, foreign_quantile=None, **options()), stream)
     router = plugin_of(strategy, PromptRouterPlugin)

@@ -48,7 +48,7 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     the threshold is a quantile of the distances of the training prompts, each left out of the fit.
 
     A task whose prompts the router cannot tell from those of an earlier one, see :data:`SEPARABLE`,
-    is that task returning: its adapter, the newer one, then answers the prompts of both. No past
+    is that task returning: the newer adapter is then used for the prompts of both. No past
     text is kept; per task ``n_samples * dim`` values are, on the host. In an online stream the
     parts of a task are one task. Task labels are not used. Example::
 
@@ -211,7 +211,7 @@ def _joined(tasks: list[RoutedTask], new: RoutedTask, n_samples: int) -> list[Ro
     earlier = tasks[nearest]
     logger.info(
         "the router cannot tell the prompts of %s from those of %s (right in %.0f%%): the adapter "
-        "of %s answers both",
+        "of %s is used for both",
         *(new.name, earlier.name, 100 * told[nearest], new.name),
     )
     # Of both equally many, so that neither hides the other.

@@ -125,7 +125,7 @@ class Record:
     def routes(self) -> dict[str, dict[str, int]] | None:
         """Returns how many prompts of each task were given which adapter in the last evaluation.
 
-        :return: by task, counts by the name of the task whose adapter answered, or
+        :return: by task, counts by the name of the task whose adapter was used, or
             :data:`BASE_MODEL`; None if nothing was routed.
         """
         score = self.matrices.get("generated")

@@ -42,8 +42,11 @@ class Discriminant(NamedTuple):
         :param classes: the features of each class, ``(n_samples, dim)``, at least one sample.
         :param shrinkage: share of the identity in the covariance, in (0, 1].
         """
-        whitening = _whitening(_residuals(classes), len(classes), shrinkage)
-        means = torch.stack([features.double().mean(0) for features in classes])
+        residuals, means = _residuals(classes), _means(classes)
+        degrees = max(1, len(residuals) - len(classes))
+        root = _root(residuals, (1 - shrinkage) / degrees, shrinkage * _target(residuals, degrees))
+        identity = torch.eye(len(root)).to(root)
+        whitening = torch.linalg.solve_triangular(root, identity, upper=False).T
         return cls(whitening.float(), (means @ whitening).float())
 
     def distances(self, features: Tensor) -> Tensor:
@@ -75,15 +78,11 @@ def leave_one_out_distances(classes: Sequence[Tensor], shrinkage: float = SHRINK
         sample.
     """
     residuals, n_classes = _residuals(classes), len(classes)
-    n, dim = residuals.shape
-    degrees = max(1, n - n_classes)
-    target = _target(residuals, degrees)
+    degrees = max(1, len(residuals) - n_classes)
     # Σ without sample i is share * (S - c r r^T) + shrinkage * target * I.
     share = (1 - shrinkage) / max(1, degrees - 1)
-    scatter = residuals.T @ residuals
-    covariance = share * scatter + shrinkage * target * torch.eye(dim).to(scatter)
-    root = torch.linalg.cholesky(covariance)
-    means = torch.stack([features.double().mean(0) for features in classes])
+    root = _root(residuals, share, shrinkage * _target(residuals, degrees))
+    means = _means(classes)
     sizes = torch.tensor([len(features) for features in classes], device=means.device)
     own = torch.arange(n_classes, device=means.device).repeat_interleave(sizes)  # (n,)
     factor = (sizes / (sizes - 1).clamp(min=1))[own].double()  # c, (n,)
@@ -91,12 +90,12 @@ def leave_one_out_distances(classes: Sequence[Tensor], shrinkage: float = SHRINK
     def whitened(rows: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(root, rows.T, upper=False).T
 
-    white = whitened(residuals)  # (n, dim)
+    white, white_means = whitened(residuals), whitened(means)  # (n, dim), (n_classes, dim)
     energy = white.square().sum(1)  # r^T P^-1 r
     correction = share * factor / (1 - share * factor * energy)  # (n,)
     columns = []
-    for k, mean in enumerate(means):
-        apart = white + whitened(means[own] - mean)  # x - mean_k, whitened
+    for k, mean in enumerate(white_means):
+        apart = white + white_means[own] - mean  # x - mean_k, whitened
         apart = torch.where((own == k)[:, None], white * factor[:, None], apart)
         along = (apart * white).sum(1)
         columns.append(apart.square().sum(1) + correction * along.square())
@@ -110,16 +109,16 @@ def _residuals(classes: Sequence[Tensor]) -> Tensor:
     return torch.cat([features.double() - features.double().mean(0) for features in classes])
 
 
+def _means(classes: Sequence[Tensor]) -> Tensor:
+    return torch.stack([features.double().mean(0) for features in classes])
+
+
 def _target(residuals: Tensor, degrees: int) -> Tensor:
     """Mean variance of a coordinate; above 0, so that equal samples have a covariance too."""
     return (residuals.square().sum() / degrees / residuals.shape[1]).clamp(min=1e-12)
 
 
-def _whitening(residuals: Tensor, n_classes: int, shrinkage: float) -> Tensor:
-    n, dim = residuals.shape
-    degrees = max(1, n - n_classes)
-    identity = torch.eye(dim).to(residuals)
-    covariance = (1 - shrinkage) / degrees * residuals.T @ residuals
-    covariance += shrinkage * _target(residuals, degrees) * identity
-    root = torch.linalg.cholesky(covariance)
-    return torch.linalg.solve_triangular(root, identity, upper=False).T
+def _root(residuals: Tensor, share: float, floor: Tensor) -> Tensor:
+    """Cholesky factor of ``share S + floor I``, with S the scatter of the residuals."""
+    scatter = residuals.T @ residuals
+    return torch.linalg.cholesky(share * scatter + floor * torch.eye(len(scatter)).to(scatter))

@@ -188,8 +188,8 @@ class RoutedLanguageModel(SplitLanguageModel, RoutedView, GeneratingView):
                 order += batch
                 if progress is not None:
                     progress(len(batch))
-        if self.routes:
-            self.routes = [self.routes[order.index(i)] for i in range(len(rows))]
+        routes = dict(zip(order, self.routes, strict=False))  # none without a router of prompts
+        self.routes = [routes[i] for i in sorted(routes)]
         return texts
 
     @contextmanager
