@@ -6,8 +6,6 @@ import os
 # Set before torch is imported, and inherited by subprocesses: with several threads, sums are split
 # differently in each process, and results are not equal bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Until all tests are collected: it takes a fifth of the time of imports.
-gc.disable()
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+
+# Until all tests are collected: it takes a fifth of the time of imports.
+gc.disable()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
