@@ -15,7 +15,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from treelora_avalanche.metrics import continual_metrics
-from treelora_avalanche.state import clone_state
+from treelora_avalanche.state import clone_state, save_state
 from treelora_avalanche.strategies import (
     L2P,
     DualPrompt,
@@ -26,6 +26,7 @@ from treelora_avalanche.strategies import (
     SeqLoRA,
     TreeLoRAStrategy,
 )
+from treelora_avalanche.testing import tiny_benchmark, tiny_vit
 
 VARIANTS = {
     "SeqLoRA": (SeqLoRA, {}),
@@ -112,3 +113,13 @@ def fresh(variant, tiny_vit, **options):
     model = tiny_vit()
     nn.init.normal_(model.head.weight)
     return make(variant, model, seed=99, **options)
+
+
+def continue_streams(root, variants):
+    """Trains the last task of saved streams, and saves the outcomes; for a new process."""
+    benchmark = tiny_benchmark()
+    for variant in variants:
+        resumed = fresh(variant, tiny_vit)
+        resumed.load(root / variant)
+        train(resumed, benchmark, 2)
+        save_state(root / f"{variant}-outcome", outcome(resumed))

@@ -1,8 +1,6 @@
 """Shipped recipes: each is complete and runs as it is, given its weights."""
 
-import subprocess
-import sys
-
+import huggingface_hub
 import pytest
 import yaml
 
@@ -13,17 +11,6 @@ from treelora_avalanche.registry.settings import SCENARIOS, RunSettings
 from treelora_avalanche.runs.config import resolve_config
 
 SETTINGS = set(RunSettings.__dataclass_fields__)
-
-# One process for all recipes, since imports take seconds.
-ASK_FOR_WEIGHTS = """
-import sys
-from treelora_avalanche.cli import main
-from treelora_avalanche.recipes import RECIPES
-for name in RECIPES:
-    folder = sys.argv[1]
-    code = main(["compare", "--config", name, "--data", folder, "--output", folder + "/runs"])
-    print(f"{name} {code}", flush=True)
-"""
 
 
 def read(name):
@@ -73,22 +60,18 @@ def test_recipe_states_its_table(name):
     assert comment[0].startswith(f"# Table {int(name.split('_')[1])}")
 
 
-def test_recipes_name_missing_weights(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    done = subprocess.run(
-        [sys.executable, "-c", ASK_FOR_WEIGHTS, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines() == [f"{name} 2" for name in RECIPES]
-    complaints = done.stderr.splitlines()
-    assert len(complaints) == len(RECIPES)
-    for name, line in zip(RECIPES, complaints, strict=True):
-        assert line.startswith("treelora: error: ")
-        assert read(name)["model"] in line
-        assert "folder" in line
+def test_recipes_name_missing_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in RECIPES:
+        arguments = ["compare", "--config", name, "--data", tmp_path, "--output", tmp_path / "runs"]
+        assert main(list(map(str, arguments))) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("treelora: error: ")
+        assert read(name)["model"] in captured.err
+        assert "folder" in captured.err
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,10 +1,10 @@
 """Streams continued from a saved strategy equal the uninterrupted ones, bit for bit."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
@@ -12,10 +12,11 @@ import torch
 from avalanche.checkpointing import save_checkpoint
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
-from saved_streams import VARIANTS, fresh, make, outcome, train
+from saved_streams import VARIANTS, continue_streams, fresh, make, outcome, train
 from torch import nn
 
 from support import identical
+from treelora_avalanche import testing
 from treelora_avalanche.adapters import AdapterBank, LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.metrics import AccuracyMatrix
@@ -25,17 +26,15 @@ from treelora_avalanche.plugins import (
     SparseUpdatePlugin,
     TreeBuilderPlugin,
 )
-from treelora_avalanche.state import TENSOR_FILE, VALUE_FILE, load_state, save_state
+from treelora_avalanche.state import TENSOR_FILE, VALUE_FILE, load_state
 from treelora_avalanche.strategies import TreeLoRAStrategy
+from treelora_avalanche.testing.reloading import new_process
 from treelora_avalanche.tree import AdapterTree
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:No loggers specified"),
     pytest.mark.filterwarnings("ignore:Avalanche is transitioning"),
 ]
-
-
-CHILD = "TREELORA_TEST_RESUME_FOLDER"
 
 
 # The methods that are continued in a new process too, which is slow to start.
@@ -45,23 +44,42 @@ IN_NEW_PROCESS = (
 )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_continued_stream_equals_the_uninterrupted_one(tiny_vit, tiny_benchmark, tmp_path, variant):
-    whole = make(variant, tiny_vit())
-    train(whole, tiny_benchmark, 0, 1)
-    whole.save(tmp_path / "state")
-    expected = train(whole, tiny_benchmark, 2)
+class Whole(NamedTuple):
+    """A stream that was trained without interruption, and saved after the second of 3 tasks."""
 
+    folder: Path
+    results: dict[str, Any]
+    outcome: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def wholes(tiny_benchmark, tmp_path_factory):
+    """Trains a variant when a test first needs it."""
+
+    @cache
+    def of(variant):
+        folder = tmp_path_factory.mktemp("whole") / "state"
+        strategy = make(variant, testing.tiny_vit())
+        train(strategy, tiny_benchmark, 0, 1)
+        strategy.save(folder)
+        return Whole(folder, train(strategy, tiny_benchmark, 2), outcome(strategy))
+
+    return of
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_continued_stream_equals_the_uninterrupted_one(tiny_vit, tiny_benchmark, wholes, variant):
+    whole = wholes(variant)
     resumed = fresh(variant, tiny_vit)
-    resumed.load(tmp_path / "state")
+    resumed.load(whole.folder)
     assert resumed.clock.train_exp_counter == 2
     results = train(resumed, tiny_benchmark, 2)
-    assert identical(outcome(resumed), outcome(whole))
-    assert outcome(whole)["matrix"].shape == (3, 3)
-    picks = outcome(whole)["plugins"]["Picks.0"]["picks"]
+    assert identical(outcome(resumed), whole.outcome)
+    assert whole.outcome["matrix"].shape == (3, 3)
+    picks = whole.outcome["plugins"]["Picks.0"]["picks"]
     assert len(picks) == (16 if VARIANTS[variant][0] is TreeLoRAStrategy else 0)
     assert "StreamForgetting/eval_phase/test_stream" in results
-    assert results == {name: expected[name] for name in results}
+    assert results == {name: whole.results[name] for name in results}
 
 
 def test_three_plugins_share_the_loaded_tree_and_bank(tiny_vit, saved):
@@ -78,36 +96,14 @@ def test_three_plugins_share_the_loaded_tree_and_bank(tiny_vit, saved):
     assert torch.equal(bank.factors, strategy.bank.factors)
 
 
-@pytest.mark.skipif(CHILD not in os.environ, reason="run by the test below, in a new process")
-def test_in_the_new_process(tiny_vit, tiny_benchmark):
-    root = Path(os.environ[CHILD])
+def test_a_new_process_continues_the_stream(tmp_path, wholes):
     for variant in IN_NEW_PROCESS:
-        resumed = fresh(variant, tiny_vit)
-        resumed.load(root / variant)
-        train(resumed, tiny_benchmark, 2)
-        save_state(root / f"{variant}-outcome", outcome(resumed))
-
-
-def test_a_new_process_continues_the_stream(tiny_vit, tiny_benchmark, tmp_path):
-    expected = {}
+        shutil.copytree(wholes(variant).folder, tmp_path / variant)
+    with new_process() as other:
+        other.submit(continue_streams, tmp_path, IN_NEW_PROCESS).result()
     for variant in IN_NEW_PROCESS:
-        whole = make(variant, tiny_vit())
-        train(whole, tiny_benchmark, 0, 1)
-        whole.save(tmp_path / variant)
-        train(whole, tiny_benchmark, 2)
-        expected[variant] = outcome(whole)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    child = subprocess.run(
-        [*command, f"{__file__}::test_in_the_new_process"],
-        env={**os.environ, CHILD: str(tmp_path)},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
-    for variant, state in expected.items():
-        assert identical(load_state(tmp_path / f"{variant}-outcome"), state), variant
+        continued = load_state(tmp_path / f"{variant}-outcome")
+        assert identical(continued, wholes(variant).outcome), variant
 
 
 def test_avalanches_own_strategies_continue_too(tiny_benchmark, tmp_path):

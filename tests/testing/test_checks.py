@@ -1,6 +1,7 @@
 """The checks of treelora_avalanche.testing: each finds its violation, and names it."""
 
 import pickle
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -20,6 +21,7 @@ from treelora_avalanche.testing import (
     check_present_data,
     check_strategy,
     check_trainable_weights,
+    checks,
     predict,
     record_evaluation,
     tiny_benchmark,
@@ -83,7 +85,9 @@ def test_the_error_survives_the_way_between_processes():
     assert isinstance(error, AssertionError)
 
 
-def test_a_strategy_that_holds_the_contract_passes_by_reference():
+def test_a_strategy_that_holds_the_contract_passes_by_reference(other_process, monkeypatch):
+    # test_extension.py lets it start its own process.
+    monkeypatch.setattr(checks, "new_process", lambda: nullcontext(other_process))
     trained = check_strategy("contract_examples:plain", bytes_per_task=0)
     assert [len(samples) for samples in trained.samples] == [32, 32, 32]
     assert trained.samples == trained.read
