@@ -1,16 +1,16 @@
 """Streams whose prompts do not tell the tasks apart, under each inference of TreeLoRA.
 
-Routed inference selects the adapter by the prompt. Each of these streams of two or three tasks takes
-that away, with one template for all its tasks:
+Routed inference selects the adapter by the prompt. Each of these streams of two or three tasks
+takes that away, with one template for all its tasks:
 
 * ``halves``: the same task twice, on other texts (AG News);
-* ``renamed``: the same texts' labels have other names in the second task (AG News, ``A`` to ``D``);
+* ``renamed``: the labels have other names in the second task (AG News, ``A`` to ``D``);
 * ``contradicted``: the labels of the second task are exchanged (SST-2, good for bad);
-* ``drift``: the domain drifts, from phrases on films (SST-2) to reviews of products (Amazon, without
-  the neutral ones) and of films (IMDB, its first 300 characters).
+* ``drift``: the domain drifts, from phrases on films (SST-2) to reviews of products (Amazon,
+  without the neutral ones) and of films (IMDB, its first 300 characters).
 
-Under ``renamed`` and ``contradicted`` no inference without the task's name can solve both tasks: the
-newest is what a user means today, so that its accuracy (``newest``) counts too.
+Under ``renamed`` and ``contradicted`` no inference without the task's name can solve both tasks:
+the newest is what a user means today, so that its accuracy (``newest``) counts too.
 
 ``routed``, ``last`` and ``merged`` share all but the inference. ``±`` is the half-width of the 95%
 interval of Op, of a binomial. The routes say which tasks' adapters the prompts of all tasks got.
@@ -181,10 +181,8 @@ def _report(name: str, tasks: list[str], results: list[dict[str, Any]], n_test: 
         op = ops[inference] = sum(final) / len(final)
         width = 1.96 * math.sqrt(op * (1 - op) / (n_test * len(tasks)))
         each = ", ".join(f"{100 * score:.0f}" for score in final)
-        rows.append(
-            (inference, f"{100 * op:.1f} ± {100 * width:.1f}", each, f"{100 * final[-1]:.0f}")
-            + (routes_of(result),)
-        )
+        scores = (f"{100 * op:.1f} ± {100 * width:.1f}", each, f"{100 * final[-1]:.0f}")
+        rows.append((inference, *scores, routes_of(result)))
     print_table(
         f"{name}: {', '.join(tasks)}", ("inference", "Op %", "each", "newest", "routes"), rows
     )
