@@ -20,6 +20,7 @@ from treelora_avalanche.adapters import (
     add_lora,
     find_adaptable_layers,
     load_adapter,
+    lora_layers,
     merge_factors,
     save_adapter,
 )
@@ -80,6 +81,7 @@ def test_several_kinds_come_in_the_order_of_the_model(tiny_vit):
         ({"target_modules": ["qvk"]}, "Did you mean 'qkv'"),
         ({"rank": 0}, "`rank` should be at least 1, but is 0"),
         ({"alpha": 0}, "`alpha` should be positive, but is 0"),
+        ({"dropout": 1}, "`dropout` should be at least 0 and below 1, but is 1"),
     ],
 )
 def test_bad_arguments_leave_the_model_unchanged(tiny_vit, arguments, message):
@@ -88,6 +90,20 @@ def test_bad_arguments_leave_the_model_unchanged(tiny_vit, arguments, message):
         add_lora(model, **arguments)
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dropout_sets_inputs_of_lora_to_zero_in_training_alone(tiny_vit):
+    model = add_lora(tiny_vit(), layers="last:1", dropout=0.25)
+    (layer,) = lora_layers(model).values()
+    whole, dropped = [], []
+    layer.register_forward_pre_hook(lambda _, inputs: whole.append(inputs[0]))
+    layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: dropped.append(inputs[0]))
+    model.train()(images())
+    kept = dropped[-1] != 0
+    assert 0.7 < kept.float().mean() < 0.8
+    torch.testing.assert_close(dropped[-1][kept], whole[-1][kept] / 0.75)
+    model.eval()(images())
+    assert torch.equal(dropped[-1], whole[-1])
 
 
 def test_a_model_without_linear_layers_is_refused():

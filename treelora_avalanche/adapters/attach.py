@@ -210,6 +210,7 @@ def add_lora(
     layers: LayerChoice | None = None,
     rank: int | None = None,
     alpha: float | None = None,
+    dropout: float = 0.0,
     target_modules: Sequence[str] | None = None,
 ) -> nn.Module:
     """Freezes a pretrained model and attaches LoRA to some of its layers, with peft.
@@ -227,6 +228,7 @@ def add_lora(
     :param layers: see :func:`find_adaptable_layers`.
     :param rank: rank of the factors A ``(rank, in)`` and B ``(out, rank)``.
     :param alpha: scale of the adapter's output: ``W x + alpha / rank * B A x``.
+    :param dropout: share of the adapter's inputs x that training sets to 0, in [0, 1).
     :param target_modules: see :func:`find_adaptable_layers`.
     :return: the :class:`peft.PeftModel` around ``model``; of a :class:`AdapterHost`, itself.
     :raises ValueError: if an argument is out of range or names no layer of the model.
@@ -237,11 +239,14 @@ def add_lora(
         raise ValueError(f"`rank` should be at least 1, but is {rank}.")
     if alpha <= 0:
         raise ValueError(f"`alpha` should be positive, but is {alpha}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` should be at least 0 and below 1, but is {dropout}.")
     names = find_adaptable_layers(model, layers, target_modules)
     network = _network(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by r: any number does
+        lora_dropout=dropout,
         target_modules=names,
         modules_to_save=classifier_names(model) or None,
         # GPT-2 stores its weights transposed, which peft does not detect.

@@ -321,6 +321,21 @@ METHODS: Registry[Method] = Registry(
         "Naive": Method(
             _AVALANCHES + "Naive", "full fine-tuning, without LoRA", family=EVERY_WEIGHT
         ),
+        "EWC": Method(
+            _AVALANCHES + "EWC",
+            "full fine-tuning with elastic weight consolidation",
+            family=EVERY_WEIGHT,
+            # Half of 400, that of TRACE's release, which halves its penalty.
+            options={"ewc_lambda": 200.0, "mode": "online", "decay_factor": 1.0},
+            strength=Strength("ewc_lambda", 1.0, 1e5),
+        ),
+        "GEM": Method(
+            _AVALANCHES + "GEM",
+            "full fine-tuning with gradient episodic memory",
+            family=EVERY_WEIGHT,
+            options={"patterns_per_exp": 100, "memory_strength": 0.05},
+            strength=Strength("memory_strength", 0.005, 1.0),
+        ),
         "LwF": Method(
             _AVALANCHES + "LwF",
             "LoRA with learning without forgetting",

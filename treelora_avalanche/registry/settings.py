@@ -27,8 +27,10 @@ TUNE_TASKS = 3
 """Number of first tasks that hyper-parameters are chosen on by default, as in A-GEM."""
 
 TREE_SETTINGS = frozenset({"tree_lambda", "selection", "depth", "max_adapters"})
-LORA_SETTINGS = frozenset({"rank", "alpha", "layers", "target_modules"})
-TRAINING_SETTINGS = frozenset({"head", "epochs", "lr", "precision"})
+LORA_SETTINGS = frozenset({"rank", "alpha", "dropout", "layers", "target_modules"})
+TRAINING_SETTINGS = frozenset(
+    {"head", "epochs", "lr", "precision", "batch_size", "accumulation_steps"}
+)
 METHOD_SETTINGS = TREE_SETTINGS | LORA_SETTINGS | TRAINING_SETTINGS
 """Settings that not all methods read, and that may differ between methods."""
 
@@ -305,6 +307,10 @@ class RunSettings:
         default=None,
         metadata=_about("LoRA", "scale of LoRA: ΔW = alpha / rank · BA; default: 10, for texts 32"),
     )
+    dropout: float = field(
+        default=0.0,
+        metadata=_about("LoRA", "share of the inputs of LoRA that training sets to 0"),
+    )
     layers: list[int] | str | None = field(
         default=None,
         metadata=_about(
@@ -396,6 +402,10 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`--{name}` should be a positive number, but is {value}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"`--dropout` should be at least 0 and below 1, but is {self.dropout}."
+            )
         if self.eval_limit not in (None, "all") and (
             isinstance(self.eval_limit, str) or self.eval_limit < 1
         ):

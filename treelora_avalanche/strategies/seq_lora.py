@@ -47,10 +47,11 @@ class SeqLoRA(ParameterEfficientStrategy):
             strategy.eval(benchmark.test_stream)
 
     :param model: a pretrained timm model or a :class:`~treelora_avalanche.models.LanguageModel`; a
-        model that carries LoRA already is used unchanged (``rank``, ``alpha``, ``layers`` and
-        ``target_modules`` are then ignored).
+        model that carries LoRA already is used unchanged (``rank``, ``alpha``, ``dropout``,
+        ``layers`` and ``target_modules`` are then ignored).
     :param rank: rank of the LoRA factors; default 10, for language models 8.
     :param alpha: LoRA's output is scaled by ``alpha / rank``; default 10, for language models 32.
+    :param dropout: share of the inputs of LoRA that training sets to 0, in [0, 1).
     :param layers: adapted blocks: ``"first:k"``, ``"last:k"``, ``"all"`` or block numbers; default
         the first five, for language models all.
     :param target_modules: adapted linear layers inside a block, or modules of it, such as
@@ -73,6 +74,7 @@ class SeqLoRA(ParameterEfficientStrategy):
         *,
         rank: int | None = None,
         alpha: float | None = None,
+        dropout: float = 0.0,
         layers: LayerChoice | None = None,
         target_modules: Sequence[str] | None = None,
         cache: int | str | None = "auto",
@@ -87,7 +89,12 @@ class SeqLoRA(ParameterEfficientStrategy):
         check_trainable(model)
         if not lora_layers(model):
             model = add_lora(
-                model, rank=rank, alpha=alpha, layers=layers, target_modules=target_modules
+                model,
+                rank=rank,
+                alpha=alpha,
+                dropout=dropout,
+                layers=layers,
+                target_modules=target_modules,
             )
         logger.info("LoRA adapts %s", ", ".join(lora_layers(model)))
         view = model if isinstance(model, TrainableView) else self._view(model)

@@ -12,11 +12,10 @@ from treelora_avalanche.models.views.routed_language import RoutedLanguageModel
 PROMPTS = ["zoo 3", "maths 1 + 2 =", "a", "greet Ann now", "zoo again", "what?"]
 
 
-@pytest.fixture(params=["last:2", "all"])
+@pytest.fixture(params=[{"layers": "last:2"}, {"layers": "all", "dropout": 0.5}], ids=str)
 def view(request, make_language_model):
     """A routed model whose bank holds three adapters; its router reads a frozen prefix, or not."""
-    model = add_lora(make_language_model(n_layers=4), layers=request.param, rank=2)
-    return routed(model)
+    return routed(add_lora(make_language_model(n_layers=4), rank=2, **request.param))
 
 
 def routed(model):

@@ -53,6 +53,7 @@ class OwnHeadLoRAOptions(OwnHeadOptions, total=False):
 
     rank: int | None
     alpha: float | None
+    dropout: float
     layers: LayerChoice | None
     target_modules: Sequence[str] | None
     cache: int | str | None
