@@ -8,6 +8,7 @@ from typing import Any
 from treelora_avalanche.choices import (
     DTYPES,
     HEADS,
+    MERGES,
     PRECISIONS,
     SELECTIONS,
     TEXT_METRICS,
@@ -28,8 +29,9 @@ TUNE_TASKS = 3
 
 TREE_SETTINGS = frozenset({"tree_lambda", "selection", "depth", "max_adapters"})
 LORA_SETTINGS = frozenset({"rank", "alpha", "layers", "target_modules"})
+MERGE_SETTINGS = frozenset({"merge"})
 TRAINING_SETTINGS = frozenset({"head", "epochs", "lr", "precision"})
-METHOD_SETTINGS = TREE_SETTINGS | LORA_SETTINGS | TRAINING_SETTINGS
+METHOD_SETTINGS = TREE_SETTINGS | LORA_SETTINGS | MERGE_SETTINGS | TRAINING_SETTINGS
 """Settings that not all methods read, and that may differ between methods."""
 
 # Defaults by kind of model, see RunSettings. Those of images suit the small default stream and
@@ -71,6 +73,7 @@ _SMALLEST = {
 _CHOICES = {
     "selection": SELECTIONS,
     "head": HEADS,
+    "merge": MERGES,
     "variant": TRACE_VARIANTS,
     "metric": TEXT_METRICS,
     "precision": PRECISIONS,
@@ -322,6 +325,14 @@ class RunSettings:
             "texts the query and value projections",
         ),
     )
+    merge: str | None = field(
+        default=None,
+        metadata=_about(
+            "LoRA",
+            f"predict with the adapters of all tasks merged into one: {', '.join(MERGES)} (methods "
+            "that train one adapter on, not TreeLoRA); default: the adapter of the last task",
+        ),
+    )
     tree_lambda: float | None = field(
         default=None,
         metadata=_about(
@@ -494,6 +505,7 @@ class RunSettings:
 __all__ = [
     "EQUAL_EPOCHS",
     "LORA_SETTINGS",
+    "MERGE_SETTINGS",
     "METHOD_SETTINGS",
     "PAPER_EPOCHS",
     "SCENARIOS",

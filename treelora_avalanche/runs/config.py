@@ -90,8 +90,10 @@ def resolve_config(
         for field in fields(settings)
         if field.name not in ignored
     }
-    for name in ("epochs", "epochs_per_task", "scenario_options", "method_options", "tune_tasks"):
-        if config.get(name, 0) is None:  # epochs and epochs_per_task exclude each other
+    # epochs and epochs_per_task exclude each other
+    absent = ("epochs", "epochs_per_task", "scenario_options", "method_options", "tune_tasks")
+    for name in (*absent, "merge"):
+        if config.get(name, 0) is None:
             del config[name]
     if not settings.on_language and config.get("limit", 0) is None:
         del config["limit"]

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from avalanche.training.plugins import EWCPlugin, SupervisedPlugin
+from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 from typing_extensions import Unpack
 
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.strategies.base.arguments import LoRAOptions
+from treelora_avalanche.defaults import EWC_LAMBDA
+from treelora_avalanche.plugins import SampleFisherEWCPlugin
+from treelora_avalanche.strategies.base.arguments import OneAdapterOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 MODES = ("online", "separate")
 
 
 class EWCLoRA(SeqLoRA):
-    """:class:`SeqLoRA` with Avalanche's elastic weight consolidation on the trained parameters.
+    """:class:`SeqLoRA` with elastic weight consolidation of the trained parameters.
 
-    The penalty is ``lambda / 2 * sum_i F_i (w_i - w*_i)^2`` with the diagonal Fisher information F
-    (Eq. 3). Stores two values per trained parameter, with ``mode="separate"`` per task. Task labels
-    are not used.
+    The penalty is ``lambda * sum_i F_i (w_i - w*_i)^2`` with the diagonal Fisher information F of
+    single samples (Eq. 3, which has ``lambda / 2``), see
+    :class:`~treelora_avalanche.plugins.SampleFisherEWCPlugin`. Costs one forward and backward pass
+    per sample of the Fisher. Stores two values per trained parameter, with ``mode="separate"`` per
+    task. Task labels are not used.
 
     Example::
 
-        strategy = EWCLoRA(model, ewc_lambda=50.0)
+        strategy = EWCLoRA(model, ewc_lambda=1e5)
 
     :param model: a pretrained model, see :class:`SeqLoRA`.
-    :param ewc_lambda: strength lambda of the penalty; the TreeLoRA paper's is 50.
+    :param ewc_lambda: strength lambda of the penalty. The TreeLoRA paper's 50 has no effect: at the
+        end of a task most gradients are small, and F their square (docs/methods.md).
+    :param fisher_samples: training samples of a task, drawn at random, that F is computed from.
     :param mode: ``"online"`` keeps one importance per parameter; ``"separate"`` one per parameter
         and experience, so that memory and step time grow with the stream.
     :param decay_factor: weight of the past importance when the next is added (online).
@@ -40,16 +46,17 @@ class EWCLoRA(SeqLoRA):
         self,
         model: nn.Module,
         *,
-        ewc_lambda: float = 50.0,
+        ewc_lambda: float = EWC_LAMBDA,
+        fisher_samples: int = 200,
         mode: str = "online",
         decay_factor: float = 1.0,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[LoRAOptions],
+        **kwargs: Unpack[OneAdapterOptions],
     ):
         check_known("`mode`", mode, MODES)
         if not ewc_lambda >= 0:
             raise ValueError(
                 f"`ewc_lambda` should be at least 0, but is {ewc_lambda}. Use 0 for no penalty."
             )
-        ewc = EWCPlugin(ewc_lambda, mode, decay_factor if mode == "online" else None)
+        ewc = SampleFisherEWCPlugin(ewc_lambda, mode, decay_factor, fisher_samples)
         super().__init__(model=model, plugins=[*(plugins or ()), ewc], **kwargs)

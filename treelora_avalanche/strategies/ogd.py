@@ -9,12 +9,12 @@ from torch import nn
 from typing_extensions import Unpack
 
 from treelora_avalanche.plugins import OGDPlugin
-from treelora_avalanche.strategies.base.arguments import LoRAOptions
+from treelora_avalanche.strategies.base.arguments import OneAdapterOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
 class OGD(SeqLoRA):
-    """:class:`SeqLoRA` whose gradients are projected orthogonal to those of past samples.
+    """:class:`SeqLoRA` whose steps are projected orthogonal to the gradients of past samples.
 
     For the method see :class:`~treelora_avalanche.plugins.OGDPlugin`. Stores per task
     ``samples_per_task`` vectors with one value per trained parameter, within the budget. Task
@@ -40,7 +40,7 @@ class OGD(SeqLoRA):
         samples_per_task: int = 200,
         memory_size: int = 1000,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[LoRAOptions],
+        **kwargs: Unpack[OneAdapterOptions],
     ):
         ogd = OGDPlugin(samples_per_task, memory_size)
         super().__init__(model=model, plugins=[*(plugins or ()), ogd], **kwargs)

@@ -60,7 +60,13 @@ class OwnHeadLoRAOptions(OwnHeadOptions, total=False):
 
 
 class LoRAOptions(OwnHeadLoRAOptions, TrainingOptions, total=False):
-    """Arguments of :class:`SeqLoRA`."""
+    """Arguments of :class:`SeqLoRA`, without ``merge``."""
+
+
+class OneAdapterOptions(LoRAOptions, total=False):
+    """Arguments of LoRA methods that train one adapter on, and so can merge its states."""
+
+    merge: str | None
 
 
 class NamedArguments:
