@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from treelora_avalanche.choices import check_known
 from treelora_avalanche.defaults import EWC_LAMBDA
 from treelora_avalanche.plugins import SampleFisherEWCPlugin
-from treelora_avalanche.strategies.base.arguments import OneAdapterOptions
+from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 MODES = ("online", "separate")
@@ -51,7 +51,7 @@ class EWCLoRA(SeqLoRA):
         mode: str = "online",
         decay_factor: float = 1.0,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[OneAdapterOptions],
+        **kwargs: Unpack[LoRAOptions],
     ):
         check_known("`mode`", mode, MODES)
         if not ewc_lambda >= 0:

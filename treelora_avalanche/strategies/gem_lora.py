@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from treelora_avalanche.plugins import WithinTaskGEMPlugin
-from treelora_avalanche.strategies.base.arguments import OneAdapterOptions
+from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -41,7 +41,7 @@ class GEMLoRA(SeqLoRA):
         patterns_per_experience: int = 100,
         memory_strength: float = 0.05,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[OneAdapterOptions],
+        **kwargs: Unpack[LoRAOptions],
     ):
         if patterns_per_experience < 1:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from treelora_avalanche.plugins import L2AnchorPlugin
-from treelora_avalanche.strategies.base.arguments import OneAdapterOptions
+from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -37,7 +37,7 @@ class L2Anchor(SeqLoRA):
         *,
         strength: float = 1.0,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[OneAdapterOptions],
+        **kwargs: Unpack[LoRAOptions],
     ):
         anchor = L2AnchorPlugin(strength)
         super().__init__(model=model, plugins=[*(plugins or ()), anchor], **kwargs)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import PastAdapters
 from treelora_avalanche.plugins import OLoRAPlugin
-from treelora_avalanche.strategies.base.arguments import LoRAOptions
+from treelora_avalanche.strategies.base.arguments import UnmergedLoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -42,7 +42,7 @@ class OLoRA(SeqLoRA):
         orthogonality: float = 0.5,
         norm: str = "absolute",
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[LoRAOptions],
+        **kwargs: Unpack[UnmergedLoRAOptions],
     ):
         self.past = PastAdapters()
         o_lora = OLoRAPlugin(self.past, orthogonality, norm)

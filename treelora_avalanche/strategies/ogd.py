@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from treelora_avalanche.plugins import OGDPlugin
-from treelora_avalanche.strategies.base.arguments import OneAdapterOptions
+from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -40,7 +40,7 @@ class OGD(SeqLoRA):
         samples_per_task: int = 200,
         memory_size: int = 1000,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[OneAdapterOptions],
+        **kwargs: Unpack[LoRAOptions],
     ):
         ogd = OGDPlugin(samples_per_task, memory_size)
         super().__init__(model=model, plugins=[*(plugins or ()), ogd], **kwargs)

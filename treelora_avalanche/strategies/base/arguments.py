@@ -59,12 +59,12 @@ class OwnHeadLoRAOptions(OwnHeadOptions, total=False):
     compile: bool
 
 
-class LoRAOptions(OwnHeadLoRAOptions, TrainingOptions, total=False):
-    """Arguments of :class:`SeqLoRA`, without ``merge``."""
+class UnmergedLoRAOptions(OwnHeadLoRAOptions, TrainingOptions, total=False):
+    """Arguments of LoRA methods that combine the adapters of tasks in a way of their own."""
 
 
-class OneAdapterOptions(LoRAOptions, total=False):
-    """Arguments of LoRA methods that train one adapter on, and so can merge its states."""
+class LoRAOptions(UnmergedLoRAOptions, total=False):
+    """Arguments of :class:`SeqLoRA`."""
 
     merge: str | None
 
