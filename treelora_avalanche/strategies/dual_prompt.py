@@ -20,7 +20,6 @@ from treelora_avalanche.strategies.base.parameter_efficient import (
     check_training,
 )
 
-
 IMAGE_LENGTHS, TEXT_LENGTHS = (5, 20), (2, 3)
 """Lengths of the general and the expert prompts: the paper's, and those of TRACE and of TreeLoRA's
 release, which prepend them to the input embeddings."""
