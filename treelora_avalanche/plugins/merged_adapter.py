@@ -69,7 +69,7 @@ class MergedAdapterPlugin(SupervisedPlugin, supports_distributed=True):  # type:
 
     def __init__(self, merge: str = "mean") -> None:
         super().__init__()
-        check_known("`merge`", merge, MERGES)
+        check_known("`merge`", merge, [kind for kind in MERGES if kind != "none"])
         self.merge = merge
         if merge != "mean":
             self.requires_whole_adapter = "merges the differences of adapters from the first one"

@@ -202,7 +202,7 @@ def _build_on_view(
     # Before the optimizer is made: parameters that move later are no longer the optimizer's.
     view.to(device)
     plugins = [*given.plugins(reads), *options.pop("plugins", ()), FiniteLossPlugin()]
-    if settings.merge is not None and reads >= MERGE_SETTINGS:
+    if settings.merge != "none" and reads >= MERGE_SETTINGS:
         plugins.insert(0, MergedAdapterPlugin(settings.merge))
     defaults = LANGUAGE if settings.on_language else VISION
     if defaults.numbers.schedule == "cosine":

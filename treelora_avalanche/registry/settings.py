@@ -325,12 +325,12 @@ class RunSettings:
             "texts the query and value projections",
         ),
     )
-    merge: str | None = field(
-        default=None,
+    merge: str = field(
+        default="none",
         metadata=_about(
             "LoRA",
-            f"predict with the adapters of all tasks merged into one: {', '.join(MERGES)} (methods "
-            "that train one adapter on, not TreeLoRA); default: the adapter of the last task",
+            f"merging of the adapters of all tasks into one for predictions: {', '.join(MERGES)} "
+            "(methods that train one adapter on, not TreeLoRA)",
         ),
     )
     tree_lambda: float | None = field(

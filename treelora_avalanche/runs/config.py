@@ -92,9 +92,11 @@ def resolve_config(
     }
     # epochs and epochs_per_task exclude each other
     absent = ("epochs", "epochs_per_task", "scenario_options", "method_options", "tune_tasks")
-    for name in (*absent, "merge"):
+    for name in absent:
         if config.get(name, 0) is None:
             del config[name]
+    if config.get("merge") == "none":
+        del config["merge"]
     if not settings.on_language and config.get("limit", 0) is None:
         del config["limit"]
     if options:

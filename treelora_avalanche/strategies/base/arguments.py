@@ -66,7 +66,7 @@ class UnmergedLoRAOptions(OwnHeadLoRAOptions, TrainingOptions, total=False):
 class LoRAOptions(UnmergedLoRAOptions, total=False):
     """Arguments of :class:`SeqLoRA`."""
 
-    merge: str | None
+    merge: str
 
 
 class NamedArguments:
