@@ -84,9 +84,6 @@ the one of TRACE's scripts. The paper's epochs differ between tasks, see
 L2P_LR = 0.03
 """L2P's, with Adam."""
 
-EWC_LAMBDA = 1e5
-"""Strength of EWC for a Fisher information of single samples (docs/methods.md)."""
-
 LAST_TREE_LAMBDA = 0.5
 """Strength of TreeLoRA's pull if the last adapter is used for inference (docs/results.md)."""
 

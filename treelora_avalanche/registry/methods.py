@@ -259,7 +259,7 @@ METHODS: Registry[Method] = Registry(
             _OURS + "EWCLoRA",
             "LoRA with online elastic weight consolidation",
             also_reads=MERGE_SETTINGS,
-            strength=Strength("ewc_lambda", 1.0, 1e5),
+            strength=Strength("ewc_lambda", 1.0, 1e4),
         ),
         "GEMLoRA": Method(
             _OURS + "GEMLoRA",

@@ -9,7 +9,6 @@ from torch import nn
 from typing_extensions import Unpack
 
 from treelora_avalanche.choices import check_known
-from treelora_avalanche.defaults import EWC_LAMBDA
 from treelora_avalanche.plugins import SampleFisherEWCPlugin
 from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
@@ -28,11 +27,11 @@ class EWCLoRA(SeqLoRA):
 
     Example::
 
-        strategy = EWCLoRA(model, ewc_lambda=1e5)
+        strategy = EWCLoRA(model, ewc_lambda=50.0)
 
     :param model: a pretrained model, see :class:`SeqLoRA`.
-    :param ewc_lambda: strength lambda of the penalty. The TreeLoRA paper's 50 has no effect: at the
-        end of a task most gradients are small, and F their square (docs/methods.md).
+    :param ewc_lambda: strength lambda of the penalty; the TreeLoRA paper's is 50. With Avalanche's
+        Fisher, of gradients of mini-batches, it has no effect (docs/methods.md).
     :param fisher_samples: training samples of a task, drawn at random, that F is computed from.
     :param mode: ``"online"`` keeps one importance per parameter; ``"separate"`` one per parameter
         and experience, so that memory and step time grow with the stream.
@@ -46,7 +45,7 @@ class EWCLoRA(SeqLoRA):
         self,
         model: nn.Module,
         *,
-        ewc_lambda: float = EWC_LAMBDA,
+        ewc_lambda: float = 50.0,
         fisher_samples: int = 200,
         mode: str = "online",
         decay_factor: float = 1.0,

@@ -21,7 +21,7 @@ class SampleFisherEWCPlugin(EWCPlugin, supports_distributed=True):  # type: igno
     for at most ``n_samples`` that are drawn at random. Works with any strategy. Task labels are not
     used. Example::
 
-        strategy = SeqLoRA(model, plugins=[SampleFisherEWCPlugin(1e5, mode="online")])
+        strategy = SeqLoRA(model, plugins=[SampleFisherEWCPlugin(50.0, mode="online")])
 
     :param ewc_lambda: strength of the penalty.
     :param mode: ``"online"`` or ``"separate"``, see Avalanche's.

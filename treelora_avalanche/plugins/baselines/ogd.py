@@ -43,10 +43,9 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
 
     The paper projects the gradient, and trains with SGD, where that is the same: its step is linear
     in the gradient. Adam's is not. It scales every coordinate by itself and remembers gradients of
-    the previous task, so the step of a projected gradient is not orthogonal to V. Projecting it
-    again leaves a step in which the coordinates that V spans little are too large: Adam divides by
-    the norm of gradients that the projection made small (digits: 78.5 instead of 83.9, see
-    docs/results.md).
+    the previous task, so the step of a projected gradient is not orthogonal to V. Projecting both,
+    as this plugin did before, is: but Adam then enlarges what little the first projection left
+    (docs/methods.md has both, measured).
 
     Stores ``samples_per_task`` vectors per task, each as long as the trained parameters, up to
     ``memory_size``. Beyond it all tasks have equal shares, and each keeps its strongest directions.
