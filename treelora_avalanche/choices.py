@@ -11,6 +11,7 @@ from pathlib import Path
 
 HEADS = ("linear", "task_adaptive")
 INFERENCE = ("merged", "last", "routed")
+MERGES = ("none", "mean", "ties", "magmax")
 SELECTIONS = ("lcb", "nearest", "random")
 PRECISIONS = ("fp32", "bf16", "auto")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -273,7 +273,7 @@ def test_another_strength_of_a_built_in_plugin_is_refused(tiny_vit, tmp_path):
     refuse(
         strategy,
         tmp_path / "state",
-        "`ewc_lambda` of EWCPlugin should be 5.0, as in the state, but is 7.0",
+        "`ewc_lambda` of SampleFisherEWCPlugin should be 5.0, as in the state, but is 7.0",
     )
 
 

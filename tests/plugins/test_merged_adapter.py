@@ -5,7 +5,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.supervised import Naive
 
-from treelora_avalanche import TreeLoRAStrategy
+from treelora_avalanche import SeqLoRA, TreeLoRAStrategy
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.plugins import MergedAdapterPlugin, TaskAdaptiveHeadPlugin
@@ -27,6 +27,12 @@ class Ends(SupervisedPlugin):
     def after_training_epoch(self, strategy, *args, **kwargs):
         if strategy.clock.train_exp_epochs == strategy.train_epochs - 1:
             self.ended.append(LoRAFactors(strategy.model).stack.clone())
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 def trained(tiny_vit, tiny_benchmark, **options):
@@ -64,6 +70,76 @@ def test_the_mean_of_all_adapters_predicts_and_is_where_the_next_task_starts(
     assert torch.equal(ends.begun[1], ends.ended[0]), "of one adapter the mean is that adapter"
     # The bank stores the adapter of each task, not the means.
     assert torch.equal(strategy.bank.factors, torch.stack(ends.ended))
+
+
+def ties_by_hand(vectors):
+    """Yadav et al., Section 3: trim, elect the sign, and average the values that have it."""
+    trimmed = []
+    for vector in vectors.tolist():
+        n_kept = int(0.2 * len(vector))
+        limit = sorted(map(abs, vector))[-n_kept]
+        trimmed.append([x if abs(x) >= limit else 0.0 for x in vector])
+    merged = []
+    for values in zip(*trimmed, strict=True):
+        sign = 1 if sum(values) >= 0 else -1
+        agreeing = [x for x in values if x * sign > 0]
+        merged.append(sum(agreeing) / max(1, len(agreeing)))
+    return torch.tensor(merged)
+
+
+def magmax_by_hand(vectors):
+    return torch.tensor([max(values, key=abs) for values in vectors.T.tolist()])
+
+
+BY_HAND = {"ties": ties_by_hand, "magmax": magmax_by_hand}
+
+
+@pytest.mark.parametrize("merge", BY_HAND)
+def test_task_vectors_are_merged_as_by_hand(tiny_vit, tiny_benchmark, tmp_path, merge):
+    """Also when saved after the first task and continued by another strategy."""
+
+    def strategy(plugins):
+        torch.manual_seed(0)
+        options = {"train_mb_size": 8, "train_epochs": 2, "evaluator": None}
+        # Layers of two shapes: the smaller one is padded.
+        targets = ("qkv", "fc2")
+        return SeqLoRA(
+            tiny_vit(), rank=2, target_modules=targets, merge=merge, plugins=plugins, **options
+        )
+
+    ends = Ends()
+    whole = strategy([ends])
+    resumed = strategy([Ends()])
+    active = []
+    for number, experience in enumerate(tiny_benchmark.train_stream):
+        torch.manual_seed(number)
+        whole.train(experience)
+        active.append(LoRAFactors(whole.model).stack.clone())
+        if number == 0:
+            whole.save(tmp_path / "state")
+            resumed.load(tmp_path / "state")
+        else:
+            torch.manual_seed(number)
+            resumed.train(experience)
+    start, used = ends.begun[0], ends.ended[0] != 0
+    assert not used.all()
+    for n, merged in enumerate(active, 1):
+        vectors = torch.stack([(ended - start)[used] for ended in ends.ended[:n]])
+        expected = start.clone()
+        expected[used] += BY_HAND[merge](vectors)
+        torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
+        assert not torch.allclose(merged, torch.stack(ends.ended[:n]).mean(0)) or n == 1
+    begins = ends.ended if merge == "magmax" else active
+    assert all(torch.equal(a, b) for a, b in zip(ends.begun[1:], begins, strict=False))
+    assert torch.equal(LoRAFactors(resumed.model).stack, active[-1])
+
+
+def test_another_merge_is_refused():
+    state = MergedAdapterPlugin("ties").state_dict()
+    with pytest.raises(ValueError, match="`merge` should be ties, as in the state, but is magmax"):
+        MergedAdapterPlugin("magmax").load_state_dict(state)
+    with pytest.raises(ValueError, match="Did you mean 'mean'"):
+        MergedAdapterPlugin("meen")
 
 
 def test_it_works_in_a_built_in_strategy(tiny_vit, tiny_benchmark):

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from treelora_avalanche.registry import METHODS, SCENARIOS, RunSettings
+from treelora_avalanche.registry.methods import SUPPLIED
 from treelora_avalanche.registry.options import check_options, own_options, parameters_of
 from treelora_avalanche.registry.settings import METHOD_SETTINGS
 from treelora_avalanche.registry.streams import scenario_options
@@ -84,6 +85,9 @@ def test_every_option_of_every_method_has_a_default_and_a_sentence(name):
         if not entry.strategy.startswith("avalanche."):
             assert re.match(r"\S+ .*[^.:]$", option.doc), option
     assert not set(entry.own_options()) & METHOD_SETTINGS
+    # All parameters can be set: they are options, settings that the method reads, or the run's.
+    reachable = {*entry.own_options(), *entry.aliases.values(), *entry.reads, *SUPPLIED}
+    assert parameters_of(entry.strategy_class()).keys() <= reachable
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -155,9 +159,14 @@ def test_an_option_reaches_the_strategy(tiny_vit, tiny_benchmark):
         )
         return next(p for p in strategy.plugins if type(p).__name__ == name)
 
-    assert plugin("EWCLoRA", "EWCPlugin").ewc_lambda == 3.0
+    assert plugin("EWCLoRA", "SampleFisherEWCPlugin").ewc_lambda == 3.0
     assert plugin("LwF", "LwFPlugin").lwf.alpha == 0.25
     assert plugin("LwF", "LwFPlugin").lwf.temperature == 2.0, "the row's own value"
+    for method in ("SeqLoRA", "LwF", "Replay"):
+        settings = with_options(**{method: {"merge": "ties"}})
+        assert plugin(method, "MergedAdapterPlugin").merge == "ties"
+    assert resolve_config("LwF", 0, RunSettings(merge="mean"))["merge"] == "mean"
+    assert "merge" not in resolve_config("OLoRA", 0, RunSettings(merge="mean"))
 
 
 def test_options_are_in_the_run_folder(tiny_vit, tiny_benchmark, tmp_path):

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 ALL = {name: getattr(strategies, name) for name in strategies.__all__}
 UNTRAINED = {"FrozenNCM", "FrozenGaussian", "InContext"}
+ONE_ADAPTER = {"SeqLoRA", "EWCLoRA", "GEMLoRA", "OGD", "L2Anchor"}
 OWN_HEAD = {"HiDePrompt", "HiDeLoRA"}
 TEXT_ONLY = {"SAPT", "TaSL", "InContext"}
 ON_IMAGES = sorted(ALL.keys() - TEXT_ONLY)
@@ -49,9 +50,10 @@ def test_signatures_show_what_is_set_often(name):
     if name not in UNTRAINED:
         expected |= TRAINING - ({"head"} if name in OWN_HEAD else set())
     if name in LORA:
-        expected |= LoRAOptions.__annotations__.keys() - {"head"}
+        expected |= LoRAOptions.__annotations__.keys() - {"head", "merge"}
     found = parameters(ALL[name]).keys()
     assert expected <= found
+    assert ("merge" in found) == (name in ONE_ADAPTER)
     assert ("head" in found) == (name not in OWN_HEAD | UNTRAINED)
 
 

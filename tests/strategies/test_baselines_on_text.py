@@ -22,7 +22,7 @@ BASELINES = {
     "OGD": (OGD, {"samples_per_task": 4, "memory_size": 8}),
     "OLoRA": (OLoRA, {}),
     "InfLoRA": (InfLoRA, {}),
-    "L2Anchor": (L2Anchor, {}),
+    "L2Anchor": (L2Anchor, {"merge": "ties"}),
 }
 
 

@@ -165,13 +165,19 @@ def test_overlap_is_the_hand_computed_one():
     live = torch.tensor([[[3.0, 1.0, 5.0]], [[0.0, 0.0, 4.0]]])
     # Inner products 3, 2 in the first layer, and 4, 0 in the second.
     assert overlap(past, live).item() == 9 + 4 + 16 + 0
+    assert overlap(past, -live, "absolute").item() == 3 + 2 + 4 + 0
 
 
 class Watch(SupervisedPlugin):
-    """The penalty as stated, in the loss, and with loops from the factors kept on the way."""
+    """The penalty as stated, in the loss, and with loops from the factors kept on the way.
 
-    def __init__(self):
+    :param value: from an inner product to its part of the penalty.
+    :param slope: its derivative.
+    """
+
+    def __init__(self, value, slope):
         super().__init__()
+        self.value, self.slope = value, slope
         self.stated, self.in_loss, self.by_hand, self.gradients = [], [], [], []
         self.finished = []
 
@@ -186,8 +192,10 @@ class Watch(SupervisedPlugin):
         for layer, a in enumerate(live):
             gradient = torch.zeros_like(a)
             for task in self.finished:
-                by_hand += sum((old @ new).item() ** 2 for old in task[layer] for new in a.detach())
-                gradient += 2 * a.detach() @ task[layer].T @ task[layer]
+                for row, new in enumerate(a.detach()):
+                    for old in task[layer]:
+                        by_hand += self.value((old @ new).item())
+                        gradient[row] += self.slope((old @ new).item()) * old
             gradients.append(0.5 * gradient)
         self.in_loss.append((strategy.loss - loss).item())
         self.by_hand.append(0.5 * by_hand)
@@ -197,9 +205,18 @@ class Watch(SupervisedPlugin):
             self.gradients.append((torch.autograd.grad(penalty, live), gradients))
 
 
-def test_penalty_is_in_the_loss_and_its_gradient_reaches_every_a(tiny_vit, tiny_benchmark):
-    strategy = make(OLoRA, tiny_vit(), rank=3, **BOTH)
-    watch = Watch()
+@pytest.mark.parametrize(
+    ("norm", "value", "slope"),
+    [
+        ("squared", lambda x: x**2, lambda x: 2 * x),
+        ("absolute", abs, lambda x: (x > 0) - (x < 0)),  # the released code's
+    ],
+)
+def test_penalty_is_in_the_loss_and_its_gradient_reaches_every_a(
+    tiny_vit, tiny_benchmark, norm, value, slope
+):
+    strategy = make(OLoRA, tiny_vit(), rank=3, norm=norm, **BOTH)
+    watch = Watch(value, slope)
     strategy.plugins.append(watch)  # after the plugin, so that the loss has its penalty
     train(strategy, tiny_benchmark, 0, 1, 2)
     assert watch.in_loss[:8] == [0] * 8

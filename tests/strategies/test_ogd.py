@@ -1,4 +1,4 @@
-"""OGD: gradients projected off those of past samples."""
+"""OGD: steps projected off the gradients of past samples."""
 
 import numpy as np
 import pytest
@@ -74,15 +74,38 @@ def test_truth_of_a_text_is_the_log_likelihood_of_its_answer():
 # -------------------------------------------------------------------------------------- in a stream
 
 
-class Gradients(SupervisedPlugin):
-    """Keeps every gradient that the optimizer gets."""
+class Steps(SupervisedPlugin):
+    """Keeps what every iteration added to the parameters."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def before_update(self, strategy, *args, **kwargs):
-        self.seen.append(torch.cat([p.grad.flatten() for p in strategy.model.parameters()]))
+    def flat(self, strategy):
+        return torch.cat([p.detach().flatten() for p in strategy.model.parameters()])
+
+    def before_training_iteration(self, strategy, *args, **kwargs):
+        self.start = self.flat(strategy)
+
+    def after_training_iteration(self, strategy, *args, **kwargs):
+        self.seen.append(self.flat(strategy) - self.start)
+
+
+class ProjectsGradients(SupervisedPlugin):
+    """Algorithm 2 of the paper: the gradient, not the step, is projected."""
+
+    def __init__(self, basis):
+        super().__init__()
+        self.basis = basis
+
+    def after_backward(self, strategy, *args, **kwargs):
+        parameters = list(strategy.model.parameters())
+        gradient = torch.cat([p.grad.flatten() for p in parameters])
+        gradient = gradient - self.basis.T @ (self.basis @ gradient)
+        for p, part in zip(
+            parameters, gradient.split([p.numel() for p in parameters]), strict=True
+        ):
+            p.grad = part.view_as(p)
 
 
 def gradients_of_true_logits(strategy, experience):
@@ -97,8 +120,8 @@ def gradients_of_true_logits(strategy, experience):
     return torch.stack(rows)
 
 
-def test_gradient_is_orthogonal_to_those_of_all_stored_samples(tiny_vit, tiny_benchmark):
-    watch = Gradients()
+def test_every_step_is_orthogonal_to_the_gradients_of_all_stored_samples(tiny_vit, tiny_benchmark):
+    watch = Steps()
     n = len(tiny_benchmark.train_stream[0].dataset)
     strategy = make(OGD, tiny_vit(), samples_per_task=n, memory_size=3 * n, plugins=[watch])
     past = []
@@ -106,10 +129,10 @@ def test_gradient_is_orthogonal_to_those_of_all_stored_samples(tiny_vit, tiny_be
         watch.seen.clear()
         train(strategy, tiny_benchmark, index)
         assert len(watch.seen) == 8
-        for gradient in watch.seen:
-            assert gradient.norm() > 1e-3
+        for step in watch.seen:
+            assert step.norm() > 1e-3
             for rows in past:
-                cosines = (rows @ gradient) / rows.norm(dim=1) / gradient.norm()
+                cosines = (rows @ step) / rows.norm(dim=1) / step.norm()
                 assert cosines.abs().max() < 1e-3
         past.append(gradients_of_true_logits(strategy, tiny_benchmark.train_stream[index]))
     # Without the projection they are not.
@@ -121,6 +144,24 @@ def test_gradient_is_orthogonal_to_those_of_all_stored_samples(tiny_vit, tiny_be
     train(plain, tiny_benchmark, 1)
     cosines = rows @ watch.seen[0] / rows.norm(dim=1) / watch.seen[0].norm()
     assert cosines.abs().max() > 0.05
+
+
+def test_gradients_reach_the_optimizer_as_they_are(tiny_vit, tiny_benchmark):
+    """So that Adam scales a step by the gradients of the loss, not by their projection."""
+    own = train(make(OGD, tiny_vit(), samples_per_task=8), tiny_benchmark, 0)
+    plain = make(SeqLoRA, tiny_vit())
+    for strategy in (own, plain):
+        strategy.train_epochs, strategy.train_mb_size = 1, 32  # a single step
+    before = weights(own)
+    for name, parameter in plain.model.named_parameters():
+        parameter.data.copy_(before[name])
+    for strategy in (own, plain):
+        strategy.optimizer.state.clear()
+        train(strategy, tiny_benchmark, 1)
+    for p, q in zip(own.model.parameters(), plain.model.parameters(), strict=True):
+        moments = own.optimizer.state[p]["exp_avg"], plain.optimizer.state[q]["exp_avg"]
+        torch.testing.assert_close(*moments, rtol=1e-4, atol=1e-7)
+    assert not same(weights(own), weights(plain))
 
 
 def test_a_step_leaves_the_true_logits_of_the_past(tiny_vit, tiny_benchmark):
@@ -164,23 +205,27 @@ def test_steps_are_orthogonal_whatever_the_optimizer_does(tiny_vit, tiny_benchma
     assert (basis @ moved).abs().max() < 1e-4 * moved.norm()
 
 
-def test_with_plain_sgd_a_step_is_that_of_the_projected_gradient(tiny_vit, tiny_benchmark):
-    def factory(parameters):
-        return torch.optim.SGD(parameters, lr=0.05)
+def test_with_sgd_the_steps_are_those_of_projected_gradients(tiny_vit, tiny_benchmark):
+    """As in the paper: SGD is linear in its gradients, also with momentum."""
 
-    options = {"train_mb_size": 32, "train_epochs": 1, "optimizer": factory}
+    def factory(parameters):
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+    options = {"train_epochs": 2, "optimizer": factory}
     own = train(make(OGD, tiny_vit(), samples_per_task=8, **options), tiny_benchmark, 0)
     before, basis = weights(own), plugin_of(own, OGDPlugin).basis.clone()
-    train(own, tiny_benchmark, 1)
+    by_gradient = make(SeqLoRA, tiny_vit(), plugins=[ProjectsGradients(basis)], **options)
     plain = make(SeqLoRA, tiny_vit(), **options)
-    for name, parameter in plain.model.named_parameters():
-        parameter.data.copy_(before[name])
-    train(plain, tiny_benchmark, 1)
-    step = torch.cat([(p - before[n]).flatten() for n, p in weights(plain).items()])
-    expected = step - basis.T @ (basis @ step)
-    taken = torch.cat([(p - before[n]).flatten() for n, p in weights(own).items()])
-    torch.testing.assert_close(taken, expected, rtol=1e-3, atol=1e-6)
-    assert (taken - step).norm() > 0.01 * step.norm()
+    moved = {}
+    for strategy in (own, by_gradient, plain):
+        strategy.optimizer.state.clear()
+        for name, parameter in strategy.model.named_parameters():
+            parameter.data.copy_(before[name])
+        train(strategy, tiny_benchmark, 1)
+        steps = [(p - before[n]).flatten() for n, p in weights(strategy).items()]
+        moved[strategy] = torch.cat(steps)
+    torch.testing.assert_close(moved[own], moved[by_gradient], rtol=1e-3, atol=1e-6)
+    assert (moved[own] - moved[plain]).norm() > 0.01 * moved[plain].norm()
 
 
 def test_first_experience_is_that_of_plain_lora(tiny_vit, tiny_benchmark):

@@ -13,6 +13,7 @@ from avalanche.benchmarks import (
 )
 from avalanche.evaluation.metrics import bwt_metrics
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from peft.utils.merge_utils import ties
 
 from support import identical, make, plugin_of, same, weights
 from treelora_avalanche import TreeLoRAStrategy
@@ -104,6 +105,22 @@ def test_the_tree_has_the_tasks_of_the_stream(tiny_vit, tiny_benchmark, variant,
     if variant == "merged":
         mean = torch.stack([ends.ended[4 * task + 3] for task in range(N_TASKS)]).mean(0)
         torch.testing.assert_close(factors.stack, mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", ["ties", "magmax"])
+def test_task_vectors_are_those_of_tasks(tiny_vit, tiny_benchmark, merge):
+    ends = Ends()
+    strategy = make(SeqLoRA, tiny_vit(), merge=merge, train_epochs=1, plugins=[ends])
+    train_on(strategy, parts_of(tiny_benchmark))
+    start = ends.begun[0].flatten()
+    vectors = [ends.ended[4 * task + 3].flatten() - start for task in range(N_TASKS)]
+    if merge == "ties":
+        expected = ties(vectors, torch.ones(N_TASKS), 0.2)
+    else:
+        expected = torch.tensor([max(v, key=abs) for v in zip(*map(list, vectors), strict=True)])
+    stack = LoRAFactors(strategy.model).stack
+    torch.testing.assert_close(stack.flatten() - start, expected, rtol=0, atol=1e-6)
+    assert all(torch.equal(ends.begun[n], ends.ended[n - 1]) for n in (1, 2, 3, 5, 9, 11))
 
 
 @pytest.mark.parametrize("variant", TREES)

@@ -33,9 +33,7 @@ STRATEGIES = {
         DualPrompt,
         {
             "general_layers": (0,),
-            "general_length": 2,
             "expert_layers": (1, 2),
-            "expert_length": 3,
             "query_length": 8,
         },
     ),
@@ -288,6 +286,8 @@ def test_dual_prompt_attends_to_the_prefixes_of_the_nearest_key(make_model, text
     strategy = make("DualPrompt", make_model(), train_epochs=25)
     strategy.train(texts.train_stream)
     network, bare = prompted(strategy), make_model()
+    # (layers, keys and values, length, ...): 2 and 3 by default, as in TRACE.
+    assert (network.general.shape[2], network.experts.active.shape[2]) == (2, 3)
     keys = [*network.experts.past_keys, network.experts.key]
     experts = [*network.experts.past, network.experts.active]
     embeddings = bare.network.get_input_embeddings().weight

@@ -18,7 +18,7 @@ from avalanche.training.templates import SupervisedTemplate
 from peft import PeftModel
 from torch import nn
 
-from support import make, train
+from support import make, plugin_of, train
 from treelora_avalanche.adapters import LoRAFactors, TrainableView, add_lora
 from treelora_avalanche.metrics import AccuracyMatrix
 from treelora_avalanche.models.views.split_vit import trainable_view
@@ -387,6 +387,60 @@ def test_ewc_holds_the_adapter_and_stores_only_what_is_trained(tiny_vit, tiny_be
     assert len(ewc.importances) == (1 if mode == "online" else 2)
 
 
+def test_ewc_importance_is_the_mean_of_squared_gradients_of_single_samples(
+    tiny_vit, tiny_benchmark
+):
+    strategy = train(make(EWCLoRA, tiny_vit(), fisher_samples=1000), tiny_benchmark, 0)
+    model = strategy.model.eval()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    samples = [(x[None], y) for x, y, *_ in tiny_benchmark.train_stream[0].dataset]
+    squares = []
+    for image, label in samples:
+        surprise = -model(image).softmax(1)[0, label].log()
+        squares.append([g.square() for g in torch.autograd.grad(surprise, parameters)])
+    importances = plugin_of(strategy, EWCPlugin).importances[0]
+    for name, *of_samples in zip(names, *squares, strict=True):
+        mean = torch.stack(of_samples).mean(0)
+        torch.testing.assert_close(importances[name].data, mean, rtol=1e-3, atol=1e-9)
+
+
+def test_ewc_draws_as_many_samples_as_it_is_given(tiny_vit, tiny_benchmark):
+    calls = []
+
+    class Watch(SupervisedPlugin):
+        def after_training_exp(self, strategy, *args, **kwargs):
+            strategy.model.register_forward_hook(lambda model, x, y: calls.append(len(x[0])))
+
+    strategy = make(EWCLoRA, tiny_vit(), fisher_samples=5, train_epochs=1, plugins=[Watch()])
+    train(strategy, tiny_benchmark, 0)
+    assert calls == [1] * 5
+
+
+def test_gem_compares_a_memory_with_the_classes_of_its_task(tiny_vit, tiny_benchmark):
+    """By hand: the logits of other classes cut away, as in the released code."""
+    found = []
+
+    class Watch(SupervisedPlugin):
+        def before_training_iteration(self, strategy, *args, **kwargs):
+            gem = plugin_of(strategy, GEMPlugin)
+            for task, gradient in enumerate(gem.G):
+                classes = tiny_benchmark.train_stream[task].classes_in_this_experience
+                columns = torch.tensor(sorted(classes))
+                logits = strategy.model(gem.memory_x[task])[:, columns]
+                targets = torch.searchsorted(columns, gem.memory_y[task])
+                loss = torch.nn.functional.cross_entropy(logits, targets)
+                parts = torch.autograd.grad(loss, list(strategy.model.parameters()))
+                found.append((gradient, torch.cat([part.flatten() for part in parts])))
+
+    strategy = make(GEMLoRA, tiny_vit(), patterns_per_experience=8)
+    strategy.plugins.append(Watch())  # after GEM
+    train(strategy, tiny_benchmark, 0, 1, 2)
+    assert len(found) == 8 * (1 + 2)
+    for gradient, by_hand in found:
+        assert by_hand.abs().max() > 0
+        torch.testing.assert_close(gradient, by_hand, rtol=1e-3, atol=1e-6)
+
+
 def test_gem_step_keeps_every_constraint(tiny_vit, tiny_benchmark):
     """The projected gradient makes no acute angle with the gradient of any past memory."""
     angles = []
@@ -412,6 +466,7 @@ def test_gem_step_keeps_every_constraint(tiny_vit, tiny_benchmark):
     [
         (EWCLoRA, {"ewc_lambda": -1}, "ewc_lambda"),
         (EWCLoRA, {"mode": "onlin"}, "Did you mean 'online'"),
+        (EWCLoRA, {"fisher_samples": 0}, "`fisher_samples` should be at least 1, but is 0"),
         (GEMLoRA, {"patterns_per_experience": 0}, "patterns_per_experience"),
         (GEMLoRA, {"memory_strength": -0.5}, "memory_strength"),
         (

@@ -55,7 +55,7 @@ STORED_PER_TASK = {
     "OGD": N_TEXTS * ADAPTER,
     "OLoRA": ADAPTER,
     "L2P": 0,
-    "DualPrompt": 4 * (3 * 2 * 20 * KEYS + WIDTH),
+    "DualPrompt": 4 * (3 * 2 * 3 * KEYS + WIDTH),
     # On keys and values; and a centroid for each of so few texts.
     "HiDeLoRA": 4 * (N_BLOCKS * RANK * 2 * (WIDTH + KEYS) + N_TEXTS * (2 * WIDTH + 1)),
     "SAPT": ADAPTER + 4 * WIDTH,

@@ -16,11 +16,20 @@ from avalanche.training.plugins import EWCPlugin, GEMPlugin
 from avalanche.training.utils import ParamData
 from torch import Tensor
 
+from treelora_avalanche.plugins import SampleFisherEWCPlugin, WithinTaskGEMPlugin
 from treelora_avalanche.state import State, check_keys
 
-# Attributes by experience, and the arguments that must be the same.
+# Attributes by experience, and the arguments that must be the same; a subclass before its parent.
 _KEPT: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    SampleFisherEWCPlugin: (
+        ("saved_params", "importances"),
+        ("ewc_lambda", "mode", "decay_factor", "n_samples"),
+    ),
     EWCPlugin: (("saved_params", "importances"), ("ewc_lambda", "mode", "decay_factor")),
+    WithinTaskGEMPlugin: (
+        ("memory_x", "memory_y", "memory_tid", "memory_classes"),
+        ("patterns_per_experience", "memory_strength"),
+    ),
     GEMPlugin: (
         ("memory_x", "memory_y", "memory_tid"),
         ("patterns_per_experience", "memory_strength"),

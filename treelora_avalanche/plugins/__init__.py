@@ -5,6 +5,8 @@ useful to every method in ``training``.
 """
 
 from treelora_avalanche.plugins.baselines.demonstrations import DemonstrationsPlugin
+from treelora_avalanche.plugins.baselines.ewc import SampleFisherEWCPlugin
+from treelora_avalanche.plugins.baselines.gem import WithinTaskGEMPlugin
 from treelora_avalanche.plugins.baselines.hide import ContrastivePlugin, TaskAdaptersPlugin
 from treelora_avalanche.plugins.baselines.inf_lora import InfLoRAPlugin
 from treelora_avalanche.plugins.baselines.l2_anchor import L2AnchorPlugin
@@ -60,6 +62,7 @@ __all__ = [
     "RandomSelectorPlugin",
     "RouterPlugin",
     "SAPTPlugin",
+    "SampleFisherEWCPlugin",
     "SelectorPlugin",
     "SparseUpdatePlugin",
     "TaSLPlugin",
@@ -68,6 +71,7 @@ __all__ = [
     "TaskPromptsPlugin",
     "TaskStartPlugin",
     "TreeBuilderPlugin",
+    "WithinTaskGEMPlugin",
     "WithinTaskLossPlugin",
     "proximal_step",
 ]

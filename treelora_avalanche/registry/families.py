@@ -11,7 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from treelora_avalanche.defaults import LANGUAGE_TRAINING, VISION_TRAINING
-from treelora_avalanche.registry.settings import LORA_SETTINGS, TRAINING_SETTINGS, RunSettings
+from treelora_avalanche.registry.settings import (
+    LORA_SETTINGS,
+    MERGE_SETTINGS,
+    TRAINING_SETTINGS,
+    RunSettings,
+)
 
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate
@@ -177,7 +182,11 @@ def _build_on_view(
     """
     from treelora_avalanche.adapters import TrainableView, add_lora
     from treelora_avalanche.models.views.precision import set_precision
-    from treelora_avalanche.plugins import CosineSchedulePlugin, FiniteLossPlugin
+    from treelora_avalanche.plugins import (
+        CosineSchedulePlugin,
+        FiniteLossPlugin,
+        MergedAdapterPlugin,
+    )
     from treelora_avalanche.strategies.base.defaults import LANGUAGE, VISION
 
     settings, device = given.settings, given.shared["device"]
@@ -193,6 +202,8 @@ def _build_on_view(
     # Before the optimizer is made: parameters that move later are no longer the optimizer's.
     view.to(device)
     plugins = [*given.plugins(reads), *options.pop("plugins", ()), FiniteLossPlugin()]
+    if settings.merge != "none" and reads >= MERGE_SETTINGS:
+        plugins.insert(0, MergedAdapterPlugin(settings.merge))
     defaults = LANGUAGE if settings.on_language else VISION
     if defaults.numbers.schedule == "cosine":
         plugins.append(CosineSchedulePlugin())

@@ -25,6 +25,7 @@ from treelora_avalanche.registry.families import (
     SharedArguments,
 )
 from treelora_avalanche.registry.settings import (
+    MERGE_SETTINGS,
     METHOD_SETTINGS,
     SCENARIOS,
     TREE_SETTINGS,
@@ -249,20 +250,27 @@ METHODS: Registry[Method] = Registry(
             also_reads=TREE_SETTINGS,
             strength=_TREE_STRENGTH,
         ),
-        "SeqLoRA": Method(_OURS + "SeqLoRA", "plain LoRA: one adapter, trained sequentially"),
+        "SeqLoRA": Method(
+            _OURS + "SeqLoRA",
+            "plain LoRA: one adapter, trained sequentially",
+            also_reads=MERGE_SETTINGS,
+        ),
         "EWCLoRA": Method(
             _OURS + "EWCLoRA",
             "LoRA with online elastic weight consolidation",
-            strength=Strength("ewc_lambda", 1.0, 1e5),
+            also_reads=MERGE_SETTINGS,
+            strength=Strength("ewc_lambda", 1.0, 1e4),
         ),
         "GEMLoRA": Method(
             _OURS + "GEMLoRA",
             "LoRA with gradient episodic memory",
+            also_reads=MERGE_SETTINGS,
             strength=Strength("memory_strength", 0.005, 1.0),
         ),
         "OGD": Method(
             _OURS + "OGD",
-            "LoRA with gradients projected orthogonally to those of past samples",
+            "LoRA with steps projected orthogonally to the gradients of past samples",
+            also_reads=MERGE_SETTINGS,
         ),
         "OLoRA": Method(
             _OURS + "OLoRA",
@@ -316,6 +324,7 @@ METHODS: Registry[Method] = Registry(
         "L2Anchor": Method(
             _OURS + "L2Anchor",
             "LoRA with a squared L2 penalty towards the previous task's adapter (a control)",
+            also_reads=MERGE_SETTINGS,
             strength=Strength("strength", 0.01, 100.0),
         ),
         "Naive": Method(
@@ -340,6 +349,7 @@ METHODS: Registry[Method] = Registry(
             _AVALANCHES + "LwF",
             "LoRA with learning without forgetting",
             family=AVALANCHE,
+            also_reads=MERGE_SETTINGS,
             options={"alpha": 1.0, "temperature": 2.0},
             aliases={"distillation_alpha": "alpha"},
             strength=Strength("distillation_alpha", 0.1, 10.0),
@@ -348,6 +358,7 @@ METHODS: Registry[Method] = Registry(
             _AVALANCHES + "Replay",
             "LoRA with a replay memory of past samples, mixed into every batch",
             family=REPLAY,
+            also_reads=MERGE_SETTINGS,
             options={"mem_size": 200},
         ),
         "FrozenNCM": Method(

@@ -8,6 +8,7 @@ from typing import Any
 from treelora_avalanche.choices import (
     DTYPES,
     HEADS,
+    MERGES,
     PRECISIONS,
     SELECTIONS,
     TEXT_METRICS,
@@ -28,10 +29,11 @@ TUNE_TASKS = 3
 
 TREE_SETTINGS = frozenset({"tree_lambda", "selection", "depth", "max_adapters"})
 LORA_SETTINGS = frozenset({"rank", "alpha", "dropout", "layers", "target_modules"})
+MERGE_SETTINGS = frozenset({"merge"})
 TRAINING_SETTINGS = frozenset(
     {"head", "epochs", "lr", "precision", "batch_size", "accumulation_steps"}
 )
-METHOD_SETTINGS = TREE_SETTINGS | LORA_SETTINGS | TRAINING_SETTINGS
+METHOD_SETTINGS = TREE_SETTINGS | LORA_SETTINGS | MERGE_SETTINGS | TRAINING_SETTINGS
 """Settings that not all methods read, and that may differ between methods."""
 
 # Defaults by kind of model, see RunSettings. Those of images suit the small default stream and
@@ -73,6 +75,7 @@ _SMALLEST = {
 _CHOICES = {
     "selection": SELECTIONS,
     "head": HEADS,
+    "merge": MERGES,
     "variant": TRACE_VARIANTS,
     "metric": TEXT_METRICS,
     "precision": PRECISIONS,
@@ -328,6 +331,14 @@ class RunSettings:
             "texts the query and value projections",
         ),
     )
+    merge: str = field(
+        default="none",
+        metadata=_about(
+            "LoRA",
+            f"merging of the adapters of all tasks into one for predictions: {', '.join(MERGES)} "
+            "(methods that train one adapter on, not TreeLoRA)",
+        ),
+    )
     tree_lambda: float | None = field(
         default=None,
         metadata=_about(
@@ -504,6 +515,7 @@ class RunSettings:
 __all__ = [
     "EQUAL_EPOCHS",
     "LORA_SETTINGS",
+    "MERGE_SETTINGS",
     "METHOD_SETTINGS",
     "PAPER_EPOCHS",
     "SCENARIOS",

@@ -90,9 +90,13 @@ def resolve_config(
         for field in fields(settings)
         if field.name not in ignored
     }
-    for name in ("epochs", "epochs_per_task", "scenario_options", "method_options", "tune_tasks"):
-        if config.get(name, 0) is None:  # epochs and epochs_per_task exclude each other
+    # epochs and epochs_per_task exclude each other
+    absent = ("epochs", "epochs_per_task", "scenario_options", "method_options", "tune_tasks")
+    for name in absent:
+        if config.get(name, 0) is None:
             del config[name]
+    if config.get("merge") == "none":
+        del config["merge"]
     if not settings.on_language and config.get("limit", 0) is None:
         del config["limit"]
     if options:

@@ -20,6 +20,10 @@ from treelora_avalanche.strategies.base.parameter_efficient import (
     check_training,
 )
 
+IMAGE_LENGTHS, TEXT_LENGTHS = (5, 20), (2, 3)
+"""Lengths of the general and the expert prompts: the paper's, and those of TRACE and of TreeLoRA's
+release, which prepend them to the input embeddings."""
+
 
 class DualPrompt(ParameterEfficientStrategy):
     """General prompts shared by all tasks in low blocks, one expert prompt per task above them.
@@ -45,9 +49,10 @@ class DualPrompt(ParameterEfficientStrategy):
 
     :param model: a pretrained VisionTransformer of timm, frozen except for its classifier; or a
         frozen :class:`~treelora_avalanche.models.LanguageModel` without gradient checkpointing.
-    :param general_length: length of the general prompts.
+    :param general_length: length of the general prompts; default 5, the paper's, for language
+        models 2, that of TRACE.
     :param general_layers: block numbers, counted from 0, of the general prompts.
-    :param expert_length: length of the expert prompts.
+    :param expert_length: length of the expert prompts; default 20, for language models 3.
     :param expert_layers: block numbers of the expert prompts.
     :param query_length: tokens of a text that its query is computed from, see :class:`L2P`.
     :param sim_coefficient: weight of the key loss; the released code's is 1.
@@ -62,9 +67,9 @@ class DualPrompt(ParameterEfficientStrategy):
         self,
         model: nn.Module,
         *,
-        general_length: int = 5,
+        general_length: int | None = None,
         general_layers: Sequence[int] = (0, 1),
-        expert_length: int = 20,
+        expert_length: int | None = None,
         expert_layers: Sequence[int] = (2, 3, 4),
         query_length: int = 64,
         sim_coefficient: float = 1.0,
@@ -73,11 +78,13 @@ class DualPrompt(ParameterEfficientStrategy):
     ):
         check_training(model, plugins=plugins, **kwargs)
         key_loss = KeyLossPlugin(sim_coefficient)
+        language = isinstance(model, LanguageModel)
+        lengths = TEXT_LENGTHS if language else IMAGE_LENGTHS
         prompts: dict[str, Any] = {
             "general_layers": tuple(general_layers),
-            "general_length": general_length,
+            "general_length": lengths[0] if general_length is None else general_length,
             "expert_layers": tuple(expert_layers),
-            "expert_length": expert_length,
+            "expert_length": lengths[1] if expert_length is None else expert_length,
         }
         own: list[SupervisedPlugin] = []
         if isinstance(model, LanguageModel):

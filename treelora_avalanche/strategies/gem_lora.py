@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from avalanche.training.plugins import GEMPlugin, SupervisedPlugin
+from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 from typing_extensions import Unpack
 
+from treelora_avalanche.plugins import WithinTaskGEMPlugin
 from treelora_avalanche.strategies.base.arguments import LoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
 class GEMLoRA(SeqLoRA):
-    """:class:`SeqLoRA` with Avalanche's gradient episodic memory on the trained parameters.
+    """:class:`SeqLoRA` with gradient episodic memory on the trained parameters.
 
     Each step projects the gradient g to the nearest one with ``<g, g_k> >= 0`` for the gradient g_k
-    on the memory of every past task k: one forward and backward pass per past task, so
-    step time grows with the stream. Stores ``patterns_per_experience`` samples per task. Task
-    labels are not used.
+    on the memory of every past task k, of a loss over the classes of task k
+    (:class:`~treelora_avalanche.plugins.WithinTaskGEMPlugin`): one forward and backward pass per
+    past task, so step time grows with the stream. Stores ``patterns_per_experience`` samples per
+    task. Task labels are not used.
 
     Example::
 
@@ -51,5 +53,5 @@ class GEMLoRA(SeqLoRA):
                 f"`memory_strength` should be at least 0, but is {memory_strength}. Use 0 for no "
                 "margin."
             )
-        gem = GEMPlugin(patterns_per_experience, memory_strength)
+        gem = WithinTaskGEMPlugin(patterns_per_experience, memory_strength)
         super().__init__(model=model, plugins=[*(plugins or ()), gem], **kwargs)

@@ -52,6 +52,7 @@ class HiDeLoRA(SeqLoRA):
     :param model: a pretrained VisionTransformer of timm, plain or with LoRA, see :class:`SeqLoRA`;
         or a :class:`~treelora_avalanche.models.LanguageModel`.
     :param contrast: weight of the contrastive term; ignored for language models.
+    :param temperature: temperature of the contrastive term; the paper's is 0.8.
     :param n_centroids: k-means centroids per class.
     :param query_length: tokens at the beginning of a text that its task is inferred from. Chat
         templates begin all prompts alike, by some tens of tokens; it must reach beyond them.
@@ -68,13 +69,14 @@ class HiDeLoRA(SeqLoRA):
         model: nn.Module,
         *,
         contrast: float = 0.1,
+        temperature: float = 0.8,
         n_centroids: int = 10,
         query_length: int = 64,
         seed: int = 0,
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Unpack[OwnHeadLoRAOptions],
     ):
-        head, contrastive, router = hide_plugins(contrast, n_centroids, seed)
+        head, contrastive, router = hide_plugins(contrast, n_centroids, seed, temperature)
         if isinstance(model, TrainableView):
             model = model.module  # its view is replaced by one that routes
         check_query_length(query_length)

@@ -54,6 +54,7 @@ class HiDePrompt(ParameterEfficientStrategy):
     :param prompt_layers: block numbers, counted from 0, of the prompts.
     :param momentum: weight of the past prompts in the ensemble; the paper's is 0.1.
     :param contrast: weight of the contrastive term; the paper's is 0.1.
+    :param temperature: temperature of the contrastive term; the paper's is 0.8.
     :param n_centroids: k-means centroids per class.
     :param seed: seed of the pseudo-features.
     :param plugins: further plugins; the list is copied.
@@ -72,13 +73,14 @@ class HiDePrompt(ParameterEfficientStrategy):
         prompt_layers: Sequence[int] = (0, 1, 2, 3, 4),
         momentum: float = 0.1,
         contrast: float = 0.1,
+        temperature: float = 0.8,
         n_centroids: int = 10,
         seed: int = 0,
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Unpack[OwnHeadOptions],
     ):
         check_training(model, plugins=plugins, **kwargs)
-        head, contrastive, router = hide_plugins(contrast, n_centroids, seed)
+        head, contrastive, router = hide_plugins(contrast, n_centroids, seed, temperature)
         prompted = TaskPromptedViT(
             check_vision_transformer(model, "HiDePrompt"),
             layers=tuple(prompt_layers),

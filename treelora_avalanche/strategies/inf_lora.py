@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import PastAdapters
 from treelora_avalanche.plugins import InfLoRAPlugin
-from treelora_avalanche.strategies.base.arguments import LoRAOptions
+from treelora_avalanche.strategies.base.arguments import UnmergedLoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -39,7 +39,7 @@ class InfLoRA(SeqLoRA):
         *,
         threshold: float = 0.95,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[LoRAOptions],
+        **kwargs: Unpack[UnmergedLoRAOptions],
     ):
         self.past = PastAdapters()
         inf_lora = InfLoRAPlugin(self.past, threshold)

@@ -14,7 +14,7 @@ from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
 class OGD(SeqLoRA):
-    """:class:`SeqLoRA` whose gradients are projected orthogonal to those of past samples.
+    """:class:`SeqLoRA` whose steps are projected orthogonal to the gradients of past samples.
 
     For the method see :class:`~treelora_avalanche.plugins.OGDPlugin`. Stores per task
     ``samples_per_task`` vectors with one value per trained parameter, within the budget. Task

@@ -13,7 +13,7 @@ from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.models.token_loss import IGNORED
 from treelora_avalanche.models.views.attentive_language import AttentiveLanguageModel
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
-from treelora_avalanche.strategies.base.arguments import LoRAOptions, check_language_model
+from treelora_avalanche.strategies.base.arguments import UnmergedLoRAOptions, check_language_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -51,7 +51,7 @@ class SAPT(SeqLoRA):
         bottleneck: int = 100,
         distillation: float = 0.5,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[LoRAOptions],
+        **kwargs: Unpack[UnmergedLoRAOptions],
     ):
         check_language_model(model, "SAPT")
         if bottleneck < 1:

@@ -17,9 +17,10 @@ from treelora_avalanche.adapters import (
 )
 from treelora_avalanche.adapters.graph import check_trainable
 from treelora_avalanche.adapters.other_libraries import check_not_torchvision
+from treelora_avalanche.choices import MERGES, check_known
 from treelora_avalanche.models.views.split_language import SplitLanguageModel, supports_split
 from treelora_avalanche.models.views.split_vit import trainable_view
-from treelora_avalanche.plugins import ActivationCachePlugin
+from treelora_avalanche.plugins import ActivationCachePlugin, MergedAdapterPlugin
 from treelora_avalanche.strategies.base.arguments import TrainingOptions
 from treelora_avalanche.strategies.base.outputs import check_returns_logits
 from treelora_avalanche.strategies.base.parameter_efficient import (
@@ -60,6 +61,9 @@ class SeqLoRA(ParameterEfficientStrategy):
     :param cache: memory in bytes for the cached outputs of the frozen blocks below the adapter,
         ``"auto"`` or None, see :class:`~treelora_avalanche.plugins.ActivationCachePlugin`.
     :param compile: whether to compile the model with ``torch.compile``.
+    :param merge: how the adapters of all tasks are merged into one for prediction, ``"mean"``,
+        ``"ties"`` or ``"magmax"`` (:class:`~treelora_avalanche.plugins.MergedAdapterPlugin`);
+        ``"none"`` predicts with that of the last task.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of
         :class:`~treelora_avalanche.strategies.base.parameter_efficient.ParameterEfficientStrategy`.
@@ -79,12 +83,17 @@ class SeqLoRA(ParameterEfficientStrategy):
         target_modules: Sequence[str] | None = None,
         cache: int | str | None = "auto",
         compile: bool = False,
+        merge: str = "none",
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Unpack[TrainingOptions],
     ):
         check_not_torchvision(model, target_modules)
         check_training(model, plugins=plugins, **kwargs)
         check_returns_logits(model)
+        check_known("`merge`", merge, MERGES)
+        # First: what other plugins store, and the head that is fitted, are of the merged adapter.
+        merging = [] if merge == "none" else [MergedAdapterPlugin(merge)]
+        plugins = [*merging, *(plugins or ())]
         activation_cache = ActivationCachePlugin(cache)
         check_trainable(model)
         if not lora_layers(model):
@@ -100,7 +109,7 @@ class SeqLoRA(ParameterEfficientStrategy):
         view = model if isinstance(model, TrainableView) else self._view(model)
         if compile:
             view.compile()
-        super().__init__(model=view, plugins=[*(plugins or ()), activation_cache], **kwargs)
+        super().__init__(model=view, plugins=[*plugins, activation_cache], **kwargs)
 
     def _view(self, model: nn.Module) -> TrainableView:
         """The view of a model with LoRA that becomes :attr:`model`."""

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
-from treelora_avalanche.strategies.base.arguments import LoRAOptions, check_language_model
+from treelora_avalanche.strategies.base.arguments import UnmergedLoRAOptions, check_language_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -43,7 +43,7 @@ class TaSL(SeqLoRA):
         past_weight: float = 0.7,
         past_importance: float = 0.7,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[LoRAOptions],
+        **kwargs: Unpack[UnmergedLoRAOptions],
     ):
         check_language_model(model, "TaSL")
         tasl = TaSLPlugin(important, past_weight, past_importance)

@@ -39,7 +39,7 @@ from treelora_avalanche.plugins import (
     TaskStartPlugin,
     TreeBuilderPlugin,
 )
-from treelora_avalanche.strategies.base.arguments import LoRAOptions
+from treelora_avalanche.strategies.base.arguments import UnmergedLoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.tree import AdapterTree
 
@@ -117,7 +117,7 @@ class TreeLoRAStrategy(SeqLoRA):
         foreign_quantile: float | None = 0.99,
         router_layer: int | None = None,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[LoRAOptions],
+        **kwargs: Unpack[UnmergedLoRAOptions],
     ):
         check_known("`selection`", selection, SELECTIONS)
         language = find_host(model)
@@ -194,7 +194,7 @@ def _splittable(model: nn.Module) -> LanguageModel:
     )
 
 
-def _check_depth(depth: int, model: nn.Module, options: LoRAOptions) -> None:
+def _check_depth(depth: int, model: nn.Module, options: UnmergedLoRAOptions) -> None:
     n_layers = len(lora_layers(model)) or len(
         find_adaptable_layers(model, options.get("layers"), options.get("target_modules"))
     )

@@ -165,7 +165,7 @@ def test_decoder_layers_of_a_language_model_are_frozen(make_language_model, tiny
             partial(TreeLoRAStrategy, layers="all", head="task_adaptive", inference="routed"),
             "TaskStartPlugin starts an experience from the whole adapter",
         ),
-        (partial(OGD, layers="all"), "OGDPlugin projects gradients and steps of the whole adapter"),
+        (partial(OGD, layers="all"), "OGDPlugin projects steps of the whole adapter"),
     ],
 )
 def test_where_blocks_cannot_be_frozen(build, message, tiny_vit, tiny_benchmark):
@@ -195,7 +195,7 @@ class PermissivePlugin(OGDPlugin, supports_distributed=True):
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (OGDVariantPlugin(), "OGDVariantPlugin projects gradients and steps of the whole adapter"),
+        (OGDVariantPlugin(), "OGDVariantPlugin projects steps of the whole adapter"),
         (RouterPlugin(), "RouterPlugin predicts with a whole adapter per task"),
         (ThirdPartyPlugin(), "ThirdPartyPlugin rotates the whole adapter. Leave one of the two"),
     ],

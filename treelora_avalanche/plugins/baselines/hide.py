@@ -197,16 +197,18 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
 
 def hide_plugins(
-    contrast: float, n_centroids: int, seed: int
+    contrast: float, n_centroids: int, seed: int, temperature: float = 0.8
 ) -> tuple[TaskAdaptiveHeadPlugin, ContrastivePlugin, RouterPlugin]:
     """Returns the parts of HiDe that prompts and LoRA share.
 
     :param contrast: see :class:`ContrastivePlugin`.
     :param n_centroids: centroids per class, of adapted and of frozen features.
     :param seed: seed of the pseudo-features.
+    :param temperature: see :class:`ContrastivePlugin`.
     :return: task-adaptive prediction, contrastive regularisation, task-identity inference.
     :raises ValueError: if an argument is out of range.
     """
     kind = Centroids(n_centroids)
     head = TaskAdaptiveHeadPlugin(kind=kind, seed=seed)
-    return head, ContrastivePlugin(head, contrast), RouterPlugin(seed=seed, kind=kind)
+    contrastive = ContrastivePlugin(head, contrast, temperature)
+    return head, contrastive, RouterPlugin(seed=seed, kind=kind)

@@ -33,18 +33,19 @@ def ground_truth_outputs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Projects every gradient, and every step, onto the orthogonal complement of past gradients.
+    """Projects every step onto the orthogonal complement of past gradients.
 
     After an experience, gradients of single samples are stored, of the output for the true target
     (the paper's OGD-GTL), over all trained parameters: the LoRA factors, and the classifier if
-    there is one. They are kept as an orthonormal basis V. In later steps ``g <- g − Vᵀ V g``, so
-    that a small step along g leaves those outputs unchanged; the projection is two products with
-    one matrix.
+    there is one. They are kept as an orthonormal basis V. The step d of the optimizer becomes
+    ``d <- d − Vᵀ V d``, so that a small one leaves those outputs unchanged; the projection is two
+    products with one matrix.
 
-    The paper trains with SGD. Adam scales every coordinate by itself and remembers gradients of the
-    previous task, so its step leaves the direction of the projected gradient: in small trials past
-    outputs then moved more than without OGD. Therefore the optimizer's step is projected too, which
-    changes nothing after plain SGD.
+    The paper projects the gradient, and trains with SGD, where that is the same: its step is linear
+    in the gradient. Adam's is not. It scales every coordinate by itself and remembers gradients of
+    the previous task, so the step of a projected gradient is not orthogonal to V. Projecting both,
+    as this plugin did before, is: but Adam then enlarges what little the first projection left
+    (docs/methods.md has both, measured).
 
     Stores ``samples_per_task`` vectors per task, each as long as the trained parameters, up to
     ``memory_size``. Beyond it all tasks have equal shares, and each keeps its strongest directions.
@@ -57,7 +58,7 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
     :raises ValueError: if an argument is out of range, or the budget is below one task.
     """
 
-    requires_whole_adapter: str | None = "projects gradients and steps of the whole adapter"
+    requires_whole_adapter: str | None = "projects steps of the whole adapter"
     """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
 
     def __init__(self, samples_per_task: int = 200, memory_size: int = 1000):
@@ -91,13 +92,6 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
                 f"gradients, but have {n_values}. Train the same parameters in every experience."
             )
         self.basis = self.basis.to(self._parameters[0].device)
-
-    def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Projects the gradient."""
-        if self.counts:
-            gradient = self._flat([p.grad for p in self._parameters])
-            for parameter, part in self._parts(project_off(gradient, self.basis)):
-                parameter.grad = part.to(parameter.dtype)
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Records where the step starts."""

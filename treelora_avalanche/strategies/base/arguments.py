@@ -60,8 +60,14 @@ class OwnHeadLoRAOptions(OwnHeadOptions, total=False):
     compile: bool
 
 
-class LoRAOptions(OwnHeadLoRAOptions, TrainingOptions, total=False):
+class UnmergedLoRAOptions(OwnHeadLoRAOptions, TrainingOptions, total=False):
+    """Arguments of LoRA methods that combine the adapters of tasks in a way of their own."""
+
+
+class LoRAOptions(UnmergedLoRAOptions, total=False):
     """Arguments of :class:`SeqLoRA`."""
+
+    merge: str
 
 
 class NamedArguments:

@@ -10,6 +10,7 @@ from torch import nn
 from treelora_avalanche.adapters import TrainableView, find_host, lora_layers
 from treelora_avalanche.adapters.classifier import find_classifiers
 from treelora_avalanche.metrics.footprint import count_parameters
+from treelora_avalanche.plugins import MergedAdapterPlugin
 
 
 class StrategySummary:
@@ -35,6 +36,7 @@ class StrategySummary:
             "adapters": _adapters_in_words(self.model),
             "parameters": f"{counts['trainable']:,} trainable of {counts['total']:,}",
             "head": _head_in_words(self),
+            **_merge_in_words(self),
             "optimizer": _optimizer_in_words(self),
             "experiences": str(self.clock.train_exp_counter),
         }
@@ -84,6 +86,11 @@ def _head_in_words(strategy: Any) -> str:
     text = ", ".join(map(_module_in_words, heads))
     fitted = [type(p).__name__ for p in strategy.plugins if getattr(p, "fits_head", False)]
     return f"{text}, fitted by {fitted[0]}" if fitted else text
+
+
+def _merge_in_words(strategy: Any) -> dict[str, str]:
+    kinds = [p.merge for p in strategy.plugins if isinstance(p, MergedAdapterPlugin)]
+    return {"predicts with": f"the adapters of all tasks, merged ({kinds[0]})"} if kinds else {}
 
 
 def _module_in_words(module: nn.Module) -> str:
