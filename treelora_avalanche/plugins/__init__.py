@@ -12,6 +12,7 @@ from treelora_avalanche.plugins.baselines.o_lora import OLoRAPlugin
 from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
 from treelora_avalanche.plugins.baselines.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
+from treelora_avalanche.plugins.baselines.sd_lora import SDLoRAPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
@@ -60,6 +61,7 @@ __all__ = [
     "RandomSelectorPlugin",
     "RouterPlugin",
     "SAPTPlugin",
+    "SDLoRAPlugin",
     "SelectorPlugin",
     "SparseUpdatePlugin",
     "TaSLPlugin",

@@ -274,6 +274,10 @@ METHODS: Registry[Method] = Registry(
             "one LoRA per task, summed, each in the null space of past inputs",
             strength=Strength("threshold", 0.8, 0.99),
         ),
+        "SDLoRA": Method(
+            _OURS + "SDLoRA",
+            "one LoRA per task, summed: past directions are frozen, all magnitudes trained",
+        ),
         "L2P": Method(
             _OURS + "L2P",
             "prompts from a shared pool, selected per sample by the nearest keys",

@@ -13,6 +13,7 @@ from treelora_avalanche.strategies.l2p import L2P
 from treelora_avalanche.strategies.o_lora import OLoRA
 from treelora_avalanche.strategies.ogd import OGD
 from treelora_avalanche.strategies.sapt import SAPT
+from treelora_avalanche.strategies.sd_lora import SDLoRA
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.strategies.tasl import TaSL
 from treelora_avalanche.strategies.treelora import TreeLoRAStrategy
@@ -32,6 +33,7 @@ __all__ = [
     "InfLoRA",
     "L2Anchor",
     "OLoRA",
+    "SDLoRA",
     "SeqLoRA",
     "TaSL",
     "TreeLoRAStrategy",
