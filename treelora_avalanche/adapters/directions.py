@@ -156,7 +156,8 @@ def _of_rows(layer: Any) -> Tensor:
 
 def _scale_active(layer: Any, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook of the factor B."""
-    return output * layer.magnitudes[-1].to(output.dtype)
+    magnitude: Tensor = layer.magnitudes[-1]
+    return output * magnitude.to(output.dtype)
 
 
 def _add_directions(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

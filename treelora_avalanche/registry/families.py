@@ -249,6 +249,14 @@ LORA = Family(_build_with_factory, rates=_LORA_RATES)
 """Strategies that attach LoRA themselves: subclasses of
 :class:`~treelora_avalanche.strategies.SeqLoRA`, or with its signature."""
 
+SUBSPACES = Family(
+    _build_with_factory,
+    TRAINING_SETTINGS | {"layers", "target_modules"},
+    Rates(vision=0.0001, digits=0.0001, language=0.0001),
+    uses_lora=False,
+)
+"""OSF, which trains the weights that LoRA adapts, within subspaces."""
+
 PROMPTS = Family(
     _build_with_factory,
     TRAINING_SETTINGS,

@@ -56,7 +56,8 @@ def set_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> 
     (group,) = optimizer.param_groups
     group["params"] = list(parameters)
     kept = {id(parameter) for parameter in group["params"]}
-    reset_optimizer_state(optimizer, [p for p in optimizer.state if id(p) not in kept])
+    for parameter in [p for p in optimizer.state if id(p) not in kept]:
+        del optimizer.state[parameter]
 
 
 def check_optimizer_state(
