@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from avalanche.benchmarks.utils import DataAttribute, TaskAwareSupervisedClassificationDataset
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from treelora_avalanche.models.token_loss import IGNORED
 from treelora_avalanche.models.tokenization import EncodedSample
@@ -40,11 +40,15 @@ class TokenSequences(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         tokens, n_prompt = self.samples[index]
-        x = torch.full((self.width,), PADDING)
-        y = torch.full((self.width,), IGNORED)
-        x[: len(tokens) - 1] = tokens[:-1]
-        y[n_prompt - 1 : len(tokens) - 1] = tokens[n_prompt:]
-        return x, y
+        return _padded(tokens, n_prompt, self.width)
+
+
+def _padded(tokens: Tensor, n_prompt: int, width: int) -> tuple[Tensor, Tensor]:
+    x = torch.full((width,), PADDING)
+    y = torch.full((width,), IGNORED)
+    x[: len(tokens) - 1] = tokens[:-1]
+    y[n_prompt - 1 : len(tokens) - 1] = tokens[n_prompt:]
+    return x, y
 
 
 class TokenTargets(DataAttribute):
@@ -89,8 +93,27 @@ def as_avalanche_dataset(
     :param samples: the samples.
     :param width: of the padded sequences; at least the number of tokens of any sample.
     """
+    return _with_attributes(TokenSequences(samples, width), samples)
+
+
+def generated_dataset(
+    samples: Sequence[EncodedSample], width: int
+) -> TaskAwareSupervisedClassificationDataset:
+    """Returns the same for a few samples that are no data of a stream, as padded tensors.
+
+    :param samples: the samples, at least one.
+    :param width: see :func:`as_avalanche_dataset`.
+    """
+    rows = [_padded(torch.tensor(s.tokens), s.n_prompt, width) for s in samples]
+    tensors = (torch.stack(column) for column in zip(*rows, strict=True))
+    return _with_attributes(TensorDataset(*tensors), samples)
+
+
+def _with_attributes(
+    dataset: Dataset[Any], samples: Sequence[EncodedSample]
+) -> TaskAwareSupervisedClassificationDataset:
     return TaskAwareSupervisedClassificationDataset(
-        [TokenSequences(samples, width)],
+        [dataset],
         data_attributes=[
             TokenTargets([tuple(s.tokens[s.n_prompt :]) for s in samples]),
             DataAttribute([len(s.tokens) - 1 for s in samples], "lengths"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treelora_avalanche.adapters import find_host
 from treelora_avalanche.adapters.trainable_view import active_forward, evaluating
-from treelora_avalanche.models.token_datasets import as_avalanche_dataset
+from treelora_avalanche.models.token_datasets import generated_dataset
 from treelora_avalanche.models.token_loss import TokenCrossEntropy
 from treelora_avalanche.models.tokenization import encode_sample
 from treelora_avalanche.state import check_keys, check_same_settings
@@ -89,7 +89,7 @@ class OnPolicyReplayPlugin(SupervisedPlugin, supports_distributed=True):  # type
             # A copy, so that the benchmark's own experience keeps its samples.
             strategy.experience = copy.copy(experience)
             strategy.experience._dataset = experience.dataset.concat(
-                as_avalanche_dataset(samples, width)
+                generated_dataset(samples, width)
             )
 
     def _replayed(self, strategy: Any, task: PastPrompts, width: int) -> list[Any]:
@@ -100,7 +100,7 @@ class OnPolicyReplayPlugin(SupervisedPlugin, supports_distributed=True):  # type
         if not pairs:
             return []
         samples = [encode_sample(host.tokenizer, *pair, width) for pair in pairs]
-        confidence = self._confidence(strategy, as_avalanche_dataset(samples, width))
+        confidence = self._confidence(strategy, generated_dataset(samples, width))
         n = max(1, len(task.prompts) // len(self.tasks))
         best = confidence.argsort(descending=True, stable=True)[:n]
         return [samples[i] for i in sorted(best.tolist())]
