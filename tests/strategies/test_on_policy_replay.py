@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from avalanche.training import Replay
 from avalanche.training.plugins import SupervisedPlugin
 
 from support import make, plugin_of, same, train, weights
+from treelora_avalanche.adapters import TrainableView, add_lora
 from treelora_avalanche.metrics.footprint import stored_bytes
-from treelora_avalanche.models.token_loss import IGNORED
+from treelora_avalanche.models.token_loss import IGNORED, TokenCrossEntropy
 from treelora_avalanche.plugins import OnPolicyReplayPlugin
 from treelora_avalanche.strategies import OnPolicyReplay, SeqLoRA
 
@@ -108,6 +110,24 @@ def test_replayed_texts_go_through_the_cache(make_language_model, tiny_texts):
         trained.append(weights(train(strategy, tiny_texts, 0, 1)))
     for name, value in trained[0].items():
         torch.testing.assert_close(value, trained[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_replayed_texts_count_as_their_tokens(make_language_model, tiny_texts):
+    view = TrainableView(add_lora(make_language_model()))
+    replay = Replay(
+        model=view,
+        optimizer=torch.optim.SGD(view.parameters(), lr=0.01),
+        criterion=TokenCrossEntropy(),
+        mem_size=100,
+        train_mb_size=8,
+        evaluator=None,
+    )
+    expected = 0
+    for experience in tiny_texts.train_stream[:2]:
+        replay.train(experience)
+        for prompt, answer in zip(experience.prompts, experience.answers, strict=True):
+            expected += 4 * (1 + len(prompt) + len(answer) + 1)  # begins and ends with a token
+        assert stored_bytes(replay) == expected
 
 
 def test_bad_arguments_are_refused(make_language_model, tiny_vit):

@@ -252,7 +252,7 @@ LORA = Family(_build_with_factory, rates=_LORA_RATES)
 SUBSPACES = Family(
     _build_with_factory,
     TRAINING_SETTINGS | {"layers", "target_modules"},
-    Rates(vision=0.0001, digits=0.0001, language=0.0001),
+    Rates(vision=0.0005, digits=0.0005, language=0.0001),
     uses_lora=False,
 )
 """OSF, which trains the weights that LoRA adapts, within subspaces."""
