@@ -4,12 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from avalanche.training.plugins import SupervisedPlugin
 
-from support import make, same, train, weights
+from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import add_lora
 from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models import LanguageModel
-from treelora_avalanche.strategies import OSF
+from treelora_avalanche.strategies import OSF, SDLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
@@ -53,6 +54,44 @@ def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(tiny_vit, tiny_benchmar
     for strategy in (whole, resumed):
         train(strategy, tiny_benchmark, 2)
     assert same(weights(whole), weights(resumed))
+
+
+class Breaks(SupervisedPlugin):
+    """Interrupts the second experience once, at its third step."""
+
+    done = False
+
+    def before_backward(self, strategy, *args, **kwargs):
+        clock = strategy.clock
+        if clock.train_exp_counter == 1 and clock.train_exp_iterations == 2 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("strategy_class", [OSF, SDLoRA])
+def test_an_interrupted_experience_is_trained_again_or_abandoned(
+    tiny_vit, tiny_benchmark, tmp_path, strategy_class
+):
+    strategy = train(make(strategy_class, tiny_vit(), plugins=[Breaks()]), tiny_benchmark, 0)
+    names = weights(strategy).keys()
+    strategy.save(tmp_path / "state")
+    whole = weights(train(make(strategy_class, tiny_vit()), tiny_benchmark, 0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        train(strategy, tiny_benchmark, 1)
+    assert weights(strategy).keys() != names
+    strategy.load(tmp_path / "state")
+    assert same(weights(train(strategy, tiny_benchmark, 1)), whole)
+    plugin_of(strategy, Breaks).done = False
+    strategy.clock.train_exp_counter = 1
+    with pytest.raises(KeyboardInterrupt):
+        train(strategy, tiny_benchmark, 2)
+    assert weights(train(strategy, tiny_benchmark, 2)).keys() == names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

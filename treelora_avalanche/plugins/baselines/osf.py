@@ -50,8 +50,8 @@ class OSFPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         self._tuner: OSFModel | None = None
 
     def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Keeps what an interrupted experience has trained."""
-        self._merge(strategy)
+        """Ends an interrupted experience."""
+        self.end_interrupted(strategy)
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Decomposes the weights, and gives their trainable parts to the optimizer."""
@@ -63,7 +63,7 @@ class OSFPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Merges what was trained into the weights."""
-        self._merge(strategy)
+        self.end_interrupted(strategy)
         self.n_tasks += not self._parts.continues(strategy.experience)
         self._parts.finish(strategy.experience)
 
@@ -79,7 +79,11 @@ class OSFPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         for parameter in trained:  # peft has frozen the classifier too
             parameter.requires_grad_(id(parameter) not in weights)
 
-    def _merge(self, strategy: Any) -> None:
+    def end_interrupted(self, strategy: Any) -> None:
+        """Merges what is being trained into the weights, as it is.
+
+        :param strategy: the strategy.
+        """
         if self._tuner is None:
             return
         self._tuner.merge_and_unload()

@@ -28,8 +28,8 @@ class SDLoRAPlugin(PastAdaptersPlugin):
         super().__init__(past)
 
     def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Fixes magnitudes that an interrupted experience has left trainable."""
-        self._fix(strategy)
+        """Ends an interrupted experience."""
+        self.end_interrupted(strategy)
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Folds the adapter of the last experience, and adds the magnitudes to the optimizer."""
@@ -40,9 +40,13 @@ class SDLoRAPlugin(PastAdaptersPlugin):
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Fixes the magnitudes."""
         super().after_training_exp(strategy, *args, **kwargs)
-        self._fix(strategy)
+        self.end_interrupted(strategy)
 
-    def _fix(self, strategy: Any) -> None:
+    def end_interrupted(self, strategy: Any) -> None:
+        """Fixes magnitudes that are trainable, as they are.
+
+        :param strategy: the strategy.
+        """
         if any(magnitudes.requires_grad for magnitudes in self.past.magnitudes):
             self.past.fix_magnitudes()
             set_parameters(strategy.optimizer, strategy.model.parameters())
