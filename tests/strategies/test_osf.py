@@ -10,6 +10,7 @@ from support import make, plugin_of, same, train, weights
 from treelora_avalanche.adapters import add_lora
 from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models import LanguageModel
+from treelora_avalanche.runs.monitors import training_in_words
 from treelora_avalanche.strategies import OSF, SDLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -101,6 +102,9 @@ def test_language_model_trains_the_named_layers_in_float32(make_language_model, 
     frozen = {n: p.detach().clone() for n, p in model.named_parameters()}
     targets = ["q_proj", "mlp"]
     strategy = make(OSF, model, lr=0.01, target_modules=targets, layers="last:1", precision="bf16")
+    words = training_in_words(strategy, {"lr": 0.01, "batch_size": 8, "layers": "last:1"}, [2])
+    n_weights = 16 * 16 + 3 * 16 * 24
+    assert words == f"trains {n_weights:,} weights; learning rate 0.01; batches of 8; epochs 2"
     train(strategy, tiny_texts, 0, 1)
     trained = {n.removeprefix("module."): p for n, p in strategy.model.named_parameters()}
     parts = ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
