@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from treelora_avalanche.models import LanguageModel, TokenCrossEntropy
+from treelora_avalanche.models.token_datasets import as_avalanche_dataset
 from treelora_avalanche.models.tokenization import EncodedSample
-from treelora_avalanche.scenarios.data.text_benchmark import as_avalanche_dataset
 from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
 
 TARGET_LOSS_MEMORY = 0.5

@@ -220,12 +220,14 @@ STRATEGIES: dict[str, Callable[..., Any]] = {
     "L2P": strategies.L2P,
     "OGD": strategies.OGD,
     "OLoRA": strategies.OLoRA,
+    "OSF": strategies.OSF,
+    "SDLoRA": strategies.SDLoRA,
     "SeqLoRA": strategies.SeqLoRA,
     "TreeLoRAStrategy": TREE,
     "TreeLoRAStrategy, merged": partial(TREE, head="task_adaptive", layers="last:1"),
     "TreeLoRAStrategy, routed": partial(TREE, head="task_adaptive", inference="routed"),
 }
-ON_TEXT = {"InContext", "SAPT", "TaSL"}
+ON_TEXT = {"InContext", "OnPolicyReplay", "SAPT", "TaSL"}
 
 
 def test_every_strategy_is_here():

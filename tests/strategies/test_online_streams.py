@@ -38,7 +38,7 @@ from treelora_avalanche.plugins import (
     TaskPromptsPlugin,
     WithinTaskLossPlugin,
 )
-from treelora_avalanche.strategies import HiDeLoRA, HiDePrompt, InfLoRA, OLoRA, SeqLoRA
+from treelora_avalanche.strategies import HiDeLoRA, HiDePrompt, InfLoRA, OLoRA, SDLoRA, SeqLoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -186,7 +186,7 @@ def test_continued_within_a_task(tiny_vit, tiny_benchmark, tmp_path, variant):
     assert resumed.tree.n_tasks == N_TASKS
 
 
-@pytest.mark.parametrize("strategy_class", [OLoRA, InfLoRA])
+@pytest.mark.parametrize("strategy_class", [OLoRA, InfLoRA, SDLoRA])
 def test_past_adapters_are_those_of_tasks(tiny_vit, tiny_benchmark, strategy_class):
     strategy = make(strategy_class, tiny_vit(), train_epochs=1)
     train_on(strategy, parts_of(tiny_benchmark))

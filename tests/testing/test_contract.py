@@ -54,6 +54,9 @@ STORED_PER_TASK = {
     "EWCLoRA": 0,
     "OGD": N_TEXTS * ADAPTER,
     "OLoRA": ADAPTER,
+    # And a magnitude per layer.
+    "SDLoRA": ADAPTER + 4 * 2 * N_BLOCKS,
+    "OSF": 0,
     "L2P": 0,
     "DualPrompt": 4 * (3 * 2 * 3 * KEYS + WIDTH),
     # On keys and values; and a centroid for each of so few texts.

@@ -17,6 +17,7 @@ from treelora_avalanche.adapters.attach import (
 )
 from treelora_avalanche.adapters.bank import AdapterBank, merge_factors
 from treelora_avalanche.adapters.classifier import classifier_name, find_classifier
+from treelora_avalanche.adapters.directions import PastDirections
 from treelora_avalanche.adapters.factors import (
     LayerShape,
     LoRAFactors,
@@ -46,6 +47,7 @@ __all__ = [
     "LoRADefaults",
     "LoRAFactors",
     "PastAdapters",
+    "PastDirections",
     "SignatureSketch",
     "SubspaceMemory",
     "TrainableView",

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from treelora_avalanche.adapters.attach import call_projections, lora_layers
+from treelora_avalanche.adapters.directions import active_magnitude, weighted_past
 from treelora_avalanche.adapters.first_pass import check_at_first_pass
-from treelora_avalanche.adapters.past import past_factors
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -48,7 +48,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def _join_past(model: PeftModel, folder: Path) -> None:
     """Stacks the past factors on the active ones: sum_i B_i A_i = (B_1 ... B_n)(A_1; ...; A_n)."""
-    layers = {n: m for n, m in lora_layers(model).items() if len(past_factors(m)[0])}
+    layers = {
+        name: layer
+        for name, layer in lora_layers(model).items()
+        if len(weighted_past(layer)[0]) or active_magnitude(layer) != 1
+    }
     if not layers:
         return
     adapter = model.active_adapter
@@ -57,10 +61,10 @@ def _join_past(model: PeftModel, folder: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     tensors = load_file(file)
     for name, layer in layers.items():
-        past_a, past_b = past_factors(layer)
+        past_a, past_b = weighted_past(layer)
         a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         tensors[a] = torch.cat((past_a.cpu(), tensors[a]))
-        tensors[b] = torch.cat((past_b.cpu(), tensors[b]), 1)
+        tensors[b] = torch.cat((past_b.cpu(), active_magnitude(layer) * tensors[b]), 1)
         # Per layer, to keep the scaling: peft would divide alpha by the joint rank.
         rank = len(tensors[a])
         module = name.removeprefix("base_model.model.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +54,11 @@ class PastAdapters:
                 layer.register_buffer("past_A", like.new_empty(0, shape.n_in), persistent=False)
                 layer.register_buffer("past_B", like.new_empty(shape.n_out, 0), persistent=False)
                 layer.register_buffer("past_product", None, persistent=False)
-                layer.register_forward_hook(_add_past)
+                layer.register_forward_hook(self._forward_hook())
+
+    def _forward_hook(self) -> Callable[[Any, tuple[Any, ...], Tensor], Tensor]:
+        """Returns a function, so that a deep copy of the model has its own past."""
+        return _add_past
 
     def __len__(self) -> int:
         """Returns the number of past adapters."""
@@ -130,7 +135,7 @@ def _set_past(layer: Any, a: Tensor, b: Tensor) -> None:
 
 
 def _add_past(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook of a layer; a function, so that a deep copy of the model has its own past."""
+    """Forward hook of a layer."""
     if layer.disable_adapters or not len(layer.past_A):
         return output
     x = inputs[0].to(layer.past_A.dtype)

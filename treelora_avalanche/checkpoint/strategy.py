@@ -106,6 +106,10 @@ def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -
         other strategies ignore them.
     :raises ValueError: if the state does not fit; the strategy is then unchanged.
     """
+    for plugin in strategy.plugins:
+        # Some plugins add parameters to the model for the time of an experience.
+        if hasattr(plugin, "end_interrupted"):
+            plugin.end_interrupted(strategy)
     check_fits(strategy, state, past)
     overruled = differing_options(strategy, state)
     with ExitStack() as undo:

@@ -35,12 +35,14 @@ def _tensors_below(value: Any, visited: set[int], depth: int = 0) -> Iterator[Te
 
 
 def stored_bytes(strategy: Any) -> int:
-    """Returns the bytes of the tensors that a strategy's plugins keep between tasks.
+    """Returns the bytes of the tensors and texts that a strategy's plugins keep between tasks.
 
     Of a plugin with a ``state_dict``, these are the tensors in it; of others, all that it refers
-    to. Parameters and buffers of the model do not count. Stored samples count as the tensors that
-    the model receives, though Avalanche keeps references into the benchmark's own data. Evaluation
-    and counters do not count, nor does a plugin with ``is_stored = False``.
+    to. Parameters and buffers of the model do not count. Texts in a plugin's ``stored_texts`` count
+    as UTF-8. Stored images count as the tensors that the model receives, stored token sequences
+    four bytes per token of prompt and answer, without padding; though Avalanche keeps references
+    into the benchmark's own data. Evaluation and counters do not count, nor does a plugin with
+    ``is_stored = False``.
 
     :param strategy: an Avalanche strategy between two tasks.
     """
@@ -77,7 +79,8 @@ def stored_bytes(strategy: Any) -> int:
     kept = {storage(t) for t in _tensors_below([others, own_tensors], {id(strategy)})}
     kept |= {view(t) for t in _tensors_below(states, set())}
     tensors = sum(size for address, size in kept if address not in of_model)
-    return tensors + _stored_samples_bytes(strategy)
+    texts = [text for plugin in plugins for text in getattr(plugin, "stored_texts", ())]
+    return tensors + sum(len(text.encode()) for text in texts) + _stored_samples_bytes(strategy)
 
 
 def _stored_samples_bytes(strategy: Any) -> int:
@@ -90,6 +93,8 @@ def _stored_samples_bytes(strategy: Any) -> int:
 
 
 def _samples_bytes(store: Any) -> int:
+    if hasattr(store, "lengths"):  # of tokens without the last, see `TokenSequences`
+        return sum(4 * (int(length) + 1) for length in store.lengths)
     first = store[0][0]
     if first.ndim > 1:  # images have one shape, and reading each would take its time
         return len(store) * int(first.nbytes)

@@ -12,8 +12,11 @@ from treelora_avalanche.plugins.baselines.inf_lora import InfLoRAPlugin
 from treelora_avalanche.plugins.baselines.l2_anchor import L2AnchorPlugin
 from treelora_avalanche.plugins.baselines.o_lora import OLoRAPlugin
 from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
+from treelora_avalanche.plugins.baselines.on_policy_replay import OnPolicyReplayPlugin
+from treelora_avalanche.plugins.baselines.osf import OSFPlugin
 from treelora_avalanche.plugins.baselines.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
+from treelora_avalanche.plugins.baselines.sd_lora import SDLoRAPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
@@ -57,11 +60,14 @@ __all__ = [
     "NonFiniteLossError",
     "OGDPlugin",
     "OLoRAPlugin",
+    "OSFPlugin",
+    "OnPolicyReplayPlugin",
     "PrefixCachePlugin",
     "PromptRouterPlugin",
     "RandomSelectorPlugin",
     "RouterPlugin",
     "SAPTPlugin",
+    "SDLoRAPlugin",
     "SampleFisherEWCPlugin",
     "SelectorPlugin",
     "SparseUpdatePlugin",

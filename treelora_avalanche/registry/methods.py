@@ -19,6 +19,7 @@ from treelora_avalanche.registry.families import (
     PROMPTS,
     REPLAY,
     STREAMING_LDA,
+    SUBSPACES,
     UPPER_BOUND,
     Family,
     Rates,
@@ -282,6 +283,15 @@ METHODS: Registry[Method] = Registry(
             "one LoRA per task, summed, each in the null space of past inputs",
             strength=Strength("threshold", 0.8, 0.99),
         ),
+        "SDLoRA": Method(
+            _OURS + "SDLoRA",
+            "one LoRA per task, summed: past directions are frozen, all magnitudes trained",
+        ),
+        "OSF": Method(
+            _OURS + "OSF",
+            "full-rank training off the largest singular directions of each weight (peft's OSF)",
+            family=SUBSPACES,
+        ),
         "L2P": Method(
             _OURS + "L2P",
             "prompts from a shared pool, selected per sample by the nearest keys",
@@ -360,6 +370,11 @@ METHODS: Registry[Method] = Registry(
             family=REPLAY,
             also_reads=MERGE_SETTINGS,
             options={"mem_size": 200},
+        ),
+        "OnPolicyReplay": Method(
+            _OURS + "OnPolicyReplay",
+            "LoRA that also trains on its own generations for past prompts",
+            models=LANGUAGE,
         ),
         "FrozenNCM": Method(
             _OURS + "FrozenNCM",

@@ -242,7 +242,7 @@ def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) 
     words = [
         f"LoRA of rank {config['rank']} (α {config['alpha']:g}) on {len(layers)} matrices"
         if layers
-        else _trained_without_lora(strategy.model),
+        else _trained_without_lora(strategy.model, of_layers="layers" in config),
         f"learning rate {config['lr']:g}",
         f"batches of {config['batch_size']}",
         f"epochs {', '.join(map(str, epochs))}",
@@ -254,13 +254,14 @@ def training_in_words(strategy: Any, config: dict[str, Any], epochs: list[int]) 
     return "trains " + "; ".join(words)
 
 
-def _trained_without_lora(model: nn.Module) -> str:
+def _trained_without_lora(model: nn.Module, of_layers: bool) -> str:
     # Not `model.parameters()`: a `TrainableView` overrides it to yield the trainable ones only.
     parameters = [parameter for _, parameter in nn.Module.named_parameters(model)]
     if all(parameter.requires_grad for parameter in parameters):
         return "every weight"
     n_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return f"{n_trained:,} values of prompts and keys" if n_trained else "nothing"
+    what = "weights" if of_layers else "values of prompts and keys"
+    return f"{n_trained:,} {what}" if n_trained else "nothing"
 
 
 __all__ = [

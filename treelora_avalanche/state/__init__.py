@@ -31,6 +31,7 @@ from treelora_avalanche.state.optimizer import (
     load_optimizer_state,
     optimizer_state,
     reset_optimizer_state,
+    set_parameters,
 )
 from treelora_avalanche.state.random_state import check_random_state, random_state, set_random_state
 
@@ -53,5 +54,6 @@ __all__ = [
     "random_state",
     "reset_optimizer_state",
     "save_state",
+    "set_parameters",
     "set_random_state",
 ]

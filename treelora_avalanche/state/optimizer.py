@@ -47,6 +47,19 @@ def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Paramete
         optimizer.state.pop(parameter, None)
 
 
+def set_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces the parameters of an optimizer; the state of those that stay is kept.
+
+    :param optimizer: an optimizer with one parameter group, as Avalanche requires.
+    :param parameters: the parameters.
+    """
+    (group,) = optimizer.param_groups
+    group["params"] = list(parameters)
+    kept = {id(parameter) for parameter in group["params"]}
+    for parameter in [p for p in optimizer.state if id(p) not in kept]:
+        del optimizer.state[parameter]
+
+
 def check_optimizer_state(
     optimizer: Optimizer, state: State, parameters: Mapping[str, nn.Parameter]
 ) -> None:
@@ -130,4 +143,10 @@ def _named_parameters(
     return named
 
 
-__all__ = ["check_optimizer_state", "load_optimizer_state", "optimizer_state"]
+__all__ = [
+    "check_optimizer_state",
+    "load_optimizer_state",
+    "optimizer_state",
+    "reset_optimizer_state",
+    "set_parameters",
+]

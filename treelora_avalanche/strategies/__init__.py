@@ -12,7 +12,10 @@ from treelora_avalanche.strategies.l2_anchor import L2Anchor
 from treelora_avalanche.strategies.l2p import L2P
 from treelora_avalanche.strategies.o_lora import OLoRA
 from treelora_avalanche.strategies.ogd import OGD
+from treelora_avalanche.strategies.on_policy_replay import OnPolicyReplay
+from treelora_avalanche.strategies.osf import OSF
 from treelora_avalanche.strategies.sapt import SAPT
+from treelora_avalanche.strategies.sd_lora import SDLoRA
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.strategies.tasl import TaSL
 from treelora_avalanche.strategies.treelora import TreeLoRAStrategy
@@ -20,6 +23,7 @@ from treelora_avalanche.strategies.treelora import TreeLoRAStrategy
 __all__ = [
     "L2P",
     "OGD",
+    "OSF",
     "SAPT",
     "DualPrompt",
     "EWCLoRA",
@@ -32,6 +36,8 @@ __all__ = [
     "InfLoRA",
     "L2Anchor",
     "OLoRA",
+    "OnPolicyReplay",
+    "SDLoRA",
     "SeqLoRA",
     "TaSL",
     "TreeLoRAStrategy",

@@ -24,11 +24,11 @@ from treelora_avalanche.adapters import add_lora
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.models.features.signature import activation_signature
 from treelora_avalanche.models.token_batches import collate_hidden_states, collate_tokens
+from treelora_avalanche.models.token_datasets import TokenSequences, TokenTargets
 from treelora_avalanche.models.tokenization import EncodedSample
 from treelora_avalanche.models.tokens import PADDING, crop
 from treelora_avalanche.models.views.split_language import SplitLanguageModel, frozen_layers
 from treelora_avalanche.scenarios import TextTasks
-from treelora_avalanche.scenarios.data.text_benchmark import TokenSequences, TokenTargets
 from treelora_avalanche.strategies import (
     OGD,
     EWCLoRA,

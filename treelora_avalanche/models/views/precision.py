@@ -122,8 +122,17 @@ def _convert_trained_layers(network: nn.Module) -> None:
                 "in no layer of its own that could cast its inputs. Convert the model with "
                 "`.float()`; precision='bf16' computes in bfloat16 all the same."
             )
-        layer.register_forward_hook(partial(_cast_output, parameter.dtype))
-        _hook_inputs(layer.float(), torch.float32)
+        compute_in_float32(layer, parameter.dtype)
+
+
+def compute_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Converts a layer of a model in half precision to float32; its output keeps the precision.
+
+    :param layer: the layer.
+    :param dtype: precision of the output.
+    """
+    layer.register_forward_hook(partial(_cast_output, dtype))
+    _hook_inputs(layer.float(), torch.float32)
 
 
 def _cast_to_frozen_weights(network: nn.Module) -> None:

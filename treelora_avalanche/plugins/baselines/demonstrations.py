@@ -51,6 +51,11 @@ class DemonstrationsPlugin(SupervisedPlugin, supports_distributed=True):  # type
         self.n_demonstrations = n_demonstrations
         self.seed = seed
 
+    @property
+    def stored_texts(self) -> list[str]:
+        """All prompts and answers that are kept."""
+        return [text for task in self.model.tasks for text in (*task.prompts, *task.answers)]
+
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Checks that the experience has texts."""
         experience = strategy.experience
