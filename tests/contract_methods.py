@@ -40,6 +40,7 @@ def image_settings(data_root: Path) -> RunSettings:
         layers="first:2",
         rank=RANK,
         device="cpu",
+        method_options={name: {"n_projections": 200} for name in ("RanPAC", "FrozenRanPAC")},
     )
 
 

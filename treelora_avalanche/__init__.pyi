@@ -119,6 +119,9 @@ from .strategies import (
     FrozenNCM as FrozenNCM,
 )
 from .strategies import (
+    FrozenRanPAC as FrozenRanPAC,
+)
+from .strategies import (
     GEMLoRA as GEMLoRA,
 )
 from .strategies import (
@@ -138,6 +141,9 @@ from .strategies import (
 )
 from .strategies import (
     OLoRA as OLoRA,
+)
+from .strategies import (
+    RanPAC as RanPAC,
 )
 from .strategies import (
     SeqLoRA as SeqLoRA,

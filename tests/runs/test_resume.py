@@ -29,7 +29,8 @@ CONTINUES = [
     name for name, entry in METHODS.items() if "vision" in entry.models and not entry.joint
 ]
 # Steps of the last of three tasks, in batches of eight, from 1.
-LAST_STEPS = {"Cumulative": range(13, 25), "FrozenNCM": (), "FrozenGaussian": ()}
+UNTRAINED = ("FrozenNCM", "FrozenGaussian", "FrozenRanPAC", "RanPAC")
+LAST_STEPS = {"Cumulative": range(13, 25), **dict.fromkeys(UNTRAINED, ())}
 
 
 class PowerCutError(Exception):

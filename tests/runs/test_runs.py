@@ -100,9 +100,10 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
     assert results["stream"]["trained"] == [0, 1, 2]
     assert results["stream"]["classes"] == [[0, 1], [2, 3], [4, 5]]
     assert results["stream"]["train_samples"] == [32, 32, 32]
-    # 4 batches per task and epoch; FrozenNCM and FrozenGaussian have no steps, Cumulative repeats
-    # past tasks.
-    steps = {"StreamingLDA": 12, "FrozenNCM": 0, "FrozenGaussian": 0, "Cumulative": 2 * 24}
+    # 4 batches per task and epoch; frozen methods have no steps, RanPAC those of the first task,
+    # Cumulative repeats past tasks.
+    steps = dict.fromkeys(("FrozenNCM", "FrozenGaussian", "FrozenRanPAC"), 0)
+    steps |= {"StreamingLDA": 12, "RanPAC": 8, "Cumulative": 2 * 24}
     assert results["timings"]["steps"] == steps.get(method, 24)
     assert (results["timings"]["ms_per_step"] is None) == (steps.get(method) == 0)
     assert all(results["timings"][f"{kind}_seconds"] > 0 for kind in ("train", "eval"))
@@ -116,9 +117,11 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
 
     lines = json_lines(folder)
     n_lines = 0 if not steps.get(method, 24) else epochs
-    assert [line["event"] for line in lines] == ([*["epoch"] * n_lines, "task"]) * (
-        1 if entry.joint else 3
-    )
+    later = 0 if method == "RanPAC" else n_lines
+    assert [line["event"] for line in lines] == [*["epoch"] * n_lines, "task"] + [
+        *["epoch"] * later,
+        "task",
+    ] * (0 if entry.joint else 2)
     losses = [line["loss"] for line in lines if line["event"] == "epoch"]
     # The loss of HiDe can be negative.
     assert all(math.isfinite(loss) if "HiDe" in method else loss > 0 for loss in losses)

@@ -18,8 +18,8 @@ from treelora_avalanche.strategies.base.arguments import LoRAOptions, TrainingOp
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 ALL = {name: getattr(strategies, name) for name in strategies.__all__}
-UNTRAINED = {"FrozenNCM", "FrozenGaussian", "InContext"}
-OWN_HEAD = {"HiDePrompt", "HiDeLoRA"}
+UNTRAINED = {"FrozenNCM", "FrozenGaussian", "FrozenRanPAC", "InContext"}
+OWN_HEAD = {"HiDePrompt", "HiDeLoRA", "RanPAC"}
 TEXT_ONLY = {"SAPT", "TaSL", "InContext"}
 ON_IMAGES = sorted(ALL.keys() - TEXT_ONLY)
 TRAINED_ON_IMAGES = sorted(ALL.keys() - TEXT_ONLY - UNTRAINED)

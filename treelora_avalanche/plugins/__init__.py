@@ -11,6 +11,7 @@ from treelora_avalanche.plugins.baselines.l2_anchor import L2AnchorPlugin
 from treelora_avalanche.plugins.baselines.o_lora import OLoRAPlugin
 from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
 from treelora_avalanche.plugins.baselines.prompts import KeyLossPlugin, TaskPromptsPlugin
+from treelora_avalanche.plugins.baselines.ran_pac import FirstExperienceOnlyPlugin, RidgeHeadPlugin
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.plugins.lcb_selector import (
@@ -44,6 +45,7 @@ __all__ = [
     "DataParallelPlugin",
     "DemonstrationsPlugin",
     "FiniteLossPlugin",
+    "FirstExperienceOnlyPlugin",
     "FirstSessionPlugin",
     "InfLoRAPlugin",
     "KeyLossPlugin",
@@ -58,6 +60,7 @@ __all__ = [
     "PrefixCachePlugin",
     "PromptRouterPlugin",
     "RandomSelectorPlugin",
+    "RidgeHeadPlugin",
     "RouterPlugin",
     "SAPTPlugin",
     "SelectorPlugin",

@@ -274,6 +274,12 @@ METHODS: Registry[Method] = Registry(
             "one LoRA per task, summed, each in the null space of past inputs",
             strength=Strength("threshold", 0.8, 0.99),
         ),
+        "RanPAC": Method(
+            _OURS + "RanPAC",
+            "LoRA on the first task alone; ridge classifier on random projections of the features",
+            models=VISION,
+            does_not_read=frozenset({"head"}),
+        ),
         "L2P": Method(
             _OURS + "L2P",
             "prompts from a shared pool, selected per sample by the nearest keys",
@@ -344,6 +350,12 @@ METHODS: Registry[Method] = Registry(
         "FrozenGaussian": Method(
             _OURS + "FrozenGaussian",
             "task-adaptive head on features of the frozen backbone",
+            family=FROZEN,
+            models=VISION,
+        ),
+        "FrozenRanPAC": Method(
+            _OURS + "FrozenRanPAC",
+            "ridge classifier on random projections of the frozen backbone's features",
             family=FROZEN,
             models=VISION,
         ),

@@ -2,7 +2,7 @@
 
 from treelora_avalanche.strategies.dual_prompt import DualPrompt
 from treelora_avalanche.strategies.ewc_lora import EWCLoRA
-from treelora_avalanche.strategies.frozen import FrozenGaussian, FrozenNCM
+from treelora_avalanche.strategies.frozen import FrozenGaussian, FrozenNCM, FrozenRanPAC
 from treelora_avalanche.strategies.gem_lora import GEMLoRA
 from treelora_avalanche.strategies.hide_lora import HiDeLoRA
 from treelora_avalanche.strategies.hide_prompt import HiDePrompt
@@ -12,6 +12,7 @@ from treelora_avalanche.strategies.l2_anchor import L2Anchor
 from treelora_avalanche.strategies.l2p import L2P
 from treelora_avalanche.strategies.o_lora import OLoRA
 from treelora_avalanche.strategies.ogd import OGD
+from treelora_avalanche.strategies.ran_pac import RanPAC
 from treelora_avalanche.strategies.sapt import SAPT
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.strategies.tasl import TaSL
@@ -25,6 +26,7 @@ __all__ = [
     "EWCLoRA",
     "FrozenGaussian",
     "FrozenNCM",
+    "FrozenRanPAC",
     "GEMLoRA",
     "HiDeLoRA",
     "HiDePrompt",
@@ -32,6 +34,7 @@ __all__ = [
     "InfLoRA",
     "L2Anchor",
     "OLoRA",
+    "RanPAC",
     "SeqLoRA",
     "TaSL",
     "TreeLoRAStrategy",
