@@ -107,6 +107,9 @@ from .strategies import (
     SAPT as SAPT,
 )
 from .strategies import (
+    SLCA as SLCA,
+)
+from .strategies import (
     DualPrompt as DualPrompt,
 )
 from .strategies import (

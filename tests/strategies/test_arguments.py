@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 ALL = {name: getattr(strategies, name) for name in strategies.__all__}
 UNTRAINED = {"FrozenNCM", "FrozenGaussian", "FrozenRanPAC", "InContext"}
-OWN_HEAD = {"HiDePrompt", "HiDeLoRA", "RanPAC"}
+OWN_HEAD = {"HiDePrompt", "HiDeLoRA", "RanPAC", "SLCA"}
 TEXT_ONLY = {"SAPT", "TaSL", "InContext"}
 ON_IMAGES = sorted(ALL.keys() - TEXT_ONLY)
 TRAINED_ON_IMAGES = sorted(ALL.keys() - TEXT_ONLY - UNTRAINED)

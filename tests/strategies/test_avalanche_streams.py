@@ -223,6 +223,7 @@ STRATEGIES: dict[str, Callable[..., Any]] = {
     "OLoRA": strategies.OLoRA,
     "RanPAC": partial(strategies.RanPAC, n_projections=32),
     "SeqLoRA": strategies.SeqLoRA,
+    "SLCA": strategies.SLCA,
     "TreeLoRAStrategy": TREE,
     "TreeLoRAStrategy, merged": partial(TREE, head="task_adaptive", layers="last:1"),
     "TreeLoRAStrategy, routed": partial(TREE, head="task_adaptive", inference="routed"),

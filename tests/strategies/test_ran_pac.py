@@ -6,16 +6,13 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
+from support import images_of, plugin_of
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.models.features.random_projection import STRENGTHS, choose_strength
 from treelora_avalanche.plugins import FirstSessionPlugin, RidgeHeadPlugin
 from treelora_avalanche.strategies import FrozenRanPAC, RanPAC
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
-
-
-def head_of(strategy):
-    return next(p for p in strategy.plugins if isinstance(p, RidgeHeadPlugin))
 
 
 def ridge_of_sklearn(samples, targets, n_classes, strength):
@@ -41,11 +38,12 @@ def test_classifier_is_that_of_scikit_learn(tiny_vit, tiny_benchmark, all_data, 
         "module.base_model.model.head.modules_to_save.default" if first_session else "head"
     )
     samples = (features @ head.projection).relu()
-    expected = ridge_of_sklearn(samples, targets, 6, head_of(strategy).strength)
+    expected = ridge_of_sklearn(samples, targets, 6, plugin_of(strategy, RidgeHeadPlugin).strength)
     logits, own = samples.double() @ expected.T, strategy.model.eval()
     with torch.no_grad():
-        images = torch.stack([x for x, *_ in all_data])
-        assert torch.allclose(own(images).double(), logits, atol=1e-3)
+        assert torch.allclose(
+            own(images_of(tiny_benchmark.train_stream)).double(), logits, atol=1e-3
+        )
     assert (logits.argmax(1) == targets).float().mean() > 0.9
 
 
@@ -54,7 +52,7 @@ def test_frozen_classifier_does_not_depend_on_the_order_of_tasks(tiny_vit, tiny_
         strategy = FrozenRanPAC(tiny_vit(), n_projections=60, evaluator=None)
         for number in order:
             strategy.train(tiny_benchmark.train_stream[number])
-        return head_of(strategy)
+        return plugin_of(strategy, RidgeHeadPlugin)
 
     first, second = statistics([0, 1, 2]), statistics([2, 0, 1])
     assert torch.allclose(first.gram, second.gram, rtol=1e-5)

@@ -13,6 +13,7 @@ from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
 from treelora_avalanche.plugins.baselines.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.baselines.ran_pac import FirstExperienceOnlyPlugin, RidgeHeadPlugin
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
+from treelora_avalanche.plugins.baselines.slca import ClassifierAlignmentPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
@@ -40,6 +41,7 @@ PrefixCachePlugin = ActivationCachePlugin
 
 __all__ = [
     "ActivationCachePlugin",
+    "ClassifierAlignmentPlugin",
     "ContrastivePlugin",
     "CosineSchedulePlugin",
     "DataParallelPlugin",

@@ -20,6 +20,7 @@ from treelora_avalanche.registry.families import (
     REPLAY,
     STREAMING_LDA,
     UPPER_BOUND,
+    WHOLE_MODEL,
     Family,
     Rates,
     SharedArguments,
@@ -279,6 +280,14 @@ METHODS: Registry[Method] = Registry(
             "LoRA on the first task alone; ridge classifier on random projections of the features",
             models=VISION,
             does_not_read=frozenset({"head"}),
+        ),
+        "SLCA": Method(
+            _OURS + "SLCA",
+            "full fine-tuning, the backbone slowly; classifier aligned on class Gaussians",
+            family=WHOLE_MODEL,
+            models=VISION,
+            does_not_read=frozenset({"head"}),
+            strength=Strength("backbone_rate", 1e-3, 0.1),
         ),
         "L2P": Method(
             _OURS + "L2P",

@@ -15,6 +15,7 @@ from treelora_avalanche.strategies.ogd import OGD
 from treelora_avalanche.strategies.ran_pac import RanPAC
 from treelora_avalanche.strategies.sapt import SAPT
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
+from treelora_avalanche.strategies.slca import SLCA
 from treelora_avalanche.strategies.tasl import TaSL
 from treelora_avalanche.strategies.treelora import TreeLoRAStrategy
 
@@ -22,6 +23,7 @@ __all__ = [
     "L2P",
     "OGD",
     "SAPT",
+    "SLCA",
     "DualPrompt",
     "EWCLoRA",
     "FrozenGaussian",
