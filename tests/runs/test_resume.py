@@ -13,6 +13,7 @@ from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dat
 from avalanche.training.plugins import LwFPlugin, ReplayPlugin
 from avalanche.training.supervised import Cumulative, LwF, Replay
 
+from support import FEW_PROJECTIONS
 from treelora_avalanche import models
 from treelora_avalanche.checkpoint import load_strategy, save_strategy
 from treelora_avalanche.cli import main
@@ -23,7 +24,14 @@ from treelora_avalanche.runs import Ingredients, run, session
 from treelora_avalanche.runs.resume import save_progress
 
 SETTINGS = RunSettings(
-    epochs=1, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu", head="task_adaptive"
+    epochs=1,
+    batch_size=8,
+    rank=2,
+    layers="all",
+    lr=0.01,
+    device="cpu",
+    head="task_adaptive",
+    method_options=FEW_PROJECTIONS,
 )
 CONTINUES = [
     name for name, entry in METHODS.items() if "vision" in entry.models and not entry.joint

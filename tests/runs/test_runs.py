@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from support import FEW_PROJECTIONS
 from treelora_avalanche.compare import compare, comparison, earlier_results, executors
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
 from treelora_avalanche.models.vision import ImagePreprocessing
@@ -40,7 +41,15 @@ from treelora_avalanche.runs import (
 )
 from treelora_avalanche.tree import AdapterTree
 
-SETTINGS = RunSettings(epochs=2, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu")
+SETTINGS = RunSettings(
+    epochs=2,
+    batch_size=8,
+    rank=2,
+    layers="all",
+    lr=0.01,
+    device="cpu",
+    method_options=FEW_PROJECTIONS,
+)
 VISION = [name for name, entry in METHODS.items() if "vision" in entry.models]
 
 

@@ -11,7 +11,6 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from treelora_avalanche.adapters import find_host
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
 from treelora_avalanche.defaults import VISION_TRAINING
 from treelora_avalanche.models.features.extraction import extract_features
@@ -22,8 +21,7 @@ from treelora_avalanche.models.features.random_projection import (
 from treelora_avalanche.models.views.precision import train_in_float32
 from treelora_avalanche.plugins import RidgeHeadPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys
-from treelora_avalanche.strategies.base.arguments import TemplateOptions
-from treelora_avalanche.strategies.base.outputs import check_returns_logits
+from treelora_avalanche.strategies.base.arguments import TemplateOptions, check_image_model
 from treelora_avalanche.strategies.base.untrained import UntrainedStrategy
 
 
@@ -100,14 +98,7 @@ class _FrozenBackbone(UntrainedStrategy):
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         **kwargs: Unpack[TemplateOptions],
     ):
-        if find_host(model) is not None:
-            raise ValueError(
-                f"`model` should be an image model with a classifier for {type(self).__name__}, "
-                f"but is a {type(model).__name__}. Use one such as "
-                "timm.create_model('vit_base_patch16_224')."
-            )
-        check_returns_logits(model)
-        classifier_of(model)  # raises where there is none
+        check_image_model(model, type(self).__name__)
         head_plugin = self._make_head(model)
         model.requires_grad_(False)
         classifier_of(model).requires_grad_(True)

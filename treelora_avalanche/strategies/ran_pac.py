@@ -9,14 +9,13 @@ from torch import nn
 from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import TrainableView
-from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.features.random_projection import (
     check_projections,
     project_classifier,
 )
 from treelora_avalanche.plugins import WithinTaskLossPlugin
 from treelora_avalanche.plugins.baselines.ran_pac import FirstExperienceOnlyPlugin, RidgeHeadPlugin
-from treelora_avalanche.strategies.base.arguments import OwnHeadLoRAOptions
+from treelora_avalanche.strategies.base.arguments import OwnHeadLoRAOptions, check_image_model
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -56,7 +55,7 @@ class RanPAC(SeqLoRA):
         check_projections(n_projections)
         if isinstance(model, TrainableView):
             model = model.module  # its classifier is replaced
-        classifier_of(model)  # raises where there is none
+        check_image_model(model, "RanPAC")
         self._projections = (n_projections, seed)
         own = [WithinTaskLossPlugin(), RidgeHeadPlugin(seed), FirstExperienceOnlyPlugin()]
         super().__init__(model=model, plugins=[*(plugins or ()), *own], **kwargs)

@@ -11,13 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from treelora_avalanche.adapters import TrainableView, find_host
+from treelora_avalanche.adapters import TrainableView
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.views.split_vit import trainable_view
 from treelora_avalanche.plugins.baselines.slca import ClassifierAlignmentPlugin
-from treelora_avalanche.strategies.base.arguments import OwnHeadOptions
+from treelora_avalanche.strategies.base.arguments import OwnHeadOptions, check_image_model
 from treelora_avalanche.strategies.base.defaults import VISION, OptimizerFactory
-from treelora_avalanche.strategies.base.outputs import check_returns_logits
 from treelora_avalanche.strategies.base.parameter_efficient import (
     ParameterEfficientStrategy,
     check_training,
@@ -69,7 +68,7 @@ class SLCA(ParameterEfficientStrategy):
         alignment = ClassifierAlignmentPlugin(temperature, seed=seed)
         if isinstance(model, TrainableView):
             model = model.module
-        _check_image_model(model)
+        check_image_model(model, "SLCA")
         check_training(model, plugins=plugins, **kwargs)
         make = kwargs.pop("optimizer", None) or VISION.optimizer(kwargs.pop("lr", None))
         if isinstance(make, Optimizer):
@@ -97,13 +96,3 @@ def _two_rates(
     optimizer = make(groups)
     optimizer.param_groups[1]["lr"] *= rate
     return optimizer
-
-
-def _check_image_model(model: nn.Module) -> None:
-    if find_host(model) is not None:
-        raise ValueError(
-            f"`model` should be an image model with a classifier for SLCA, but is a "
-            f"{type(model).__name__}. Use one such as timm.create_model('vit_base_patch16_224')."
-        )
-    check_returns_logits(model)
-    classifier_of(model)  # raises where there is none
