@@ -20,6 +20,7 @@ from torch import nn
 from support import FEW_PROJECTIONS
 from treelora_avalanche.compare import compare, comparison, earlier_results, executors
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
+from treelora_avalanche.models.features.random_projection import project_classifier
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.plugins import NonFiniteLossError
 from treelora_avalanche.registry import METHODS, SCENARIOS, Family, Method, RunSettings
@@ -151,9 +152,10 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
         "TreeLoRA-routed",
         "HiDeLoRA",
     ):  # predictions use all adapters
-        restored = PeftModel.from_pretrained(
-            tiny_vit(depth=5), str(folder / "adapters" / "task_002")
-        )
+        backbone = tiny_vit(depth=5)
+        if method == "RanPAC":
+            project_classifier(backbone, n_projections=50, seed=0)
+        restored = PeftModel.from_pretrained(backbone, str(folder / "adapters" / "task_002"))
         correct = 0
         with torch.no_grad():
             restored.eval()

@@ -131,7 +131,8 @@ def test_lr_is_that_of_the_default_optimizer(tiny_vit, name):
     default = type(ALL[name](tiny_vit(depth=5), evaluator=None).optimizer)
     strategy = ALL[name](tiny_vit(depth=5), lr=0.02, evaluator=None)
     assert type(strategy.optimizer) is default
-    assert {group["lr"] for group in strategy.optimizer.param_groups} == {0.02}
+    rates = {0.02, 0.0002} if name == "SLCA" else {0.02}  # its backbone learns slowly
+    assert {group["lr"] for group in strategy.optimizer.param_groups} == rates
 
 
 def test_lr_of_a_language_model_keeps_its_optimizer(make_language_model):

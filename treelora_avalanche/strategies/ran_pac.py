@@ -34,6 +34,9 @@ class RanPAC(SeqLoRA):
         model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=100)
         strategy = RanPAC(model, n_projections=10_000, layers="all")
 
+    A saved adapter holds this classifier, and loads onto a model with one of the same size, see
+    :func:`~treelora_avalanche.models.features.random_projection.project_classifier`.
+
     :param model: a pretrained image model with a linear classifier, see :class:`SeqLoRA`.
     :param n_projections: number of random projections; the paper's is 10000.
     :param seed: seed of the projections and of the held-out samples.

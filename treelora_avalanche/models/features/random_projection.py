@@ -65,7 +65,7 @@ class RandomProjectionClassifier(nn.Linear):
         :param weight: ``(n_classes, n_projections)``.
         :param seen: labels of the classes seen so far.
         """
-        self.ridge.copy_(weight)
+        self.ridge = weight.to(self.ridge)  # not in place: copies of a view share buffers
         self.weight.zero_()
         self.bias.fill_(float("-inf"))
         self.bias[seen] = 0.0
