@@ -10,7 +10,7 @@ from torch import Tensor
 
 Plugin = TypeVar("Plugin")
 
-FEW_PROJECTIONS = {name: {"n_projections": 50} for name in ("RanPAC", "FrozenRanPAC")}
+FEW_PROJECTIONS = {name: {"n_projections": 20} for name in ("RanPAC", "FrozenRanPAC")}
 """Options of methods whose defaults are too slow for tests."""
 
 

@@ -154,7 +154,7 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
     ):  # predictions use all adapters
         backbone = tiny_vit(depth=5)
         if method == "RanPAC":
-            project_classifier(backbone, n_projections=50, seed=0)
+            project_classifier(backbone, n_projections=20, seed=0)
         restored = PeftModel.from_pretrained(backbone, str(folder / "adapters" / "task_002"))
         correct = 0
         with torch.no_grad():

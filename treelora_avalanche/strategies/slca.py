@@ -70,7 +70,8 @@ class SLCA(ParameterEfficientStrategy):
             model = model.module
         check_image_model(model, "SLCA")
         check_training(model, plugins=plugins, **kwargs)
-        make = kwargs.pop("optimizer", None) or VISION.optimizer(kwargs.pop("lr", None))
+        options: dict[str, Any] = {**kwargs}
+        make = options.pop("optimizer", None) or VISION.optimizer(options.pop("lr", None))
         if isinstance(make, Optimizer):
             raise ValueError(
                 "`optimizer` should be a callable that makes one from groups of parameters, but is "
@@ -82,7 +83,7 @@ class SLCA(ParameterEfficientStrategy):
             model=trainable_view(model),
             optimizer=partial(_two_rates, make, head, backbone_rate),
             plugins=[*(plugins or ()), alignment],
-            **kwargs,
+            **options,
         )
 
 

@@ -101,16 +101,20 @@ def ridge_weight(gram: Tensor, sums: Tensor, strength: float) -> Tensor:
 
     :param gram: Gram matrix G, the sum of ``h h^T`` over samples h, ``(dim, dim)``.
     :param sums: C, whose columns are the sums of each class's samples, ``(dim, n_classes)``.
-    :param strength: λ.
+    :param strength: λ, at least :func:`least_strength`.
     """
     regularised = gram.double()
     regularised.diagonal().add_(strength)
-    factor, failed = torch.linalg.cholesky_ex(regularised)
-    if failed:  # λ is below the rounding errors of G
-        weight = torch.linalg.solve(regularised, sums.double())
-    else:
-        weight = torch.cholesky_solve(sums.double(), factor)
+    weight = torch.cholesky_solve(sums.double(), torch.linalg.cholesky(regularised))
     return weight.T.to(gram.dtype)
+
+
+def least_strength(gram: Tensor) -> float:
+    """Returns the λ that exceeds the rounding errors of a Gram matrix, ``eps tr(G)``.
+
+    :param gram: Gram matrix, ``(dim, dim)``.
+    """
+    return float(torch.finfo(gram.dtype).eps * gram.diagonal().sum())
 
 
 def choose_strength(samples: Tensor, targets: Tensor, generator: torch.Generator) -> float | None:

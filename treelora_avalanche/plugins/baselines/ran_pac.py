@@ -14,6 +14,7 @@ from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.models.features.random_projection import (
     RandomProjectionClassifier,
     choose_strength,
+    least_strength,
     ridge_weight,
 )
 from treelora_avalanche.models.views.split import SplitView
@@ -27,7 +28,8 @@ class RidgeHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     With ``h = relu(P^T f)`` for features f, the Gram matrix ``G = sum h h^T`` and the class sums
     ``C = sum h y^T`` over all samples so far, the classifier is ``W = (G + λ I)^-1 C`` (Algorithm 1
     and Eq. 4 to 6). λ is chosen after every experience, on a fifth of its samples, see
-    :func:`~treelora_avalanche.models.features.random_projection.choose_strength`. G and C are sums:
+    :func:`~treelora_avalanche.models.features.random_projection.choose_strength`, and exceeds the
+    rounding errors of G. G and C are sums:
     for one λ, W does not depend on the order of the experiences, as long as the features stay.
 
     Stores ``n_projections * (n_projections + n_classes)`` values. Costs one pass over the data of
@@ -81,7 +83,8 @@ class RidgeHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
             gram, sums = gram + self.gram.to(gram), sums + self.sums.to(sums)
         self.gram, self.sums = gram, sums
         generator = torch.Generator().manual_seed(self.seed + self.n_experiences)
-        self.strength = choose_strength(samples, targets, generator) or self.strength
+        chosen = choose_strength(samples, targets, generator) or self.strength
+        self.strength = max(chosen, least_strength(gram))
         self.n_experiences += 1
         seen = (sums != 0).any(0).nonzero()[:, 0]
         head.fit(ridge_weight(gram, sums, self.strength), seen)
