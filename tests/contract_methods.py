@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
+from support import FEW_PROJECTIONS
 from treelora_avalanche.registry.families import SharedArguments
 from treelora_avalanche.registry.methods import METHODS
 from treelora_avalanche.registry.settings import RunSettings
@@ -40,6 +41,7 @@ def image_settings(data_root: Path) -> RunSettings:
         layers="first:2",
         rank=RANK,
         device="cpu",
+        method_options=FEW_PROJECTIONS,
     )
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 Plugin = TypeVar("Plugin")
 
+FEW_PROJECTIONS = {name: {"n_projections": 20} for name in ("RanPAC", "FrozenRanPAC")}
+"""Options of methods whose defaults are too slow for tests."""
+
 
 def make(strategy_class: Any, model: Any, *, seed: int = 1, **options: Any) -> Any:
     """A strategy for tiny streams, its adapter initialised from a seed."""

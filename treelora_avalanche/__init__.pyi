@@ -107,6 +107,9 @@ from .strategies import (
     SAPT as SAPT,
 )
 from .strategies import (
+    SLCA as SLCA,
+)
+from .strategies import (
     DualPrompt as DualPrompt,
 )
 from .strategies import (
@@ -117,6 +120,9 @@ from .strategies import (
 )
 from .strategies import (
     FrozenNCM as FrozenNCM,
+)
+from .strategies import (
+    FrozenRanPAC as FrozenRanPAC,
 )
 from .strategies import (
     GEMLoRA as GEMLoRA,
@@ -138,6 +144,9 @@ from .strategies import (
 )
 from .strategies import (
     OLoRA as OLoRA,
+)
+from .strategies import (
+    RanPAC as RanPAC,
 )
 from .strategies import (
     SeqLoRA as SeqLoRA,

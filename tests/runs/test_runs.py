@@ -17,8 +17,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from support import FEW_PROJECTIONS
 from treelora_avalanche.compare import compare, comparison, earlier_results, executors
 from treelora_avalanche.metrics import backward_transfer, forgetting, overall_performance
+from treelora_avalanche.models.features.random_projection import project_classifier
 from treelora_avalanche.models.vision import ImagePreprocessing
 from treelora_avalanche.plugins import NonFiniteLossError
 from treelora_avalanche.registry import METHODS, SCENARIOS, Family, Method, RunSettings
@@ -40,7 +42,15 @@ from treelora_avalanche.runs import (
 )
 from treelora_avalanche.tree import AdapterTree
 
-SETTINGS = RunSettings(epochs=2, batch_size=8, rank=2, layers="all", lr=0.01, device="cpu")
+SETTINGS = RunSettings(
+    epochs=2,
+    batch_size=8,
+    rank=2,
+    layers="all",
+    lr=0.01,
+    device="cpu",
+    method_options=FEW_PROJECTIONS,
+)
 VISION = [name for name, entry in METHODS.items() if "vision" in entry.models]
 
 
@@ -100,9 +110,10 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
     assert results["stream"]["trained"] == [0, 1, 2]
     assert results["stream"]["classes"] == [[0, 1], [2, 3], [4, 5]]
     assert results["stream"]["train_samples"] == [32, 32, 32]
-    # 4 batches per task and epoch; FrozenNCM and FrozenGaussian have no steps, Cumulative repeats
-    # past tasks.
-    steps = {"StreamingLDA": 12, "FrozenNCM": 0, "FrozenGaussian": 0, "Cumulative": 2 * 24}
+    # 4 batches per task and epoch; frozen methods have no steps, RanPAC those of the first task,
+    # Cumulative repeats past tasks.
+    steps = dict.fromkeys(("FrozenNCM", "FrozenGaussian", "FrozenRanPAC"), 0)
+    steps |= {"StreamingLDA": 12, "RanPAC": 8, "Cumulative": 2 * 24}
     assert results["timings"]["steps"] == steps.get(method, 24)
     assert (results["timings"]["ms_per_step"] is None) == (steps.get(method) == 0)
     assert all(results["timings"][f"{kind}_seconds"] > 0 for kind in ("train", "eval"))
@@ -110,15 +121,17 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
     trainable, total = (results["parameters"][key] for key in ("trainable", "total"))
     assert 0 <= trainable <= total
     assert (trainable == 0) == entry.frozen
-    assert (trainable == total) == (method == "Naive")
+    assert (trainable == total) == (method in ("Naive", "SLCA"))
     assert results["versions"]["torch"]
     assert results["git_hash"] is None or re.fullmatch("[0-9a-f]{40}", results["git_hash"])
 
     lines = json_lines(folder)
     n_lines = 0 if not steps.get(method, 24) else epochs
-    assert [line["event"] for line in lines] == ([*["epoch"] * n_lines, "task"]) * (
-        1 if entry.joint else 3
-    )
+    later = 0 if method == "RanPAC" else n_lines
+    assert [line["event"] for line in lines] == [*["epoch"] * n_lines, "task"] + [
+        *["epoch"] * later,
+        "task",
+    ] * (0 if entry.joint else 2)
     losses = [line["loss"] for line in lines if line["event"] == "epoch"]
     # The loss of HiDe can be negative.
     assert all(math.isfinite(loss) if "HiDe" in method else loss > 0 for loss in losses)
@@ -139,9 +152,10 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
         "TreeLoRA-routed",
         "HiDeLoRA",
     ):  # predictions use all adapters
-        restored = PeftModel.from_pretrained(
-            tiny_vit(depth=5), str(folder / "adapters" / "task_002")
-        )
+        backbone = tiny_vit(depth=5)
+        if method == "RanPAC":
+            project_classifier(backbone, n_projections=20, seed=0)
+        restored = PeftModel.from_pretrained(backbone, str(folder / "adapters" / "task_002"))
         correct = 0
         with torch.no_grad():
             restored.eval()

@@ -9,7 +9,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from support import make, train
+from support import FEW_PROJECTIONS, make, train
 from treelora_avalanche.adapters import add_lora, find_classifier, load_adapter, save_adapter
 from treelora_avalanche.adapters.first_pass import skip_check
 from treelora_avalanche.models.views.precision import train_in_float32
@@ -23,7 +23,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified", "ignore:C
 
 def settings(**options):
     return RunSettings(
-        scenario="domains", data="-", rank=2, lr=0.001, batch_size=32, eval_batch_size=32, **options
+        scenario="domains",
+        data="-",
+        rank=2,
+        lr=0.001,
+        batch_size=32,
+        eval_batch_size=32,
+        method_options=FEW_PROJECTIONS,
+        **options,
     )
 
 

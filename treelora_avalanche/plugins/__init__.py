@@ -15,8 +15,10 @@ from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
 from treelora_avalanche.plugins.baselines.on_policy_replay import OnPolicyReplayPlugin
 from treelora_avalanche.plugins.baselines.osf import OSFPlugin
 from treelora_avalanche.plugins.baselines.prompts import KeyLossPlugin, TaskPromptsPlugin
+from treelora_avalanche.plugins.baselines.ran_pac import FirstExperienceOnlyPlugin, RidgeHeadPlugin
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
 from treelora_avalanche.plugins.baselines.sd_lora import SDLoRAPlugin
+from treelora_avalanche.plugins.baselines.slca import ClassifierAlignmentPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
@@ -44,11 +46,13 @@ PrefixCachePlugin = ActivationCachePlugin
 
 __all__ = [
     "ActivationCachePlugin",
+    "ClassifierAlignmentPlugin",
     "ContrastivePlugin",
     "CosineSchedulePlugin",
     "DataParallelPlugin",
     "DemonstrationsPlugin",
     "FiniteLossPlugin",
+    "FirstExperienceOnlyPlugin",
     "FirstSessionPlugin",
     "InfLoRAPlugin",
     "KeyLossPlugin",
@@ -65,6 +69,7 @@ __all__ = [
     "PrefixCachePlugin",
     "PromptRouterPlugin",
     "RandomSelectorPlugin",
+    "RidgeHeadPlugin",
     "RouterPlugin",
     "SAPTPlugin",
     "SDLoRAPlugin",

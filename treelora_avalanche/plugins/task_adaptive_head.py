@@ -96,6 +96,13 @@ class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  
         self.n_tasks += not self._continues
         self.statistics += self.kind.of(features, targets, self.n_tasks - 1)
         self._parts.finish(strategy.experience)
+        self.fit_head(strategy)
+
+    def fit_head(self, strategy: Any) -> None:
+        """Fits the head to the statistics of all classes seen so far.
+
+        :param strategy: the strategy, at the end of an experience.
+        """
         train_head(
             classifier_of(strategy.model),
             self.kind.draws(self.statistics),

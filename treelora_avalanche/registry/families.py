@@ -285,6 +285,11 @@ HiDe-Prompt."""
 FROZEN = Family(_build_frozen, frozenset(), kind="frozen", uses_lora=False)
 """Strategies that train nothing by gradients, in one pass over the data of a task."""
 
+WHOLE_MODEL = Family(
+    _build_with_factory, TRAINING_SETTINGS, Rates(vision=VISION_TRAINING.lr), uses_lora=False
+)
+"""Strategies of this library that train every weight."""
+
 STREAMING_LDA = Family(_build_streaming_lda, frozenset(), kind="frozen", uses_lora=False)
 """Avalanche's StreamingLDA."""
 

@@ -21,6 +21,7 @@ from treelora_avalanche.registry.families import (
     STREAMING_LDA,
     SUBSPACES,
     UPPER_BOUND,
+    WHOLE_MODEL,
     Family,
     Rates,
     SharedArguments,
@@ -292,6 +293,20 @@ METHODS: Registry[Method] = Registry(
             "full-rank training off the largest singular directions of each weight (peft's OSF)",
             family=SUBSPACES,
         ),
+        "RanPAC": Method(
+            _OURS + "RanPAC",
+            "LoRA on the first task alone; ridge classifier on random projections of the features",
+            models=VISION,
+            does_not_read=frozenset({"head"}),
+        ),
+        "SLCA": Method(
+            _OURS + "SLCA",
+            "full fine-tuning, the backbone slowly; classifier aligned on class Gaussians",
+            family=WHOLE_MODEL,
+            models=VISION,
+            does_not_read=frozenset({"head"}),
+            strength=Strength("backbone_rate", 1e-3, 0.1),
+        ),
         "L2P": Method(
             _OURS + "L2P",
             "prompts from a shared pool, selected per sample by the nearest keys",
@@ -385,6 +400,12 @@ METHODS: Registry[Method] = Registry(
         "FrozenGaussian": Method(
             _OURS + "FrozenGaussian",
             "task-adaptive head on features of the frozen backbone",
+            family=FROZEN,
+            models=VISION,
+        ),
+        "FrozenRanPAC": Method(
+            _OURS + "FrozenRanPAC",
+            "ridge classifier on random projections of the frozen backbone's features",
             family=FROZEN,
             models=VISION,
         ),

@@ -11,15 +11,17 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from treelora_avalanche.adapters import find_host
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
 from treelora_avalanche.defaults import VISION_TRAINING
 from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.random_projection import (
+    check_projections,
+    project_classifier,
+)
 from treelora_avalanche.models.views.precision import train_in_float32
-from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins import RidgeHeadPlugin, TaskAdaptiveHeadPlugin
 from treelora_avalanche.state import check_keys
-from treelora_avalanche.strategies.base.arguments import TemplateOptions
-from treelora_avalanche.strategies.base.outputs import check_returns_logits
+from treelora_avalanche.strategies.base.arguments import TemplateOptions, check_image_model
 from treelora_avalanche.strategies.base.untrained import UntrainedStrategy
 
 
@@ -86,8 +88,6 @@ class _FrozenBackbone(UntrainedStrategy):
     and a fingerprint of the rest.
     """
 
-    head_plugin: type[SupervisedPlugin]
-
     def __init__(
         self,
         model: nn.Module,
@@ -98,26 +98,24 @@ class _FrozenBackbone(UntrainedStrategy):
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         **kwargs: Unpack[TemplateOptions],
     ):
-        if find_host(model) is not None:
-            raise ValueError(
-                f"`model` should be an image model with a classifier for {type(self).__name__}, "
-                f"but is a {type(model).__name__}. Use one such as "
-                "timm.create_model('vit_base_patch16_224')."
-            )
-        check_returns_logits(model)
-        head = classifier_of(model)  # raises where there is none
+        check_image_model(model, type(self).__name__)
+        head_plugin = self._make_head(model)
         model.requires_grad_(False)
-        head.requires_grad_(True)
+        classifier_of(model).requires_grad_(True)
         train_in_float32(model)  # sums over many samples
         super().__init__(
             model=model,
             criterion=nn.CrossEntropyLoss(),
             eval_mb_size=eval_mb_size,
             device=device,
-            plugins=[*(plugins or ()), self.head_plugin()],
+            plugins=[*(plugins or ()), head_plugin],
             evaluator=evaluator,
             **kwargs,
         )
+
+    def _make_head(self, model: nn.Module) -> SupervisedPlugin:
+        """The plugin that sets the classifier, which may be replaced here."""
+        raise NotImplementedError
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         check_classes(self.model, self.experience)
@@ -146,7 +144,8 @@ class FrozenNCM(_FrozenBackbone):
     :raises ValueError: if the model has no linear classifier; it is then unchanged.
     """
 
-    head_plugin = NearestMeanHeadPlugin
+    def _make_head(self, model: nn.Module) -> SupervisedPlugin:
+        return NearestMeanHeadPlugin()
 
 
 class FrozenGaussian(_FrozenBackbone):
@@ -164,4 +163,51 @@ class FrozenGaussian(_FrozenBackbone):
     The arguments are those of :class:`FrozenNCM`.
     """
 
-    head_plugin = TaskAdaptiveHeadPlugin
+    def _make_head(self, model: nn.Module) -> SupervisedPlugin:
+        return TaskAdaptiveHeadPlugin()
+
+
+class FrozenOptions(TemplateOptions, total=False):
+    """Arguments of :class:`FrozenNCM`."""
+
+    eval_mb_size: int | None
+    device: str | torch.device
+    plugins: Sequence[SupervisedPlugin] | None
+    evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None
+
+
+class FrozenRanPAC(_FrozenBackbone):
+    """RanPAC without a first session (McDonnell et al., NeurIPS 2023, arXiv 2307.02251).
+
+    Ridge classifier on random projections of the frozen backbone's features, in closed form, see
+    :class:`~treelora_avalanche.plugins.RidgeHeadPlugin`. Stores ``n_projections * (n_projections +
+    n_classes)`` values. Task labels are not used.
+
+    Example::
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True)
+        strategy = FrozenRanPAC(model, n_projections=10_000)
+
+    :param model: a pretrained model with a linear classifier, which is replaced.
+    :param n_projections: number of random projections; the paper's is 10000.
+    :param seed: seed of the projections and of the held-out samples.
+    :param kwargs: the arguments of :class:`FrozenNCM`.
+    :raises ValueError: if an argument is out of range, or the model has no linear classifier; it is
+        then unchanged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        n_projections: int = 5000,
+        seed: int = 0,
+        **kwargs: Unpack[FrozenOptions],
+    ):
+        check_projections(n_projections)
+        self._projections = (n_projections, seed)
+        super().__init__(model, **kwargs)
+
+    def _make_head(self, model: nn.Module) -> SupervisedPlugin:
+        project_classifier(model, *self._projections)
+        return RidgeHeadPlugin(self._projections[1])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
+from support import FEW_PROJECTIONS
 from treelora_avalanche.models.views.precision import autocast_dtype
 from treelora_avalanche.models.views.split_vit import SplitViT
 from treelora_avalanche.plugins import ActivationCachePlugin
@@ -129,6 +130,7 @@ def test_every_method_learns_nearly_the_same_in_bf16(
                 lr=0.001,
                 batch_size=16,
                 eval_batch_size=16,
+                method_options=FEW_PROJECTIONS,
             )
         )
         torch.manual_seed(1)

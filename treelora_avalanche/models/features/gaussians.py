@@ -233,6 +233,7 @@ def train_head(
     n_per_class: int,
     learning_rate: float,
     generator: torch.Generator,
+    temperature: float | None = None,
 ) -> None:
     """Trains a classifier, in place, on pseudo-features of the classes seen so far.
 
@@ -245,6 +246,8 @@ def train_head(
     :param n_per_class: number of features per class and step.
     :param learning_rate: learning rate of Adam, annealed to 0 along a cosine.
     :param generator: source of randomness, on the CPU.
+    :param temperature: τ of the logit normalisation of SLCA: the loss compares ``l / (τ |l|)`` for
+        the logits l of a feature. None: the logits themselves.
     """
     seen, rows = pseudo_features.labels.unique(return_inverse=True)
     weight = at_least_float32(head.weight.detach()[seen]).requires_grad_()
@@ -256,7 +259,10 @@ def train_head(
     with torch.enable_grad():
         for _ in range(epochs):
             features, _ = pseudo_features.draw(n_per_class, generator)
-            loss = nn.functional.cross_entropy(features @ weight.T + bias, targets, weights)
+            logits = features @ weight.T + bias
+            if temperature is not None:
+                logits = nn.functional.normalize(logits, dim=1) / temperature
+            loss = nn.functional.cross_entropy(logits, targets, weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

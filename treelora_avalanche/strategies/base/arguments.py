@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict, Unpack, is_typeddict
 
 from treelora_avalanche.adapters import LayerChoice, find_host
+from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.choices import did_you_mean
 from treelora_avalanche.models.language import LanguageModel
 from treelora_avalanche.strategies.base.defaults import OptimizerFactory
+from treelora_avalanche.strategies.base.outputs import check_returns_logits
 
 
 class TemplateOptions(TypedDict, total=False):
@@ -168,6 +170,23 @@ def _check_names(strategy: str, given: Iterable[str], known: Sequence[str]) -> N
         if name not in known:
             hint = did_you_mean(name, known).replace("'", "`") or f" See help({strategy})."
             raise TypeError(f"`{name}` is not an argument of {strategy}.{hint}")
+
+
+def check_image_model(model: nn.Module, method: str) -> None:
+    """Raises an error for a model that is not a plain image model with one linear classifier.
+
+    :param model: the model that a strategy received.
+    :param method: name of the strategy.
+    :raises ValueError: if it is a language model or a text encoder, or has no linear classifier.
+    """
+    if find_host(model) is not None:
+        raise ValueError(
+            f"`model` should be an image model with a classifier for {method}, but is a "
+            f"{type(model).__name__}. Use one such as "
+            "timm.create_model('vit_base_patch16_224')."
+        )
+    check_returns_logits(model)
+    classifier_of(model)  # raises where there is none
 
 
 def check_language_model(model: nn.Module, method: str) -> None:
