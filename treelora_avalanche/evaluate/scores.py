@@ -27,7 +27,8 @@ class Score:
     :param higher_is_better: whether it is.
     :param before: score of the base model.
     :param after: score of the final model.
-    :param main: whether it is the task's first metric, which counts in the mean over tasks.
+    :param main: whether it is the first metric of the task, and the task no part of a group that
+        has a score itself; only then it counts in the mean over tasks.
     """
 
     task: str
@@ -62,9 +63,12 @@ class Comparison:
         :param after: results of the final model.
         """
         scores = []
-        for task, values in before["results"].items():
+        results = {**before["results"], **before.get("groups", {})}
+        final = {**after["results"], **after.get("groups", {})}
+        parts = _parts_of_scored_groups(before.get("group_subtasks", {}), results)
+        for task, values in results.items():
             better = before["higher_is_better"].get(task, {})
-            names = [name for name in values if "," in name and "_stderr," not in name]
+            names = _metrics(values)
             for name in names:
                 metric, _, of_filter = name.partition(",")
                 scores.append(
@@ -73,8 +77,8 @@ class Comparison:
                         metric=metric if of_filter == "none" else f"{metric} ({of_filter})",
                         higher_is_better=better.get(metric) is not False,
                         before=float(values[name]),
-                        after=float(after["results"][task][name]),
-                        main=name == names[0],
+                        after=float(final[task][name]),
+                        main=name == names[0] and task not in parts,
                     )
                 )
         return cls(scores)
@@ -112,6 +116,22 @@ class Comparison:
             return "No general ability Δ: no task has a score that is better if higher."
         tasks = f"{len(self.main)} task{'s' if len(self.main) > 1 else ''}"
         return f"General ability Δ ↑, mean over {tasks} of after - before: {delta:+.4f}"
+
+
+def _metrics(values: dict[str, Any]) -> list[str]:
+    """Returns the keys of scores, ``metric,filter``, among those of the harness."""
+    return [name for name in values if "," in name and "_stderr," not in name]
+
+
+def _parts_of_scored_groups(groups: dict[str, list[str]], results: dict[str, Any]) -> set[str]:
+    """Returns the tasks and groups that are part of a group with a score of its own."""
+    open_groups = [name for name in groups if _metrics(results.get(name, {}))]
+    parts: set[str] = set()
+    while open_groups:
+        children = set(groups.get(open_groups.pop(), [])) - parts
+        parts |= children
+        open_groups += children
+    return parts
 
 
 def write_comparison(comparison: Comparison, config: dict[str, Any], folder: Path) -> None:
