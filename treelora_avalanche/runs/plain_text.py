@@ -55,17 +55,20 @@ class PlainText:
         )
 
     def of_base(self, base: nn.Module) -> float:
-        """Returns the perplexity of the model without adapters, which returns to its device.
+        """Returns the perplexity of the model without adapters, which is then as it was before.
 
         :param base: the language model.
         """
         view = TrainableView(base)
         view.autocast = autocast_dtype(self.precision, self.device)
         before = next(base.parameters()).device
+        training = [module for module in base.modules() if module.training]
         try:
             return self.of_model(view.to(self.device))
         finally:
-            base.to(before)
+            base.to(before).eval()
+            for module in training:
+                module.training = True
 
     def of_model(self, model: nn.Module) -> float:
         """Returns the perplexity of a strategy's model; a view routes each window.
