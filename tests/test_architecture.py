@@ -10,6 +10,7 @@ import pytest
 CHAIN = (
     "cli",
     "tune",
+    "evaluate",
     "compare",
     "reports",
     "runs",
@@ -30,6 +31,7 @@ CHAIN = (
     "processes",
     "provenance",
     "defaults",
+    "plain_text",
     "choices",
     "_version",
 )

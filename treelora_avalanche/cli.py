@@ -24,6 +24,7 @@ import jsonargparse
 
 from treelora_avalanche._version import __version__
 from treelora_avalanche.choices import check_known
+from treelora_avalanche.evaluate import command as evaluate_command
 from treelora_avalanche.recipes import RECIPES, describe_recipe
 from treelora_avalanche.registry.methods import METHODS, check_models
 from treelora_avalanche.registry.names import YAML_MODE, quote_arguments
@@ -109,6 +110,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     commands.add_subcommand(
         "tune", _tune_parser(), help="choose learning rates and strengths on the first tasks"
     )
+    commands.add_subcommand(
+        "evaluate", _evaluate_parser(), help="evaluate a finished run on what is none of its tasks"
+    )
     return parser
 
 
@@ -188,6 +192,16 @@ def _tune_parser() -> _Parser:
     _add_executor(parser)
     _add_settings(parser)
     parser.set_defaults(tune_tasks=TUNE_TASKS)
+    return parser
+
+
+def _evaluate_parser() -> _Parser:
+    parser = _Parser(
+        description="Compare the final model of a finished run of a language model with its base "
+        "model: by the perplexity on plain text, or by tasks of lm-evaluation-harness, whose "
+        "scores are written to RUN/harness.json."
+    )
+    evaluate_command.add_arguments(parser)
     return parser
 
 
@@ -550,6 +564,12 @@ def _tune(options: Any) -> int:
     return 1 if failed else 0
 
 
+def _evaluate(options: Any) -> int:
+    evaluate_command.check(options)
+    _quieten()
+    return evaluate_command.evaluate(options)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``treelora``.
 
@@ -563,8 +583,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "list":
             return _list(options["list"])
-        run_command = {"train": _train, "compare": _compare, "tune": _tune}[options.command]
-        return run_command(options[options.command])
+        commands = {"train": _train, "compare": _compare, "tune": _tune, "evaluate": _evaluate}
+        return commands[options.command](options[options.command])
     except (ValueError, OSError) as error:
         # OSError: missing files and folders, failed downloads of weights.
         _complain(error)

@@ -15,6 +15,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from treelora_avalanche.cli import main
+from treelora_avalanche.evaluate.finished import FinishedRun
+from treelora_avalanche.metrics import find_text_generator
 from treelora_avalanche.models import LanguageModel
 from treelora_avalanche.registry.methods import METHODS, check_models
 from treelora_avalanche.registry.settings import RunSettings
@@ -22,6 +24,7 @@ from treelora_avalanche.registry.streams import build_stream
 from treelora_avalanche.reports.figures import FIGURES, write_figures
 from treelora_avalanche.reports.table import rich_table, summarise, write_table
 from treelora_avalanche.runs import prepare, resolve_config, run
+from treelora_avalanche.runs.plain_text import in_words
 from treelora_avalanche.runs.schedule import epochs_per_task
 from treelora_avalanche.runs.setup import language_model
 from treelora_avalanche.scenarios.trace import TRACE_TASKS
@@ -30,9 +33,12 @@ from treelora_avalanche.tree import AdapterTree
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LANGUAGE = [name for name, entry in METHODS.items() if "language" in entry.models]
+FOREIGN_TO = ("TreeLoRA", "TreeLoRA-routed", "InContext")
+"""Methods that predict plain text by the base model."""
 CONTINUES = ["TreeLoRA", "SeqLoRA", "EWCLoRA", "GEMLoRA", "Naive"]
 TASKS = {"echo": "say {}", "shout": "shout, loudly: {}"}
 WORDS = ("a", "bc", "def", "g", "hi", "j", "kl")
+PASSAGES = ("The dog barked at a cat.", "It rained for so long that the river rose.")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,7 @@ def folder(tmp_path_factory, make_tokenizer):
         records = [{"prompt": prompt.format(word), "answer": word} for word in WORDS]
         for part, n in (("train", 7), ("test", 3)):
             (root / "tasks" / name / f"{part}.json").write_text(json.dumps(records[:n]))
+    (root / "plain.txt").write_text("\n\n".join(PASSAGES))
     return root
 
 
@@ -69,6 +76,7 @@ def settings(folder):
             "scenario": "text_tasks",
             "data": str(folder / "tasks"),
             "model": str(folder / "model"),
+            "plain_text": str(folder / "plain.txt"),
             "metric": "edit_similarity",
             "max_new_tokens": 4,
             "max_length": 32,
@@ -85,6 +93,20 @@ def settings(folder):
 @pytest.fixture(scope="module")
 def ingredients(settings):
     return prepare(0, settings())
+
+
+def plain_perplexity(network, tokenizer):
+    """Returns the perplexity on the passages, by transformers' own loss."""
+    total = n = 0
+    for passage in PASSAGES:
+        tokens = torch.tensor([tokenizer(passage)["input_ids"]])
+        # 32 tokens are read at a time; every token but the first is predicted once.
+        for window in (tokens[:, :33], tokens[:, 32:]):
+            if window.shape[1] > 1:
+                with torch.no_grad():
+                    loss = network(input_ids=window, labels=window).loss.item()
+                total, n = total + loss * (window.shape[1] - 1), n + window.shape[1] - 1
+    return math.exp(total / n), n
 
 
 def json_lines(path):
@@ -140,20 +162,43 @@ def test_run_folder(method, settings, ingredients, folder, tmp_path):
     assert all(line["loss"] > 0 for line in lines if line["event"] == "epoch")
     assert lines[-1]["task_name"] == "shout"
 
+    network = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = ingredients.backbone.tokenizer
+    measured = results["plain_text"]
+    before, n_tokens = plain_perplexity(network, tokenizer)
+    assert measured["perplexity_before"] == pytest.approx(before)
+    assert measured["tokens"] == n_tokens
+    change = measured["perplexity_after"] / measured["perplexity_before"] - 1
+    assert measured["change"] == pytest.approx(change)
+    assert (change == 0) == (method in FOREIGN_TO)
+
+    if method == "Naive":  # it would be a copy of the whole model
+        assert not (tmp_path / "model").exists()
+    else:
+        finished = FinishedRun.read(tmp_path)
+        generator = find_text_generator(finished.strategy(finished.base_model()).model)
+        for task in TASKS:
+            own = [t for t in texts if (t["after_task"], t["task"]) == (1, task)]
+            again = generator.generate([t["prompt"] for t in own], max_new_tokens=4, batch_size=16)
+            assert again == [t["generated"] for t in own]
+
     names = sorted(path.name for path in tmp_path.glob("adapters/*"))
     assert names == ([] if not entry.uses_lora else ["task_001"] if entry.joint else names)
     assert results["parameters"]["trainable"] <= results["parameters"]["total"]
     if method in ("SeqLoRA", "TreeLoRA", "Replay"):  # other methods use earlier adapters
-        network = AutoModelForCausalLM.from_pretrained(folder / "model")
         restored = PeftModel.from_pretrained(network, str(tmp_path / "adapters" / "task_001"))
-        model = LanguageModel(restored, ingredients.backbone.tokenizer, max_length=32)
+        if method != "TreeLoRA":
+            after, _ = plain_perplexity(restored, tokenizer)
+            assert measured["perplexity_after"] == pytest.approx(after)
+        model = LanguageModel(restored, tokenizer, max_length=32)
         again = model.generate([t["prompt"] for t in texts[-3:]], max_new_tokens=4, batch_size=3)
         assert again == [t["generated"] for t in texts[-3:]]
 
 
 def test_tree_is_noted_after_every_task(settings, ingredients, tmp_path):
     notes = []
-    run("TreeLoRA", 0, settings(), tmp_path, ingredients=ingredients, note=notes.append)
+    results = run("TreeLoRA", 0, settings(), tmp_path, ingredients=ingredients, note=notes.append)
+    assert notes.pop() == in_words(results["plain_text"])
     assert [note.splitlines()[0] for note in notes] == [
         "trains LoRA of rank 8 (α 32) on 4 matrices; learning rate 0.01; batches of 4; "
         "epochs 2, 2; λ 0, a tree of depth 4; predictions routed",
@@ -194,7 +239,7 @@ def test_resumed_run_equals_uninterrupted_run(method, settings, ingredients, tmp
         method, 0, settings(), tmp_path / "cut", ingredients=ingredients, note=notes.append
     )
     assert "continues after task 1 of 2" in notes
-    for key in ("accuracy_matrix", "metrics", "trees", "epochs", "stream"):
+    for key in ("accuracy_matrix", "metrics", "trees", "epochs", "stream", "plain_text"):
         assert continued[key] == whole[key]
     assert continued["timings"]["steps"] == whole["timings"]["steps"]
     for name in ("generated.jsonl", "tree.txt"):
@@ -349,7 +394,7 @@ def test_wrong_settings_are_named_as_flags(changes, message, settings):
 
 
 @pytest.mark.parametrize(
-    "option", ["eval_limit", "tasks", "max_length", "accumulation_steps", "dtype"]
+    "option", ["eval_limit", "plain_text", "tasks", "max_length", "accumulation_steps", "dtype"]
 )
 def test_settings_of_texts_are_refused_for_images(option):
     value = {"tasks": ["a"], "dtype": "bfloat16"}.get(option, 3)
@@ -517,13 +562,17 @@ def test_table_and_figures(settings, ingredients, tmp_path):
         "backward_transfer": -0.125,
         "forgetting": math.nan,
     }
+    results[0]["plain_text"]["change"] = 0.25
+    del results[1]["plain_text"]  # of an earlier version
     row = summarise(results)[0]
     assert row.mean["score"] == 0.25
     assert row.mean["epochs"] == 2
     write_table(results, tmp_path)
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0].startswith("| Method | Op ↑ % | Bwt ↓ % | Forget ↓ % | Epochs in all |")
-    assert lines[2].startswith("| SeqLoRA | 25.0 | -12.5 | – | 2 |")
+    assert lines[0].startswith(
+        "| Method | Op ↑ % | Bwt ↓ % | general Δ ↓ ppl % | Forget ↓ % | Epochs in all |"
+    )
+    assert lines[2].startswith("| SeqLoRA | 25.0 | -12.5 | +25.0 | – | 2 |")
     assert "text_tasks: 2 tasks, model, cpu" in lines[-2] + lines[-3]
     paths = write_figures(results, tmp_path / "figures")
     assert [path.name for path in paths] == [name for name in FIGURES if name != "tree.png"]

@@ -46,6 +46,16 @@ def has_state(item: Any) -> bool:
     return own or _kept(item) is not None or _compares_experiences(item) is not None
 
 
+def needed_to_predict(plugin: Any) -> bool:
+    """Returns whether predictions depend on the state of a plugin.
+
+    They do not for Avalanche's EWC and GEM, nor for a plugin with ``needed_to_predict = False``.
+
+    :param plugin: a plugin that :func:`has_state`.
+    """
+    return _kept(plugin) is None and getattr(plugin, "needed_to_predict", True)
+
+
 def item_state(item: Any) -> State:
     """Returns the state of a plugin or metric that :func:`has_state`; tensors are not copied.
 

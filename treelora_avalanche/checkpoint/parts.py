@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from treelora_avalanche.checkpoint.avalanche_plugins import has_state, item_state, load_item_state
+from treelora_avalanche.checkpoint.avalanche_plugins import (
+    has_state,
+    item_state,
+    load_item_state,
+    needed_to_predict,
+)
 from treelora_avalanche.checkpoint.avalanche_strategies import (
     check_own_state,
     load_own_state,
@@ -69,17 +74,7 @@ def check_fits(strategy: Any, state: State, past: Sequence[Any]) -> None:
             f"choose a folder of {name}."
         )
     check_keys(state, parts, "the state")
-    _check_backbone(strategy.model, state["backbone"])
-    check_keys(state["model"], {"parameters", "buffers"}, "the model's state")
-    check_same_tensors(
-        state["model"]["parameters"],
-        _trainable(strategy.model),
-        "the trained parameters",
-        "Build the strategy with the same rank, layers, target_modules and number of classes.",
-    )
-    check_same_tensors(
-        state["model"]["buffers"], _buffers(strategy.model), "the model's buffers", _SAME
-    )
+    check_model_fits(strategy, state)
     check_keys(state["optimizer"], {"prepared", "state"}, "the optimizer's part")
     if isinstance(strategy.optimizer, Optimizer) != (state["optimizer"]["state"] is not None):
         raise ValueError(
@@ -102,6 +97,21 @@ def check_fits(strategy: Any, state: State, past: Sequence[Any]) -> None:
     check_random_state(state["random"])
 
 
+def check_model_fits(strategy: Any, state: State) -> None:
+    """Raises for a state of another backbone or another adapter."""
+    _check_backbone(strategy.model, state["backbone"])
+    check_keys(state["model"], {"parameters", "buffers"}, "the model's state")
+    check_same_tensors(
+        state["model"]["parameters"],
+        _trainable(strategy.model),
+        "the trained parameters",
+        "Build the strategy with the same rank, layers, target_modules and number of classes.",
+    )
+    check_same_tensors(
+        state["model"]["buffers"], _buffers(strategy.model), "the model's buffers", _SAME
+    )
+
+
 def _check_backbone(model: nn.Module, saved: State) -> None:
     own = backbone_fingerprint(model)
     check_keys(saved, own, "the backbone's fingerprint")
@@ -119,19 +129,9 @@ _PARTS = ("model", "optimizer", "plugins", "metrics", "own", "clock", "random")
 
 def apply(strategy: Any, state: State) -> None:
     """Loads a state that :func:`check_fits` has accepted."""
-    with torch.no_grad():
-        for kind, own in (
-            ("parameters", _trainable(strategy.model)),
-            ("buffers", _buffers(strategy.model)),
-        ):
-            for name, tensor in own.items():
-                tensor.copy_(state["model"][kind][name])
-    for part, objects in (("plugins", _plugins(strategy)), ("metrics", _metrics(strategy))):
-        for key, item in objects.items():
-            try:
-                load_item_state(item, state[part][key], strategy.device)
-            except Exception as error:
-                raise ValueError(f"{part}, {key}: {error}") from error
+    _apply_model(strategy, state)
+    _apply_items("plugins", _plugins(strategy), state, strategy.device)
+    _apply_items("metrics", _metrics(strategy), state, strategy.device)
     if state["optimizer"]["state"] is not None:
         load_optimizer_state(
             strategy.optimizer, state["optimizer"]["state"], _parameters(strategy.model)
@@ -144,6 +144,48 @@ def apply(strategy: Any, state: State) -> None:
     load_own_state(strategy, state["own"])
     vars(strategy.clock).update(state["clock"])
     set_random_state(state["random"])
+
+
+def predicting_parts(strategy: Any) -> State:
+    """Returns the parts of a strategy's state that predictions depend on; see :func:`collect`."""
+    parts = collect(strategy)
+    needed = _predicting(strategy)
+    return {
+        "model": parts["model"],
+        "plugins": {key: state for key, state in parts["plugins"].items() if key in needed},
+    }
+
+
+def apply_predicting(strategy: Any, state: State) -> None:
+    """Loads a state of :func:`predicting_parts` that :func:`check_model_fits` has accepted."""
+    plugins = _predicting(strategy)
+    missing = sorted(plugins.keys() - state["plugins"].keys())
+    if missing:
+        raise ValueError(f"the state should hold {', '.join(missing)}, but does not. {_SAME}")
+    _apply_model(strategy, state)
+    _apply_items("plugins", plugins, state, strategy.device)
+
+
+def _predicting(strategy: Any) -> dict[str, Any]:
+    return {key: p for key, p in _plugins(strategy).items() if needed_to_predict(p)}
+
+
+def _apply_model(strategy: Any, state: State) -> None:
+    with torch.no_grad():
+        for kind, own in (
+            ("parameters", _trainable(strategy.model)),
+            ("buffers", _buffers(strategy.model)),
+        ):
+            for name, tensor in own.items():
+                tensor.copy_(state["model"][kind][name])
+
+
+def _apply_items(part: str, objects: dict[str, Any], state: State, device: Any) -> None:
+    for key, item in objects.items():
+        try:
+            load_item_state(item, state[part][key], device)
+        except Exception as error:
+            raise ValueError(f"{part}, {key}: {error}") from error
 
 
 def differing_options(strategy: Any, state: State) -> list[str]:

@@ -58,6 +58,9 @@ class LanguageModel(AdapterHost):
 
     needs_attention_mask = False
     """Whether the network is given a mask of the padding; one that takes prompts needs it."""
+    stop_strings: list[str] | None = None
+    """Texts at which generation stops, in addition to the end tokens; they are part of its output.
+    """
 
     def __init__(
         self,
@@ -219,6 +222,8 @@ class LanguageModel(AdapterHost):
         for i, row in enumerate(rows):  # padded on the left: the new tokens follow directly
             tokens[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
+        if self.stop_strings:
+            options |= {"stop_strings": self.stop_strings, "tokenizer": self.tokenizer}
         output: Any = self.network.generate(  # type: ignore[operator]
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),

@@ -18,6 +18,7 @@ _TEXTS = frozenset(
         "model",
         "limit",
         "eval_limit",
+        "plain_text",
         "epochs_per_task",
         "max_length",
         "dtype",

@@ -210,6 +210,14 @@ class RunSettings:
             "instead of the test stream, see treelora tune; default: all tasks, on the test stream",
         ),
     )
+    plain_text: str | None = field(
+        default=None,
+        metadata=_about(
+            "stream",
+            "text file, passages separated by empty lines, on which the perplexity before and "
+            "after the stream is measured (texts); default: 14 passages of English",
+        ),
+    )
     model: str | None = field(
         default=None,
         metadata=_about(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_avalanche.choices import check_known, check_model_folder
+from treelora_avalanche.plain_text import read_passages
 from treelora_avalanche.registry.options import (
     Option,
     check_options,
@@ -40,13 +41,16 @@ def check_files(settings: RunSettings) -> None:
     """Raises an error for a missing folder of data or of a model; imports nothing heavy.
 
     :param settings: the settings.
-    :raises FileNotFoundError: if the data, the model's folder or the checkpoint is missing or
-        incomplete.
+    :raises FileNotFoundError: if the data, the plain text, the model's folder or the checkpoint is
+        missing or incomplete.
+    :raises ValueError: if the plain text holds no text.
     """
     data_folder(settings)
     folder = Path(settings.model_name).expanduser()
     if settings.on_language and folder.is_dir():  # not a name on the hub
         check_model_folder(folder)
+    if settings.plain_text is not None:
+        read_passages(settings.plain_text)
     if settings.checkpoint is not None and not Path(settings.checkpoint).exists():
         raise FileNotFoundError(
             f"`--checkpoint` should be a file of weights, but {settings.checkpoint} does not exist."

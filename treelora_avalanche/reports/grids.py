@@ -9,14 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 
-def rich_grid(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+def rich_grid(
+    headers: Sequence[str], lines: Sequence[Sequence[str]], *, first: str = "Method"
+) -> Table:
     """Returns a table for a terminal.
 
     :param headers: headers of the columns after the first.
     :param lines: the rows, each its name and its cells.
+    :param first: header of the first column.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("Method", style="bold", no_wrap=True)
+    table.add_column(first, style="bold", no_wrap=True)
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for line in lines:

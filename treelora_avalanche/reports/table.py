@@ -101,6 +101,20 @@ def _score(key: str, header: str, kind: str, name: str) -> Column:
     return Column(key, (header, "%"), read, _percent, spread=True)
 
 
+def _signed_percent(value: float) -> str:
+    return f"{100 * value:+.1f}" if abs(value) < 10 else f"{100 * value:+.0f}"
+
+
+def plain_text_change(result: dict[str, Any]) -> float | None:
+    """Returns the relative change of the perplexity on plain text, after / before - 1.
+
+    :param result: content of a ``results.json``.
+    :return: None if it was not measured.
+    """
+    measured = result.get("plain_text")
+    return measured["change"] if measured else None
+
+
 def _integer(value: float) -> str:
     return f"{value:.0f}"
 
@@ -127,6 +141,7 @@ _VISION = (
 _LANGUAGE = (
     _score("score", "Op ↑", "generated", "overall_performance"),
     _score("backward_transfer", "Bwt ↓", "generated", "backward_transfer"),
+    Column("general_change", ("general Δ ↓", "ppl %"), plain_text_change, _signed_percent, True),
     _score("forgetting", "Forget ↓", "generated", "forgetting"),
     # The sum over tasks, which may differ in their epochs.
     Column("epochs", ("Epochs", "in all"), lambda r: sum(r["epochs"]), _integer),
@@ -308,6 +323,9 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         if task_rows(results, labels(results)):
             scores += "By task: the same, with the score of always giving the most frequent "
             scores += "training answer, and chance, 1 / number of distinct training answers. "
+        if any(plain_text_change(result) is not None for result in results):
+            scores += "general Δ: change of the perplexity on plain text that is none of the "
+            scores += "tasks, after / before - 1. "
         if any(router_accuracy(result) is not None for result in results):
             scores += "Router: prompts that got the adapter of their own task. "
     else:

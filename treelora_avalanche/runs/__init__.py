@@ -16,6 +16,7 @@ The run folder holds::
     generated.jsonl               appended: texts that a language model generated in evaluation
     tensorboard/, *_results.csv   Avalanche's loggers
     state/                        only while the run is unfinished: the state to resume from
+    model/                        of a language run: what its predictions need beyond the weights
     results.json                  written last: its presence marks a finished run
 """
 

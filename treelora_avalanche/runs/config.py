@@ -99,6 +99,10 @@ def resolve_config(
         del config["merge"]
     if not settings.on_language and config.get("limit", 0) is None:
         del config["limit"]
+    if config.get("plain_text", "") is None:
+        del config["plain_text"]
+    elif settings.plain_text is not None:
+        config["plain_text"] = str(Path(settings.plain_text).expanduser().resolve())
     if options:
         config["method_options"] = {method: options}
     if config.get("precision") == "fp32":

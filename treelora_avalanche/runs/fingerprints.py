@@ -15,7 +15,7 @@ from treelora_avalanche.registry.methods import METHODS
 
 SAMPLED_FILES = 512
 SAMPLED_BYTES = 2**20
-INPUTS = ("data", "checkpoint", "model")
+INPUTS = ("data", "checkpoint", "model", "plain_text")
 """Keys of a configuration that may be paths."""
 
 

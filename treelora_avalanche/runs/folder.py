@@ -20,6 +20,7 @@ from treelora_avalanche.runs.distributed import is_first
 
 SCHEMA_VERSION = 3
 STATE = "state"
+MODEL = "model"
 APPENDED = (
     "metrics.jsonl",
     "generated.jsonl",
@@ -199,9 +200,9 @@ def prepare_folder(folder: Path, config: dict[str, Any], *, keep: bool = False) 
     if keep:
         return
     # results.json first: a half-deleted folder must not look finished.
-    for name in ("results.json", "tree.json", "tree.safetensors", *APPENDED):
+    for name in ("results.json", "harness.json", "tree.json", "tree.safetensors", *APPENDED):
         (folder / name).unlink(missing_ok=True)
-    for name in ("adapters", "tensorboard"):
+    for name in ("adapters", "tensorboard", MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)
     remove_state(folder)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -243,6 +244,7 @@ def first_lines(folder: Path, counts: dict[str, int]) -> dict[str, str]:
 
 __all__ = [
     "APPENDED",
+    "MODEL",
     "SCHEMA_VERSION",
     "STATE",
     "changed_inputs",

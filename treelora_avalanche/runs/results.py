@@ -33,6 +33,8 @@ def results_of(session: Session) -> dict[str, Any]:
         "stream": session.stream,
         "trees": session.trees or None,
         "routes": session.routes,
+        # Of language models: general abilities, on text that is none of the tasks.
+        "plain_text": session.plain_text,
         "timings": _timings(session),
         "memory": {
             "peak_bytes": session.memory.bytes,

@@ -10,11 +10,13 @@ from typing import Any
 from avalanche.training.determinism.rng_manager import RNGManager
 
 from treelora_avalanche.adapters import save_adapter
-from treelora_avalanche.checkpoint import load_strategy_state
+from treelora_avalanche.checkpoint import load_strategy_state, prediction_state
+from treelora_avalanche.metrics.footprint import count_parameters
 from treelora_avalanche.registry.methods import METHODS
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs.config import find_device, of_method
 from treelora_avalanche.runs.folder import (
+    MODEL,
     count_lines,
     first_lines,
     prepare_folder,
@@ -26,6 +28,7 @@ from treelora_avalanche.runs.monitors import (
     Stopwatch,
     training_in_words,
 )
+from treelora_avalanche.runs.plain_text import PlainText, base_perplexity, in_words
 from treelora_avalanche.runs.record import Record, scores_of
 from treelora_avalanche.runs.resume import (
     CannotContinueError,
@@ -39,6 +42,7 @@ from treelora_avalanche.runs.schedule import Schedule, Stage
 from treelora_avalanche.runs.setup import Ingredients, build_strategy
 from treelora_avalanche.runs.stream_info import describe, learned_in, task_names
 from treelora_avalanche.runs.tree_files import append_drawing, plain_tree, write_tree
+from treelora_avalanche.state import save_state
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Session:
     accuracy: dict[str, Any]
     scores: dict[str, dict[str, float]]
     routes: dict[str, dict[str, int]] | None
+    plain_text: dict[str, Any] | None = None
 
     def __init__(self, job: Job, before: Progressed):
         self.job = job
@@ -136,6 +141,25 @@ class Session:
         self.unsaved = why_unsaved(self.strategy)
         if self.unsaved and self.begun:
             job.note(f"starts again from the first task: {self.unsaved}")
+
+    def measure_base(self) -> Callable[[], None]:
+        """Measures the perplexity of the base model on plain text.
+
+        :return: a function that measures that of the final model, and sets :attr:`plain_text`; it
+            does nothing for image models, and for weights that are sharded over processes.
+        """
+        sharded = any(getattr(plugin, "shard_backbone", False) for plugin in self.job.parallel)
+        if not self.settings.on_language or sharded:
+            return lambda: None
+        ingredients = self.job.ingredients
+        text = PlainText.of(ingredients.backbone, self.settings, self.device)
+        before = base_perplexity(text, ingredients)
+
+        def measure_final() -> None:
+            self.plain_text = text.change(before, text.of_model(self.strategy.model))
+            self.job.note(in_words(self.plain_text))
+
+        return measure_final
 
     def load(self, interrupted: Interrupted) -> None:
         """Loads the strategy's state.
@@ -210,6 +234,19 @@ class Session:
             lines=count_lines(self.job.folder),
         )
         save_progress(self.job.folder, self.strategy, now)
+
+    def save_model(self) -> None:
+        """Saves what the predictions of a language run need beyond the pretrained weights.
+
+        Not so where every weight was trained, which would be a copy of the model in every run.
+        """
+        numbers = count_parameters(self.strategy.model)
+        if (
+            self.settings.on_language
+            and not self.unsaved
+            and numbers["trainable"] < numbers["total"]
+        ):
+            save_state(self.job.folder / MODEL, prediction_state(self.strategy))
 
 
 __all__ = ["Job", "Session"]

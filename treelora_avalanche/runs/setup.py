@@ -36,12 +36,15 @@ class Ingredients:
     :param benchmark: the stream.
     :param backbone: the backbone, which each strategy copies.
     :param known: fingerprints of their files, by path; filled by the first run that needs them.
+    :param perplexities: the backbone's perplexities, filled likewise; see
+        :func:`~treelora_avalanche.runs.plain_text.base_perplexity`.
     """
 
     seed: int
     benchmark: Any
     backbone: nn.Module
     known: dict[Path, str] = field(default_factory=dict)
+    perplexities: dict[tuple[str, ...], float] = field(default_factory=dict)
 
 
 def prepare(seed: int, settings: RunSettings, methods: Sequence[str] = ()) -> Ingredients:

@@ -25,6 +25,7 @@ def train_stream(job: Job, interrupted: Interrupted | None = None) -> dict[str, 
     :raises CannotContinueError: if the state does not fit the strategy.
     """
     session = Session(job, interrupted.progress if interrupted else Progressed())
+    measure_final = session.measure_base()  # outside of the measured time and memory
     try:
         with session.memory:
             session.build()
@@ -34,8 +35,10 @@ def train_stream(job: Job, interrupted: Interrupted | None = None) -> dict[str, 
                 session.train(stage)
                 session.evaluate(stage)
                 session.save(stage)
+        measure_final()
     finally:
         session.record.close()
+    session.save_model()
     written = write_results(job.folder, results_of(session))
     remove_state(job.folder)
     return written

@@ -60,6 +60,8 @@ class OGDPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
 
     requires_whole_adapter: str | None = "projects steps of the whole adapter"
     """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+    needed_to_predict = False
+    """Read by :func:`~treelora_avalanche.checkpoint.prediction_state`."""
 
     def __init__(self, samples_per_task: int = 200, memory_size: int = 1000):
         super().__init__()
