@@ -13,6 +13,8 @@ from treelora_avalanche.plugins.baselines.ogd import OGDPlugin
 from treelora_avalanche.plugins.baselines.prompts import KeyLossPlugin, TaskPromptsPlugin
 from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
+from treelora_avalanche.plugins.class_statistics import ClassStatisticsPlugin
+from treelora_avalanche.plugins.heads import head_plugins
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
     NearestSelectorPlugin,
@@ -25,6 +27,7 @@ from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
+from treelora_avalanche.plugins.trained_head import TrainedHeadPlugin
 from treelora_avalanche.plugins.training.activation_cache import ActivationCachePlugin
 from treelora_avalanche.plugins.training.cosine_schedule import CosineSchedulePlugin
 from treelora_avalanche.plugins.training.data_parallel import DataParallelPlugin
@@ -39,6 +42,7 @@ PrefixCachePlugin = ActivationCachePlugin
 
 __all__ = [
     "ActivationCachePlugin",
+    "ClassStatisticsPlugin",
     "ContrastivePlugin",
     "CosineSchedulePlugin",
     "DataParallelPlugin",
@@ -67,7 +71,9 @@ __all__ = [
     "TaskAdaptiveHeadPlugin",
     "TaskPromptsPlugin",
     "TaskStartPlugin",
+    "TrainedHeadPlugin",
     "TreeBuilderPlugin",
     "WithinTaskLossPlugin",
+    "head_plugins",
     "proximal_step",
 ]
