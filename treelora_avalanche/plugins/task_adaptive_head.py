@@ -26,7 +26,7 @@ from treelora_avalanche.plugins.class_statistics import ClassStatisticsPlugin
 from treelora_avalanche.processes import shared_work
 from treelora_avalanche.state import check_keys, check_same_settings
 
-FROZEN_SHARE = 0.1
+FROZEN_SHARE = 0.2
 """Weight of the frozen features in ``head="task_adaptive_ensemble"`` (docs/results.md)."""
 
 
