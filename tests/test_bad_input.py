@@ -34,7 +34,7 @@ from treelora_avalanche.models.features.gaussians import (
     feature_drift,
     train_head,
 )
-from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin, TrainedHeadPlugin
 from treelora_avalanche.registry.settings import RunSettings
 from treelora_avalanche.runs import Ingredients, prepare, run
 from treelora_avalanche.scenarios import SplitDigits
@@ -349,7 +349,7 @@ def test_statistics_are_refused_with_another_backbone(tiny_vit, kind):
             optimizer=torch.optim.Adam(model.parameters(), lr=0.001),
             train_mb_size=8,
             evaluator=None,
-            plugins=[TaskAdaptiveHeadPlugin(kind=kind)],
+            plugins=[TrainedHeadPlugin(kind=kind)],
         )
 
     strategy = naive(tiny_vit())
@@ -373,10 +373,10 @@ def test_statistics_are_refused_with_another_backbone(tiny_vit, kind):
 @pytest.mark.parametrize("kind", [Gaussians(), Centroids()])
 def test_malformed_statistics_are_refused_with_their_keys(kind):
     features, targets = torch.randn(8, 4), torch.tensor([0, 1] * 4)
-    plugin = TaskAdaptiveHeadPlugin(kind=kind)
+    plugin = TrainedHeadPlugin(kind=kind)
     plugin.statistics, plugin.n_tasks = kind.of(features, targets, 0), 1
     state = plugin.state_dict()
-    other = TaskAdaptiveHeadPlugin(kind=Centroids() if kind == Gaussians() else Gaussians())
+    other = TrainedHeadPlugin(kind=Centroids() if kind == Gaussians() else Gaussians())
     with pytest.raises(
         ValueError, match=r"lacks the keys .*has the unknown keys.* the `kind` that"
     ):

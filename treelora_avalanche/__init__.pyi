@@ -92,6 +92,9 @@ from .plugins import (
     TaSLPlugin as TaSLPlugin,
 )
 from .plugins import (
+    TrainedHeadPlugin as TrainedHeadPlugin,
+)
+from .plugins import (
     TreeBuilderPlugin as TreeBuilderPlugin,
 )
 from .plugins import (

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-HEADS = ("linear", "task_adaptive")
+HEADS = ("linear", "task_adaptive", "task_adaptive_ensemble", "task_adaptive_trained")
 INFERENCE = ("merged", "last", "routed")
 MERGES = ("none", "mean", "ties", "magmax")
 SELECTIONS = ("lcb", "nearest", "random")

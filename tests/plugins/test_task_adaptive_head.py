@@ -1,7 +1,10 @@
 """Class statistics, pseudo-features, and the head retrained on them."""
 
+import copy
+
 import pytest
 import torch
+from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.supervised import EWC, Naive, Replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,16 +13,18 @@ from torch import nn
 from treelora_avalanche.adapters import TrainableView, add_lora
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.metrics import AccuracyMatrix, overall_performance
-from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.extraction import extract_features, features_of
 from treelora_avalanche.models.features.gaussians import (
     ClassStatistics,
     PseudoFeatures,
     feature_drift,
     train_head,
 )
-from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
+from treelora_avalanche.models.features.regularised import RegularisedDiscriminant
+from treelora_avalanche.models.views.frozen import frozen_features
+from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin, TrainedHeadPlugin
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLoss
-from treelora_avalanche.strategies import SeqLoRA, TreeLoRAStrategy
+from treelora_avalanche.strategies import L2P, InfLoRA, SeqLoRA, TreeLoRAStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
@@ -184,7 +189,7 @@ def test_head_lifts_any_strategy_above_its_forgetful_head(
 
 def test_head_works_with_samples_from_a_replay_memory(tiny_vit, tiny_benchmark):
     accuracy = final_accuracy(
-        Replay, tiny_vit(), tiny_benchmark, [TaskAdaptiveHeadPlugin()], mem_size=20
+        Replay, tiny_vit(), tiny_benchmark, [TrainedHeadPlugin()], mem_size=20
     )
     assert accuracy > 0.5
 
@@ -208,3 +213,111 @@ def test_no_image_is_stored(tiny_vit, tiny_benchmark):
 def test_a_model_without_classifier_is_refused(tiny_vit):
     with pytest.raises(ValueError, match="should have a linear classifier"):
         classifier_of(tiny_vit(num_classes=0))
+
+
+# -------------------------------------------------------------------------------- the closed form
+
+
+def trained(tiny_vit, benchmark, head, **options):
+    torch.manual_seed(0)
+    options = {"lr": 0.002, "train_mb_size": 8, "train_epochs": 2, "evaluator": None} | options
+    strategy = SeqLoRA(tiny_vit(), head=head, **options)
+    strategy.train(benchmark.train_stream[:2])
+    return strategy
+
+
+def images_of(experience, n=5):
+    return torch.stack([experience.dataset[i][0] for i in range(n)])
+
+
+def head_of(strategy):
+    return next(p for p in strategy.plugins if isinstance(p, TaskAdaptiveHeadPlugin))
+
+
+@pytest.mark.parametrize("layers", ["all", "last:1"])
+def test_predictions_are_those_of_the_discriminants(tiny_vit, tiny_benchmark, layers):
+    """By hand: features under the adapter, and of the model before LoRA was attached."""
+    strategy = trained(tiny_vit, tiny_benchmark, "task_adaptive_ensemble", layers=layers)
+    plugin, images = head_of(strategy), images_of(tiny_benchmark.train_stream[1])
+    vit = tiny_vit().eval()
+    dataset = tiny_benchmark.train_stream[0].dataset
+    frozen, targets = extract_features(vit, dataset, batch_size=64, device="cpu")
+    of_first = plugin.kind.of(frozen, targets, 0)
+    for s, expected in zip(plugin.frozen_statistics[:2], of_first, strict=True):
+        torch.testing.assert_close(s.mean, expected.mean)
+    with torch.no_grad():
+        found = strategy.model.eval()(images)
+        logs = [
+            RegularisedDiscriminant.fit(statistics).log_probabilities(features)
+            for statistics, features in (
+                (plugin.statistics, features_of(strategy.model, images)),
+                (plugin.frozen_statistics, features_of(vit, images)),
+            )
+        ]
+        expected = (0.8 * logs[0] + 0.2 * logs[1]).log_softmax(1)
+        torch.testing.assert_close(found[:, :4], expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found[:, 4:], torch.full((5, 2), -torch.inf))
+        torch.testing.assert_close(copy.deepcopy(strategy.model)(images), found)
+
+
+def test_the_classifier_is_trained_and_the_head_predicts(tiny_vit, tiny_benchmark):
+    """In training, and in evaluations of an unfinished experience, the classifier predicts."""
+    strategy = trained(tiny_vit, tiny_benchmark, "task_adaptive")
+    images = images_of(tiny_benchmark.train_stream[0])
+    of_head = strategy.model.eval()(images)
+    assert of_head[:, 4:].isneginf().all()
+    seen = []
+
+    class Watch(SupervisedPlugin):
+        def after_training_exp(self, strategy, **kwargs):
+            seen.append(strategy.model.eval()(images).isfinite().all())  # the classifier, LDA
+
+        def after_eval(self, strategy, **kwargs):
+            seen.append(strategy.model.eval()(images).isfinite().all())
+
+    strategy.plugins.append(Watch())
+    strategy.train(tiny_benchmark.train_stream[2])
+    assert seen == [True]
+    strategy.eval(tiny_benchmark.train_stream[0])
+    assert seen == [True, True]  # all classes are known
+    assert not torch.equal(strategy.model.eval()(images), of_head)
+
+
+@pytest.mark.parametrize("head", ["task_adaptive", "task_adaptive_ensemble"])
+def test_a_loaded_strategy_predicts_the_same_bit_for_bit(tiny_vit, tiny_benchmark, head, tmp_path):
+    strategy = trained(tiny_vit, tiny_benchmark, head)
+    strategy.save(tmp_path / "state")
+    other = SeqLoRA(tiny_vit(), head=head, evaluator=None)
+    other.load(tmp_path / "state")
+    images = images_of(tiny_benchmark.train_stream[0])
+    assert torch.equal(other.model.eval()(images), strategy.model.eval()(images))
+    another = "task_adaptive" if head != "task_adaptive" else "task_adaptive_ensemble"
+    with pytest.raises(ValueError, match="`frozen_share` should be"):
+        SeqLoRA(tiny_vit(), head=another, evaluator=None).load(tmp_path / "state")
+
+
+def test_frozen_features_are_those_before_training(tiny_vit, tiny_benchmark):
+    images = images_of(tiny_benchmark.train_stream[0])
+    before = features_of(tiny_vit().eval(), images)
+    for strategy_class, head in (
+        (InfLoRA, "linear"),
+        (TreeLoRAStrategy, "linear"),
+        (L2P, "linear"),
+    ):
+        strategy = strategy_class(
+            tiny_vit(), head=head, lr=0.01, train_mb_size=8, train_epochs=1, evaluator=None
+        )
+        strategy.train(tiny_benchmark.train_stream[:2])
+        trains = [p.requires_grad for p in torch.nn.Module.parameters(strategy.model)]
+        found = frozen_features(strategy.model.eval(), images)
+        torch.testing.assert_close(found, before)
+        assert not torch.allclose(features_of(strategy.model, images), before)
+        assert trains == [p.requires_grad for p in torch.nn.Module.parameters(strategy.model)]
+
+
+def test_ensemble_is_refused_without_a_frozen_backbone(tiny_vit, tiny_benchmark):
+    plugin = TaskAdaptiveHeadPlugin(frozen_share=0.1)
+    with pytest.raises(ValueError, match="keeps no frozen backbone"):
+        final_accuracy(Naive, tiny_vit(), tiny_benchmark, [plugin])
+    with pytest.raises(ValueError, match="`own_share` should be at least 0 and below 1, but is 1"):
+        TaskAdaptiveHeadPlugin(own_share=1)

@@ -13,7 +13,7 @@ from support import FEW_PROJECTIONS, make, train
 from treelora_avalanche.adapters import add_lora, find_classifier, load_adapter, save_adapter
 from treelora_avalanche.adapters.first_pass import skip_check
 from treelora_avalanche.models.views.precision import train_in_float32
-from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins import TrainedHeadPlugin
 from treelora_avalanche.registry import METHODS, RunSettings
 from treelora_avalanche.runs.setup import Ingredients, build_strategy
 from treelora_avalanche.strategies import InfLoRA, OLoRA, SeqLoRA, TreeLoRAStrategy
@@ -153,7 +153,7 @@ def test_a_whole_language_model_in_float16_is_refused(make_language_model):
 
 def test_the_head_is_fitted_in_float32_whatever_its_own_precision(tiny_vit):
     features = torch.randn(40, 16)
-    plugin = TaskAdaptiveHeadPlugin(epochs=2)
+    plugin = TrainedHeadPlugin(epochs=2)
     statistics = plugin.kind.of(features, torch.arange(40) % 2, 0)
     from treelora_avalanche.models.features.gaussians import train_head
 

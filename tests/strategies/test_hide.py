@@ -17,7 +17,7 @@ from treelora_avalanche.metrics.footprint import stored_bytes
 from treelora_avalanche.models.features.centroids import CentroidFeatures, Centroids, ClassCentroids
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.models.features.gaussians import train_head
-from treelora_avalanche.plugins import ContrastivePlugin, RouterPlugin, TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins import ContrastivePlugin, RouterPlugin, TrainedHeadPlugin
 from treelora_avalanche.plugins.baselines.hide import contrastive_regularisation
 from treelora_avalanche.strategies import HiDeLoRA, HiDePrompt
 
@@ -206,7 +206,7 @@ def test_penalty_is_non_zero_from_the_second_task_on_and_reaches_what_is_trained
 
     strategy = make(name, tiny_vit())
     index = next(i for i, p in enumerate(strategy.plugins) if type(p) is ContrastivePlugin)
-    strategy.plugins[index] = watched = Watched(plugin_of(strategy, TaskAdaptiveHeadPlugin))
+    strategy.plugins[index] = watched = Watched(plugin_of(strategy, TrainedHeadPlugin))
     strategy.train(tiny_benchmark.train_stream[:2])
     assert {task for task, _, _ in watched.penalties} == {1}
     assert all(penalty < -0.01 for _, penalty, _ in watched.penalties)
@@ -312,7 +312,7 @@ def test_a_task_starts_from_the_adapter_of_the_one_before(tiny_vit, tiny_benchma
     strategy = make("HiDeLoRA", tiny_vit())
     live = []
 
-    class Start(TaskAdaptiveHeadPlugin):
+    class Start(TrainedHeadPlugin):
         def before_training_iteration(self, strategy, **kwargs):
             if strategy.clock.train_exp_iterations == 0:
                 live.append(LoRAFactors(strategy.model).stack.clone())
@@ -345,7 +345,7 @@ def test_paper_defaults(tiny_vit):
     assert module.layers == (0, 1, 2, 3, 4)
     assert module.prompts.active.shape == (5, 2, 20, 2, 8)
     assert module.prompts.momentum == 0.1
-    assert plugin_of(strategy, TaskAdaptiveHeadPlugin).kind == Centroids(10)
+    assert plugin_of(strategy, TrainedHeadPlugin).kind == Centroids(10)
     lora = HiDeLoRA(tiny_vit(depth=6), evaluator=None)
     assert list(lora_layers(lora.model)) == [
         f"module.base_model.model.blocks.{i}.attn.qkv" for i in range(5)

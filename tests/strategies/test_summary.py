@@ -54,7 +54,7 @@ def test_a_lora_strategy_shows_model_adapters_and_progress(tiny_vit, tiny_benchm
             "head",
             "Linear(16, 6), fitted by TaskAdaptiveHeadPlugin",
         ),
-        (HiDeLoRA, {}, "head", "Linear(16, 6), fitted by TaskAdaptiveHeadPlugin"),
+        (HiDeLoRA, {}, "head", "Linear(16, 6), fitted by TrainedHeadPlugin"),
         (L2P, {}, "adapters", "none"),
         (L2P, {}, "optimizer", "Adam, lr 0.03"),
     ],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -287,3 +288,28 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     :param model: any model.
     """
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+@contextmanager
+def disabled_adapters(model: nn.Module) -> Iterator[None]:
+    """Disables all LoRA layers inside the context, so that the model is the frozen one::
+
+        with torch.no_grad(), disabled_adapters(model):
+            model(images)  # as before LoRA was attached
+
+    peft's ``disable_adapter`` would also disable the trained classifier.
+
+    :param model: any model.
+    """
+    layers = list(lora_layers(model).values())
+    # Disabling and enabling a layer sets which of its parameters are trained.
+    trained = [(p, p.requires_grad) for layer in layers for p in cast(Any, layer).parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)

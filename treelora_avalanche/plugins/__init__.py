@@ -20,6 +20,8 @@ from treelora_avalanche.plugins.baselines.sapt import SAPTPlugin
 from treelora_avalanche.plugins.baselines.sd_lora import SDLoRAPlugin
 from treelora_avalanche.plugins.baselines.slca import ClassifierAlignmentPlugin
 from treelora_avalanche.plugins.baselines.tasl import TaSLPlugin
+from treelora_avalanche.plugins.class_statistics import ClassStatisticsPlugin
+from treelora_avalanche.plugins.heads import head_plugins
 from treelora_avalanche.plugins.lcb_selector import (
     LCBSelectorPlugin,
     NearestSelectorPlugin,
@@ -32,6 +34,7 @@ from treelora_avalanche.plugins.router import RouterPlugin
 from treelora_avalanche.plugins.sparse_update import SparseUpdatePlugin, proximal_step
 from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.task_start import TaskStartPlugin
+from treelora_avalanche.plugins.trained_head import TrainedHeadPlugin
 from treelora_avalanche.plugins.training.activation_cache import ActivationCachePlugin
 from treelora_avalanche.plugins.training.cosine_schedule import CosineSchedulePlugin
 from treelora_avalanche.plugins.training.data_parallel import DataParallelPlugin
@@ -46,6 +49,7 @@ PrefixCachePlugin = ActivationCachePlugin
 
 __all__ = [
     "ActivationCachePlugin",
+    "ClassStatisticsPlugin",
     "ClassifierAlignmentPlugin",
     "ContrastivePlugin",
     "CosineSchedulePlugin",
@@ -81,8 +85,10 @@ __all__ = [
     "TaskAdaptiveHeadPlugin",
     "TaskPromptsPlugin",
     "TaskStartPlugin",
+    "TrainedHeadPlugin",
     "TreeBuilderPlugin",
     "WithinTaskGEMPlugin",
     "WithinTaskLossPlugin",
+    "head_plugins",
     "proximal_step",
 ]

@@ -1,163 +1,176 @@
-"""Retrains the head of a class-incremental stream, after every task, on stored class statistics.
-
-HiDe-Prompt (Wang et al., NeurIPS 2023) calls it task-adaptive prediction; TreeLoRA uses it too.
-During a task the loss compares only the task's own classes, so the head unlearns no other class.
-Classes of different tasks are separated afterwards, on pseudo-features drawn around the class
-means. No image is stored.
-"""
+"""Fits a head in closed form, after every task, to the stored Gaussians of the classes."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.features.extraction import extract_features
 from treelora_avalanche.models.features.gaussians import (
-    Gaussians,
-    StatisticsKind,
-    feature_drift,
+    ClassStatistics,
     move_statistics,
     statistics_state,
-    train_head,
 )
-from treelora_avalanche.models.views.router import RoutedView
-from treelora_avalanche.plugins.task_parts import TaskParts
-from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
+from treelora_avalanche.models.features.regularised import (
+    OWN_SHARE,
+    RegularisedDiscriminant,
+    set_linear,
+)
+from treelora_avalanche.models.views.discriminant_head import DiscriminantHead
+from treelora_avalanche.models.views.frozen import check_frozen_backbone, frozen_features
+from treelora_avalanche.plugins.class_statistics import ClassStatisticsPlugin
 from treelora_avalanche.processes import shared_work
-from treelora_avalanche.state import check_keys
+from treelora_avalanche.state import check_keys, check_same_settings
+
+FROZEN_SHARE = 0.2
+"""Weight of the frozen features in ``head="task_adaptive_ensemble"`` (docs/results.md)."""
 
 
-class TaskAdaptiveHeadPlugin(WithinTaskLossPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Within-task loss, class statistics, and a head retrained on pseudo-features.
+class TaskAdaptiveHeadPlugin(ClassStatisticsPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Regularised discriminant analysis (RDA) on one Gaussian per class and task.
 
-    Works with any strategy, including Avalanche's, whose model ends in a linear classifier. Costs
-    one pass over the data before and one after each experience, and stores per class what ``kind``
-    defines: mean and at most 64 directions of the covariance, or centroids with variances. In a
-    domain-incremental stream a class has statistics for every task, in an online stream for every
-    part of a task. Old statistics follow the drift
-    of the features, estimated on the current images
-    (:func:`~treelora_avalanche.models.features.gaussians.feature_drift`); not so in a
-    :class:`~treelora_avalanche.models.views.router.RoutedView`, where each class is predicted with
-    the adapter of its own task. Task labels are not used. Example::
+    The head is :class:`~treelora_avalanche.models.features.regularised.RegularisedDiscriminant`,
+    without a step of training or a random draw. It replaces the output of the linear classifier
+    between calls of ``strategy.train`` and in evaluations; outputs are log-probabilities, -inf for
+    classes not seen yet. The classifier itself is set to linear discriminant analysis, the case
+    ``own_share=0``: the next task is trained from it, and a saved adapter contains it.
 
-        strategy = SeqLoRA(model, plugins=[TaskAdaptiveHeadPlugin(seed=0)])
+    Costs and limits are those of :class:`ClassStatisticsPlugin`; stores per class and task its mean
+    and at most 64 directions of its covariance, and as much again for the fitted head. Example::
 
-    :param epochs: number of optimisation steps of the retraining.
-    :param n_per_class: pseudo-features per class and step.
-    :param learning_rate: learning rate of the retraining.
-    :param kind: the statistics of a class,
-        :class:`~treelora_avalanche.models.features.gaussians.Gaussians` by default, or
-        :class:`~treelora_avalanche.models.features.centroids.Centroids`.
-    :param seed: seed of the pseudo-features.
+        strategy = SeqLoRA(model, plugins=[TaskAdaptiveHeadPlugin()])
+
+    :param own_share: share of a class's own covariance; with 0 the head is the linear classifier.
+    :param frozen_share: weight of a second RDA, on the features of the frozen backbone, see
+        :class:`~treelora_avalanche.models.views.discriminant_head.DiscriminantHead`. Above 0, each
+        evaluation costs a second pass and each experience a third one, and twice as many statistics
+        are stored.
+    :raises ValueError: if a share is out of range.
     """
 
-    fits_head = True  # re-fitted after every experience: read by TreeLoRA and print(strategy)
-
-    def __init__(
-        self,
-        *,
-        epochs: int = 120,
-        n_per_class: int = 16,
-        learning_rate: float = 0.01,
-        kind: StatisticsKind | None = None,
-        seed: int = 0,
-    ):
+    def __init__(self, *, own_share: float = OWN_SHARE, frozen_share: float = 0.0):
         super().__init__()
-        self.epochs = epochs
-        self.n_per_class = n_per_class
-        self.learning_rate = learning_rate
-        self.kind: StatisticsKind = Gaussians() if kind is None else kind
-        self.seed = seed
-        self.n_tasks = 0
-        self.statistics: list[Any] = []
-        self._parts = TaskParts()
-        self._continues = False
+        for name, share in (("own_share", own_share), ("frozen_share", frozen_share)):
+            if not 0 <= share < 1:
+                raise ValueError(
+                    f"`{name}` should be at least 0 and below 1, but is {share}. The default is "
+                    f"{OWN_SHARE if name == 'own_share' else 0}."
+                )
+        self.own_share = own_share
+        self.frozen_share = frozen_share
+        self.frozen_statistics: list[ClassStatistics] = []
+        self._head: DiscriminantHead | None = None
+        self._handles: list[RemovableHandle] = []
+        self._training = False
+
+    @property
+    def requires_whole_adapter(self) -> str | None:
+        """Read by :class:`~treelora_avalanche.plugins.FirstSessionPlugin`."""
+        return "needs the frozen backbone's features" if self.frozen_share else None
+
+    def before_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Detaches the head: the classifier is trained."""
+        if self.frozen_share:
+            check_frozen_backbone(strategy.model)
+        self._training = True
+        self._detach()
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Restricts the loss to the classes of the experience."""
-        self._continues = self._parts.continues(strategy.experience)
+        self._head = None  # evaluations during the experience use the classifier in training
         super().before_training_exp(strategy, *args, **kwargs)
-        self._check_backbone(strategy.model)
-        if self._follows_drift(strategy):
-            self._before, _ = self._features(strategy)
 
-    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Computes the statistics of the new classes and retrains the head on all."""
-        super().after_training_exp(strategy, *args, **kwargs)
-        features, targets = self._features(strategy)
-        self.statistics = move_statistics(self.statistics, features.device)
-        if self._follows_drift(strategy):
-            drift = feature_drift(self._before, features)
-            self.statistics = [s.moved(*drift) for s in self.statistics]
-            del self._before
-        self.n_tasks += not self._continues
-        self.statistics += self.kind.of(features, targets, self.n_tasks - 1)
-        self._parts.finish(strategy.experience)
-        self.fit_head(strategy)
+    def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Attaches the head."""
+        super().after_training(strategy, *args, **kwargs)
+        self._training = False
+        self._attach(strategy)
+
+    def before_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Attaches the head for an evaluation between the experiences of a call of ``train``."""
+        self._attach(strategy)
+
+    def after_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Detaches the head if training goes on."""
+        if self._training:
+            self._detach()
 
     def fit_head(self, strategy: Any) -> None:
-        """Fits the head to the statistics of all classes seen so far.
+        if self.frozen_share:
+            self._add_frozen_statistics(strategy)
+        set_linear(classifier_of(strategy.model), self.statistics)
+        self._fit()
 
-        :param strategy: the strategy, at the end of an experience.
+    def prepare_loaded(self, strategy: Any) -> None:
+        """Fits and attaches the head of a strategy that has just been loaded.
+
+        :param strategy: the strategy, all of whose plugins are loaded.
         """
-        train_head(
-            classifier_of(strategy.model),
-            self.kind.draws(self.statistics),
-            epochs=self.epochs,
-            n_per_class=self.n_per_class,
-            learning_rate=self.learning_rate,
-            generator=torch.Generator().manual_seed(self.seed + self.n_tasks),
-        )
+        self.statistics = move_statistics(self.statistics, strategy.device)
+        self.frozen_statistics = move_statistics(self.frozen_statistics, strategy.device)
+        self._training = False
+        self._detach()
+        self._fit()
+        self._attach(strategy)
 
-    def past_statistics(self) -> list[Any]:
-        """Returns the statistics of the tasks before the one in training."""
-        task = self.n_tasks - self._continues
-        return [s for s in self.statistics if s.task < task]
-
-    def _follows_drift(self, strategy: Any) -> bool:
-        return len(self.statistics) > 0 and not isinstance(strategy.model, RoutedView)
-
-    def _check_backbone(self, model: nn.Module) -> None:
-        """Raises for statistics of another backbone; a plugin loaded alone has no fingerprint."""
-        if not self.statistics:
-            return
-        means = next(value for value in self.statistics[0] if isinstance(value, Tensor))
-        dim = classifier_of(model).in_features
-        if means.shape[-1] != dim:
-            raise ValueError(
-                f"the features of the model should have {means.shape[-1]} values, as the class "
-                f"statistics, but have {dim}. Load statistics of the same backbone."
-            )
-
-    def _features(self, strategy: Any) -> tuple[Tensor, Tensor]:
-        return extract_features(
+    def _add_frozen_statistics(self, strategy: Any) -> None:
+        features, targets = extract_features(
             strategy.model,
             strategy.experience.dataset.eval(),
             batch_size=strategy.eval_mb_size,
             device=strategy.device,
             processes=shared_work(strategy),
+            compute=partial(frozen_features, strategy.model),
         )
+        kept = move_statistics(self.frozen_statistics, features.device)
+        self.frozen_statistics = kept + self.kind.of(features, targets, self.n_tasks - 1)
+
+    @torch.no_grad()
+    def _fit(self) -> None:
+        self._head = None
+        if not self.statistics or not (self.own_share or self.frozen_share):
+            return
+        adapted, frozen = (
+            RegularisedDiscriminant.fit(statistics, self.own_share) if statistics else None
+            for statistics in (self.statistics, self.frozen_statistics)
+        )
+        assert adapted is not None
+        self._head = DiscriminantHead(adapted, frozen, self.frozen_share)
+
+    def _attach(self, strategy: Any) -> None:
+        if self._head is not None and not self._handles:
+            self._handles = self._head.attach(strategy.model)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the statistics of the classes so far, as tensors and plain values."""
-        return {
-            "n_tasks": self.n_tasks,
-            "statistics": statistics_state(self.statistics),
-            "task": self._parts.task,
+        """Returns the statistics of the classes so far and the shares.
+
+        The head is fitted to them again, with the same result.
+        """
+        return super().state_dict() | {
+            "frozen_statistics": statistics_state(self.frozen_statistics),
+            "own_share": float(self.own_share),
+            "frozen_share": float(self.frozen_share),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from the state of another plugin of this class.
 
         :param state: what :meth:`state_dict` returned.
-        :raises ValueError: if keys are missing or unknown, or its statistics are of another kind;
-            the plugin is then unchanged.
+        :raises ValueError: if keys are missing or unknown, the statistics are of another kind, or
+            a share differs; the plugin is then unchanged.
         """
-        keys = {"n_tasks", "statistics", "task"}
-        check_keys(state, keys, "the state of TaskAdaptiveHeadPlugin")
-        self.statistics = self.kind.load(state["statistics"])
-        self.n_tasks = state["n_tasks"]
-        self._parts.task = state["task"]
+        own = self.state_dict()
+        check_keys(state, own, "the state of TaskAdaptiveHeadPlugin")
+        check_same_settings(state, {name: own[name] for name in ("own_share", "frozen_share")})
+        frozen = self.kind.load(state["frozen_statistics"])
+        super().load_state_dict(state)
+        self.frozen_statistics = frozen

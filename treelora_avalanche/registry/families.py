@@ -90,10 +90,10 @@ class SharedArguments:
 
         :param reads: settings that the method reads.
         """
-        from treelora_avalanche.plugins import TaskAdaptiveHeadPlugin
+        from treelora_avalanche.plugins import head_plugins
 
-        adaptive = "head" in reads and self.settings.head == "task_adaptive"
-        return [*([TaskAdaptiveHeadPlugin()] if adaptive else []), *self.shared["plugins"]]
+        head = self.settings.head if "head" in reads else "linear"
+        return [*head_plugins(head), *self.shared["plugins"]]
 
 
 Build = Callable[

@@ -307,8 +307,10 @@ class RunSettings:
         default="linear",
         metadata=_about(
             "training",
-            "classification head: linear, or task_adaptive, retrained after every task on stored "
-            "class statistics (images)",
+            "classification head: linear; or, fitted after every task to stored class statistics "
+            "(images), task_adaptive: regularised discriminant analysis (RDA), "
+            "task_adaptive_ensemble: RDA averaged with RDA on frozen features, "
+            "task_adaptive_trained: retrained by gradient descent",
         ),
     )
     rank: int | None = field(

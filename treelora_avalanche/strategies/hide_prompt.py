@@ -34,7 +34,7 @@ class HiDePrompt(ParameterEfficientStrategy):
        (:class:`~treelora_avalanche.plugins.ContrastivePlugin`).
     3. Classes are represented by centroids of their features under the task's own prompt.
     4. Task-adaptive prediction: the head is re-trained on pseudo-features
-       (:class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`).
+       (:class:`~treelora_avalanche.plugins.TrainedHeadPlugin`).
     5. At test time a frozen pass infers the task, and a second pass with its prompt predicts.
 
     Step 1 uses statistics only; the paper also trains it by gradients on each task's images. The

@@ -40,6 +40,7 @@ from treelora_avalanche.plugins import (
     TreeBuilderPlugin,
 )
 from treelora_avalanche.strategies.base.arguments import UnmergedLoRAOptions
+from treelora_avalanche.strategies.base.parameter_efficient import fits_head
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 from treelora_avalanche.tree import AdapterTree
 
@@ -122,7 +123,7 @@ class TreeLoRAStrategy(SeqLoRA):
         check_known("`selection`", selection, SELECTIONS)
         language = find_host(model)
         if inference is None:
-            fitted = _fits_head(kwargs.get("head", "linear"), plugins)
+            fitted = fits_head(kwargs.get("head", "linear"), plugins)
             inference = "merged" if fitted else "last"
             if language is not None and supports_split(language):
                 inference = "routed"
@@ -203,8 +204,3 @@ def _check_depth(depth: int, model: nn.Module, options: UnmergedLoRAOptions) -> 
             f"`depth` should be at most the number of adapted matrices, {n_layers}, but is {depth}."
             " Lower it, or adapt more layers."
         )
-
-
-def _fits_head(head: str, plugins: Sequence[SupervisedPlugin] | None) -> bool:
-    """Whether the head is re-fitted after every task to the adapter used for prediction."""
-    return head == "task_adaptive" or any(getattr(p, "fits_head", False) for p in plugins or ())

@@ -45,8 +45,7 @@ class Discriminant(NamedTuple):
         residuals, means = _residuals(classes), _means(classes)
         degrees = max(1, len(residuals) - len(classes))
         root = _root(residuals, (1 - shrinkage) / degrees, shrinkage * _target(residuals, degrees))
-        identity = torch.eye(len(root)).to(root)
-        whitening = torch.linalg.solve_triangular(root, identity, upper=False).T
+        whitening = whitening_of(root)
         return cls(whitening.float(), (means @ whitening).float())
 
     def distances(self, features: Tensor) -> Tensor:
@@ -59,6 +58,14 @@ class Discriminant(NamedTuple):
             self.means,
             compute_mode="donot_use_mm_for_euclid_dist",  # exact for samples at a mean
         )
+
+
+def whitening_of(root: Tensor) -> Tensor:
+    """Returns the upper triangular W with ``W W^T = Σ^-1``.
+
+    :param root: lower triangular Cholesky factor of Σ, ``(dim, dim)``.
+    """
+    return torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False).T
 
 
 def leave_one_out_distances(classes: Sequence[Tensor], shrinkage: float = SHRINKAGE) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,14 +56,17 @@ def extract_features(
     batch_size: int,
     device: torch.device | str,
     processes: Processes | None = None,
+    compute: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the features of all samples of a dataset, under the active adapter.
+    """Returns the features of all samples of a dataset, by default under the active adapter.
 
     :param model: any model with a linear classifier.
     :param dataset: samples whose first two elements are an image and its class.
     :param batch_size: samples per forward pass.
     :param device: device of the model.
     :param processes: processes that divide the samples among them; each gets all features.
+    :param compute: function from a batch on the device to its features, called in evaluation mode;
+        by default :func:`features_of` the model.
     :return: features ``(n_samples, dim)``, at least in float32, and classes ``(n_samples,)``; both
         on the device.
     """
@@ -70,10 +74,11 @@ def extract_features(
     n_samples = len(dataset)
     if processes is not None:
         dataset = Subset(dataset, processes.part(n_samples, batch_size))
-    forward = active_forward(model)
-    with recorded_features(model) as features, evaluating(model):
+    compute = compute or partial(features_of, model)
+    features: list[Tensor] = []
+    with evaluating(model):
         for images, target, *_ in DataLoader(dataset, batch_size):
-            forward(images.to(device))
+            features.append(compute(images.to(device)))
             targets.append(target.to(device))
     weight = classifier_of(model).weight
     found, classes = torch.cat(features).to(at_least_float32(weight).dtype), torch.cat(targets)

@@ -133,6 +133,19 @@ def move_statistics(statistics: Sequence[Any], device: torch.device | str) -> li
     return [moved(s) for s in statistics]
 
 
+def stacked_factors(statistics: Sequence[ClassStatistics]) -> Tensor:
+    """Returns the factors of all covariances in one tensor, ``(n_classes, rank, dim)``.
+
+    Rows of zeros, which leave a covariance unchanged, are added to those of lower rank.
+
+    :param statistics: statistics of the classes.
+    """
+    rank = max(len(s.factor) for s in statistics)
+    return torch.stack(
+        [nn.functional.pad(s.factor, (0, 0, 0, rank - len(s.factor))) for s in statistics]
+    )
+
+
 class PseudoFeatures:
     """Draws features from the Gaussians of classes, whose covariances are shrunk to their mean.
 
@@ -152,11 +165,7 @@ class PseudoFeatures:
         )  # (n_classes,)
         self._means = torch.stack([s.mean for s in statistics])
         self._own = (1 - shrinkage) ** 0.5
-        rank = max(len(s.factor) for s in statistics)
-        # Rows of zeros leave a covariance unchanged.
-        self._factors = torch.stack(
-            [nn.functional.pad(s.factor, (0, 0, 0, rank - len(s.factor))) for s in statistics]
-        )  # (n_classes, rank, dim)
+        self._factors = stacked_factors(statistics)
         pooled = torch.cat([s.factor for s in statistics])
         covariance = pooled.T @ pooled / len(self.statistics)
         values, vectors = torch.linalg.eigh(covariance)

@@ -3,7 +3,7 @@
 HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234) and HiDe-PET (Wang et al. 2024,
 arXiv 2407.05229). The other steps have plugins of their own: task-identity inference is the
 :class:`~treelora_avalanche.plugins.RouterPlugin`, task-adaptive prediction the
-:class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`, both with centroids.
+:class:`~treelora_avalanche.plugins.TrainedHeadPlugin`, both with centroids.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from treelora_avalanche.adapters import AdapterBank, LoRAFactors
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.features.centroids import Centroids
 from treelora_avalanche.plugins.router import RouterPlugin
-from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
 from treelora_avalanche.plugins.task_parts import TaskParts
+from treelora_avalanche.plugins.trained_head import TrainedHeadPlugin
 from treelora_avalanche.state import check_keys, check_same_settings, reset_optimizer_state
 
 
@@ -51,7 +51,7 @@ class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     with itself, and no gradient would be left. Stores nothing of its own; its cost grows with the
     number of past classes. Task labels are not used. Example::
 
-        head = TaskAdaptiveHeadPlugin(kind=Centroids(10))
+        head = TrainedHeadPlugin(kind=Centroids(10))
         plugins = [head, ContrastivePlugin(head)]
 
     :param head: the plugin that stores the centroids.
@@ -60,9 +60,7 @@ class ContrastivePlugin(SupervisedPlugin, supports_distributed=True):  # type: i
     :raises ValueError: if ``contrast`` is negative, or ``temperature`` not positive.
     """
 
-    def __init__(
-        self, head: TaskAdaptiveHeadPlugin, contrast: float = 0.1, temperature: float = 0.8
-    ):
+    def __init__(self, head: TrainedHeadPlugin, contrast: float = 0.1, temperature: float = 0.8):
         super().__init__()
         if not contrast >= 0:
             raise ValueError(
@@ -198,7 +196,7 @@ class TaskAdaptersPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
 def hide_plugins(
     contrast: float, n_centroids: int, seed: int, temperature: float = 0.8
-) -> tuple[TaskAdaptiveHeadPlugin, ContrastivePlugin, RouterPlugin]:
+) -> tuple[TrainedHeadPlugin, ContrastivePlugin, RouterPlugin]:
     """Returns the parts of HiDe that prompts and LoRA share.
 
     :param contrast: see :class:`ContrastivePlugin`.
@@ -209,6 +207,6 @@ def hide_plugins(
     :raises ValueError: if an argument is out of range.
     """
     kind = Centroids(n_centroids)
-    head = TaskAdaptiveHeadPlugin(kind=kind, seed=seed)
+    head = TrainedHeadPlugin(kind=kind, seed=seed)
     contrastive = ContrastivePlugin(head, contrast, temperature)
     return head, contrastive, RouterPlugin(seed=seed, kind=kind)

@@ -8,10 +8,10 @@ import torch
 
 from treelora_avalanche.adapters.classifier import classifier_of
 from treelora_avalanche.models.features.gaussians import Gaussians, train_head
-from treelora_avalanche.plugins.task_adaptive_head import TaskAdaptiveHeadPlugin
+from treelora_avalanche.plugins.class_statistics import ClassStatisticsPlugin
 
 
-class ClassifierAlignmentPlugin(TaskAdaptiveHeadPlugin, supports_distributed=True):  # type: ignore[call-arg]
+class ClassifierAlignmentPlugin(ClassStatisticsPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Aligns the classifier after every task, on features drawn from one Gaussian per class.
 
     The features of class c are drawn from ``N(mean_c, cov_c)``, as they were after the task of the

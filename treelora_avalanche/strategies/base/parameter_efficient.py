@@ -29,7 +29,7 @@ from treelora_avalanche.models.views.precision import set_precision
 from treelora_avalanche.plugins import (
     CosineSchedulePlugin,
     FiniteLossPlugin,
-    TaskAdaptiveHeadPlugin,
+    head_plugins,
 )
 from treelora_avalanche.state import random_state, set_random_state
 from treelora_avalanche.strategies.base.accumulation import GradientAccumulation, check_accumulation
@@ -80,9 +80,12 @@ class ParameterEfficientStrategy(
     :param precision: of the forward pass, ``"fp32"``, ``"bf16"`` or ``"auto"``, see
         :func:`~treelora_avalanche.models.views.precision.autocast_dtype`.
     :param device: where to train.
-    :param head: ``"linear"``, a classifier trained by the loss alone; or ``"task_adaptive"``, a
-        classifier re-trained after every task, for class-incremental streams, see
-        :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`.
+    :param head: ``"linear"``, a classifier trained by the loss alone; or, for class-incremental
+        streams, one that is fitted after every task to stored class statistics:
+        ``"task_adaptive"``, in closed form, see
+        :class:`~treelora_avalanche.plugins.TaskAdaptiveHeadPlugin`;
+        ``"task_adaptive_ensemble"``, the same averaged with the frozen backbone's; or
+        ``"task_adaptive_trained"``, see :class:`~treelora_avalanche.plugins.TrainedHeadPlugin`.
     :param plugins: further plugins; the list is copied.
     :param evaluator: Avalanche's evaluation plugin, or a callable that makes it.
     :param kwargs: ``eval_every`` and ``peval_mode``, see
@@ -223,7 +226,7 @@ def _make_optimizer(
 
 def _own_plugins(head: str, schedule: str) -> list[SupervisedPlugin]:
     return [
-        *([TaskAdaptiveHeadPlugin()] if head == "task_adaptive" else []),
+        *head_plugins(head),
         FiniteLossPlugin(),
         *([CosineSchedulePlugin()] if schedule == "cosine" else []),
     ]
@@ -265,6 +268,14 @@ def check_training(
             f"`head` should be 'linear' for a language model, which has no classifier to re-train, "
             f"but is {head!r}. Leave it out."
         )
-    fitted = head == "task_adaptive" or any(getattr(p, "fits_head", False) for p in plugins or ())
-    if fitted and find_host(model) is None:
+    if fits_head(head, plugins) and find_host(model) is None:
         classifier_of(model)  # raises where there is not one linear classifier
+
+
+def fits_head(head: str, plugins: Sequence[SupervisedPlugin] | None) -> bool:
+    """Returns whether the head is fitted after every task to the adapter used for prediction.
+
+    :param head: argument of the strategy.
+    :param plugins: argument of the strategy.
+    """
+    return head != "linear" or any(getattr(p, "fits_head", False) for p in plugins or ())
