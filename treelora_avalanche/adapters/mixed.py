@@ -61,7 +61,7 @@ def _load(network: PeftModel, name: str, bank: AdapterBank, index: int) -> None:
     with torch.no_grad():
         for layer, row in zip(lora_layers(network).values(), bank[index], strict=True):
             # Made in training mode, in which generation would be random.
-            layer.lora_dropout[name].train(layer.training)
+            layer.lora_dropout[name].train(network.training)
             a, b = _weight(layer.lora_A[name]), _weight(layer.lora_B[name])
             given = LayerShape(a.shape[0], a.shape[1], b.shape[0]).split(row)
             a.copy_(given[0])
