@@ -36,7 +36,7 @@ class OnPolicyReplayPlugin(SupervisedPlugin, supports_distributed=True):  # type
     After a task, keeps a random ``replay_share`` of its training prompts, without their reference
     answers. Before task t the current model generates greedily for the prompts of all t - 1 past
     tasks; of each, the share ``1 / (t - 1)`` with the highest mean log-probability per token is
-    added to the task's training data, so that the number of replayed texts stays that of one task.
+    added to the task's training data: as many in all as prompts are kept of one task.
     The loss is the usual one; the past texts are shuffled among the new ones.
 
     This is the paper's variant OPR-SC (self-confidence). The paper selects among *all* past

@@ -32,8 +32,8 @@ class OSFPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
     Between experiences the model has its own layers, whose weights are trainable parameters. Stores
     nothing per task. Task labels are not used. Example::
 
-        plugin = OSFPlugin(find_adaptable_layers(vit))
-        strategy = Naive(TrainableView(vit), plugins=[plugin])
+        # view: a TrainableView of a model with these weights and its classifier trainable
+        strategy = Naive(view, optimizer, plugins=[OSFPlugin(["blocks.0.attn.qkv"])])
 
     :param names: names of the linear layers, see
         :func:`~treelora_avalanche.adapters.find_adaptable_layers`.
