@@ -416,8 +416,9 @@ def test_ewc_draws_as_many_samples_as_it_is_given(tiny_vit, tiny_benchmark):
     assert calls == [1] * 5
 
 
-def test_gem_compares_a_memory_with_the_classes_of_its_task(tiny_vit, tiny_benchmark):
-    """By hand: the logits of other classes cut away, as in the released code."""
+@pytest.mark.parametrize("within_task", [True, False])
+def test_gem_compares_a_memory_with_the_classes_of_its_task(tiny_vit, tiny_benchmark, within_task):
+    """By hand: the logits of other classes cut away, as in the released code, or not."""
     found = []
 
     class Watch(SupervisedPlugin):
@@ -425,14 +426,14 @@ def test_gem_compares_a_memory_with_the_classes_of_its_task(tiny_vit, tiny_bench
             gem = plugin_of(strategy, GEMPlugin)
             for task, gradient in enumerate(gem.G):
                 classes = tiny_benchmark.train_stream[task].classes_in_this_experience
-                columns = torch.tensor(sorted(classes))
+                columns = torch.tensor(sorted(classes) if within_task else range(6))
                 logits = strategy.model(gem.memory_x[task])[:, columns]
                 targets = torch.searchsorted(columns, gem.memory_y[task])
                 loss = torch.nn.functional.cross_entropy(logits, targets)
                 parts = torch.autograd.grad(loss, list(strategy.model.parameters()))
                 found.append((gradient, torch.cat([part.flatten() for part in parts])))
 
-    strategy = make(GEMLoRA, tiny_vit(), patterns_per_experience=8)
+    strategy = make(GEMLoRA, tiny_vit(), patterns_per_experience=8, within_task=within_task)
     strategy.plugins.append(Watch())  # after GEM
     train(strategy, tiny_benchmark, 0, 1, 2)
     assert len(found) == 8 * (1 + 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.plugins import GEMPlugin, SupervisedPlugin
 from torch import nn
 from typing_extensions import Unpack
 
@@ -29,6 +29,8 @@ class GEMLoRA(SeqLoRA):
     :param model: a pretrained model, see :class:`SeqLoRA`.
     :param patterns_per_experience: samples stored per experience; the TreeLoRA paper's is 100.
     :param memory_strength: margin of the projection; the TreeLoRA paper's is 0.05.
+    :param within_task: whether the loss of a memory compares the classes of its task alone, as in
+        the released code, or all.
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
     :raises ValueError: if an argument is out of range; the model is then unchanged.
@@ -40,6 +42,7 @@ class GEMLoRA(SeqLoRA):
         *,
         patterns_per_experience: int = 100,
         memory_strength: float = 0.05,
+        within_task: bool = True,
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Unpack[LoRAOptions],
     ):
@@ -53,5 +56,6 @@ class GEMLoRA(SeqLoRA):
                 f"`memory_strength` should be at least 0, but is {memory_strength}. Use 0 for no "
                 "margin."
             )
-        gem = WithinTaskGEMPlugin(patterns_per_experience, memory_strength)
+        kind = WithinTaskGEMPlugin if within_task else GEMPlugin
+        gem = kind(patterns_per_experience, memory_strength)
         super().__init__(model=model, plugins=[*(plugins or ()), gem], **kwargs)
