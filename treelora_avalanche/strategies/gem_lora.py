@@ -17,10 +17,9 @@ class GEMLoRA(SeqLoRA):
     """:class:`SeqLoRA` with gradient episodic memory on the trained parameters.
 
     Each step projects the gradient g to the nearest one with ``<g, g_k> >= 0`` for the gradient g_k
-    on the memory of every past task k, of a loss over the classes of task k
-    (:class:`~treelora_avalanche.plugins.WithinTaskGEMPlugin`): one forward and backward pass per
-    past task, so step time grows with the stream. Stores ``patterns_per_experience`` samples per
-    task. Task labels are not used.
+    on the memory of every past task k: one forward and backward pass per past task, so step time
+    grows with the stream. Stores ``patterns_per_experience`` samples per task. Task labels are not
+    used.
 
     Example::
 
@@ -30,7 +29,8 @@ class GEMLoRA(SeqLoRA):
     :param patterns_per_experience: samples stored per experience; the TreeLoRA paper's is 100.
     :param memory_strength: margin of the projection; the TreeLoRA paper's is 0.05.
     :param within_task: whether the loss of a memory compares the classes of its task alone, as in
-        the released code, or all.
+        the released code (:class:`~treelora_avalanche.plugins.WithinTaskGEMPlugin`), or all, which
+        is better where predictions are among all classes (docs/methods.md).
     :param plugins: further plugins; the list is copied.
     :param kwargs: the arguments of :class:`SeqLoRA`.
     :raises ValueError: if an argument is out of range; the model is then unchanged.
@@ -42,7 +42,7 @@ class GEMLoRA(SeqLoRA):
         *,
         patterns_per_experience: int = 100,
         memory_strength: float = 0.05,
-        within_task: bool = True,
+        within_task: bool = False,
         plugins: Sequence[SupervisedPlugin] | None = None,
         **kwargs: Unpack[LoRAOptions],
     ):
