@@ -58,7 +58,7 @@ VISION = [name for name, method in METHODS.items() if "vision" in method.models]
 @pytest.mark.parametrize("name", VISION)
 def test_every_method_learns_what_it_learns_in_float32(name, tiny_vit, tiny_benchmark):
     images = torch.stack([x for x, *_ in tiny_benchmark.test_stream[0].dataset])
-    adaptive = {"head": "task_adaptive"} if "head" in METHODS[name].reads else {}
+    adaptive = {"head": "task_adaptive_trained"} if "head" in METHODS[name].reads else {}
     outputs = {}
     for dtype in (torch.float32, torch.bfloat16):
         strategy = built(name, tiny_vit(depth=5).to(dtype), epochs=1, **adaptive)
