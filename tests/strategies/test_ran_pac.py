@@ -8,7 +8,12 @@ from sklearn.linear_model import Ridge
 
 from support import images_of, plugin_of
 from treelora_avalanche.models.features.extraction import extract_features
-from treelora_avalanche.models.features.random_projection import STRENGTHS, choose_strength
+from treelora_avalanche.models.features.random_projection import (
+    STRENGTHS,
+    choose_strength,
+    least_strength,
+    ridge_weight,
+)
 from treelora_avalanche.plugins import FirstSessionPlugin, RidgeHeadPlugin
 from treelora_avalanche.strategies import FrozenRanPAC, RanPAC
 
@@ -103,3 +108,13 @@ def test_bad_arguments_leave_the_model_unchanged(tiny_vit, tiny_benchmark):
     strategy = RanPAC(model, plugins=[FirstSessionPlugin(1)], evaluator=None)
     with pytest.raises(ValueError, match="FirstExperienceOnlyPlugin freezes the whole adapter"):
         strategy.train(tiny_benchmark.train_stream[0])
+
+
+def test_least_strength_exceeds_the_rounding_errors_of_a_singular_gram_matrix():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(40, 300, generator=generator).relu()
+    gram, one_hot = samples.T @ samples, torch.eye(4).repeat(10, 1)
+    strength = least_strength(gram)
+    found = ridge_weight(gram, samples.T @ one_hot, strength)
+    exact = ridge_of_sklearn(samples, torch.arange(4).repeat(10), 4, strength)
+    assert torch.allclose(samples @ found.T, (samples.double() @ exact.T).float(), atol=1e-2)
