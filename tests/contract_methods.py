@@ -24,7 +24,7 @@ TASKS = ["NumGLUE-cm", "FOMC"]
 N_TEXTS = 8
 RANK = 4
 TREE = {"TreeLoRA", "TreeLoRA-last", "TreeLoRA-routed", "TreeLoRA-merged"}
-PENALISED = {*TREE, "EWCLoRA", "EWC", "OLoRA", "SAPT", "L2Anchor", "LwF"}
+PENALISED = {*TREE, "EWCLoRA", "OLoRA", "SAPT", "L2Anchor", "LwF"}
 
 
 def image_settings(data_root: Path) -> RunSettings:

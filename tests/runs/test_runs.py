@@ -121,7 +121,7 @@ def test_run_folder(method, five_blocks, tiny_vit, tmp_path):
     trainable, total = (results["parameters"][key] for key in ("trainable", "total"))
     assert 0 <= trainable <= total
     assert (trainable == 0) == entry.frozen
-    assert (trainable == total) == (method in ("Naive", "SLCA"))
+    assert (trainable == total) == (method in ("Naive", "EWC", "GEM", "SLCA"))
     assert results["versions"]["torch"]
     assert results["git_hash"] is None or re.fullmatch("[0-9a-f]{40}", results["git_hash"])
 
@@ -405,7 +405,7 @@ def test_every_scenario_passes_on_what_it_takes(name):
     """Checks that settings of a scenario are parameters of its generator, or of the model."""
     scenario = SCENARIOS[name]
     of_model = {"model", "checkpoint", "img_size", "max_length", "dtype", "gradient_checkpointing"}
-    of_model |= {"chat_template"}
+    of_model |= {"chat_template", "plain_text"}
     of_training = {"head", "epochs_per_task", "accumulation_steps"}
     folder = {"data", "exclude_classes"}
     parameters = inspect.signature(scenario.load()).parameters

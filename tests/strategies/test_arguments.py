@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 ALL = {name: getattr(strategies, name) for name in strategies.__all__}
 UNTRAINED = {"FrozenNCM", "FrozenGaussian", "FrozenRanPAC", "InContext"}
-ONE_ADAPTER = {"SeqLoRA", "EWCLoRA", "GEMLoRA", "OGD", "L2Anchor"}
+ONE_ADAPTER = {"SeqLoRA", "EWCLoRA", "GEMLoRA", "OGD", "L2Anchor", "OnPolicyReplay"}
 OWN_HEAD = {"HiDePrompt", "HiDeLoRA", "RanPAC", "SLCA"}
 TEXT_ONLY = {"SAPT", "TaSL", "InContext", "OnPolicyReplay"}
 ON_IMAGES = sorted(ALL.keys() - TEXT_ONLY)

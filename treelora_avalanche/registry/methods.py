@@ -390,6 +390,7 @@ METHODS: Registry[Method] = Registry(
             _OURS + "OnPolicyReplay",
             "LoRA that also trains on its own generations for past prompts",
             models=LANGUAGE,
+            also_reads=MERGE_SETTINGS,
         ),
         "FrozenNCM": Method(
             _OURS + "FrozenNCM",

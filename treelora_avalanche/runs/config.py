@@ -95,8 +95,9 @@ def resolve_config(
     for name in absent:
         if config.get(name, 0) is None:
             del config[name]
-    if config.get("merge") == "none":
-        del config["merge"]
+    for name, without in (("merge", "none"), ("dropout", 0.0), ("precision", "fp32")):
+        if config.get(name) == without:
+            del config[name]
     if not settings.on_language and config.get("limit", 0) is None:
         del config["limit"]
     if config.get("plain_text", "") is None:
@@ -105,8 +106,6 @@ def resolve_config(
         config["plain_text"] = str(Path(settings.plain_text).expanduser().resolve())
     if options:
         config["method_options"] = {method: options}
-    if config.get("precision") == "fp32":
-        del config["precision"]
     if "model" in config:
         config["model"] = settings.model_name
     if "n_experiences" in config:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from treelora_avalanche.adapters import PastDirections
 from treelora_avalanche.plugins import SDLoRAPlugin
-from treelora_avalanche.strategies.base.arguments import LoRAOptions
+from treelora_avalanche.strategies.base.arguments import UnmergedLoRAOptions
 from treelora_avalanche.strategies.seq_lora import SeqLoRA
 
 
@@ -41,7 +41,7 @@ class SDLoRA(SeqLoRA):
         model: nn.Module,
         *,
         plugins: Sequence[SupervisedPlugin] | None = None,
-        **kwargs: Unpack[LoRAOptions],
+        **kwargs: Unpack[UnmergedLoRAOptions],
     ):
         self.past = PastDirections()
         sd_lora = SDLoRAPlugin(self.past)
