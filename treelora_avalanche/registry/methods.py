@@ -272,6 +272,8 @@ METHODS: Registry[Method] = Registry(
         "OGD": Method(
             _OURS + "OGD",
             "LoRA with steps projected orthogonally to the gradients of past samples",
+            # On held-out training digits, of six rates by `treelora tune` (docs/methods.md).
+            rates=LORA.rates._replace(digits=0.0005),
             also_reads=MERGE_SETTINGS,
         ),
         "OLoRA": Method(
