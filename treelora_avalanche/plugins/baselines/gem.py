@@ -17,8 +17,9 @@ class WithinTaskGEMPlugin(GEMPlugin, supports_distributed=True):  # type: ignore
 
     The loss of task k's memory compares the classes of task k alone, as in the released code.
     Avalanche's compares all: its gradient mostly undoes what later classes did to the logits of
-    earlier ones. The loss of the current task still compares all classes, as for the other methods. For language models, which have no
-    classes, it is Avalanche's. Task labels are not used. Example::
+    earlier ones. The loss of the current task still compares all classes, as for the other methods.
+    For language models, which have no classes, it is Avalanche's. Task labels are not used.
+    Example::
 
         strategy = SeqLoRA(model, plugins=[WithinTaskGEMPlugin(100, 0.05)])
 
