@@ -7,7 +7,7 @@ import torch
 from avalanche.training import Naive
 
 from support import plugin_of, train
-from treelora_avalanche.adapters import AdapterBank, add_lora
+from treelora_avalanche.adapters import AdapterBank, LoRAFactors, add_lora
 from treelora_avalanche.models import TokenCrossEntropy
 from treelora_avalanche.models.features.discriminant import leave_one_out_distances
 from treelora_avalanche.models.views.routed_language import RoutedLanguageModel
@@ -69,13 +69,28 @@ def test_share_of_the_quantile_is_within_the_threshold(make_stream):
         assert (route.task is None) == (route.distance > route.threshold)
 
 
-def test_a_task_that_returns_gets_its_newest_adapter(make_stream):
+def products(shapes, rows):
+    """What the adapter of each layer adds to the weights, B A."""
+    parts = (shape.split(row) for shape, row in zip(shapes, rows, strict=True))
+    return [b @ a for a, b in parts]
+
+
+def test_a_task_that_returns_gets_the_mean_of_its_adapters(make_stream):
+    """Against the best approximation of the mean of the products, by a truncated SVD."""
     model, stream = make_stream({"a sums": SUMS, "b animals": ANIMALS, "c sums": MORE_SUMS})
     strategy = train(TreeLoRAStrategy(model, foreign_quantile=None, **options()), stream)
     router = plugin_of(strategy, PromptRouterPlugin)
-    assert [task.task for task in router.tasks] == [1, 2]
+    assert [(task.task, task.n_tasks) for task in router.tasks] == [(1, 1), (2, 2)]
     assert {route.task for route in strategy.route([p for p, _ in SUMS + MORE_SUMS])} == {2}
     assert {route.task for route in strategy.route([p for p, _ in ANIMALS])} == {1}
+    factors = LoRAFactors(strategy.model)  # as trained by the last task
+    own, first, found = (
+        products(factors.shapes, rows)
+        for rows in (factors.stack.detach(), strategy.bank[0], strategy.bank[2])
+    )
+    for one, other, mean in zip(own, first, found, strict=True):
+        u, s, vh = torch.linalg.svd((one + other) / 2)
+        torch.testing.assert_close(mean, u[:, :2] * s[:2] @ vh[:2], rtol=1e-4, atol=1e-6)
 
 
 def test_one_task_routes_to_it(make_stream):

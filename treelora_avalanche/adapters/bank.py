@@ -82,13 +82,23 @@ class AdapterBank:
         :param absorbed: index of the adapter that is removed; later ones move down by one.
         :param kept_weight: share of the kept adapter in the mean, between 0 and 1.
         """
+        self.average(kept, absorbed, kept_weight)
+        factors = self.factors
+        factors[absorbed:-1] = factors[absorbed + 1 :].clone()
+        self._n_adapters -= 1
+
+    def average(self, kept: int, other: int, kept_weight: float) -> None:
+        """Replaces one adapter by its mean with another, as :meth:`merge`; the other one stays.
+
+        :param kept: index of the adapter that becomes the mean.
+        :param other: index of the other adapter.
+        :param kept_weight: share of the kept adapter in the mean, between 0 and 1.
+        """
         factors = self.factors
         for layer, shape in enumerate(self._shapes):
             factors[kept, layer] = merge_factors(
-                factors[kept, layer], factors[absorbed, layer], kept_weight, shape
+                factors[kept, layer], factors[other, layer], kept_weight, shape
             )
-        factors[absorbed:-1] = factors[absorbed + 1 :].clone()
-        self._n_adapters -= 1
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the adapters ``(n_adapters, n_layers, dim)``, not copied, and their shapes."""

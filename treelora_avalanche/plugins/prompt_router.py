@@ -9,6 +9,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
+from treelora_avalanche.adapters import AdapterBank
 from treelora_avalanche.experiences import samples_of
 from treelora_avalanche.models.features.discriminant import Discriminant, leave_one_out_distances
 from treelora_avalanche.models.features.signature import stack_samples
@@ -32,11 +33,13 @@ class RoutedTask(NamedTuple):
     :param task: number of the task, in the order of training, whose adapter its prompts get.
     :param name: name of that task.
     :param features: features of training prompts, ``(n_samples, dim)``, on the host.
+    :param n_tasks: number of tasks that it stands for: itself, and earlier ones with such prompts.
     """
 
     task: int
     name: str
     features: Tensor
+    n_tasks: int = 1
 
 
 class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -47,10 +50,10 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     whose distance to the nearest task is above the threshold is foreign, and gets the base model:
     the threshold is a quantile of the distances of the training prompts, each left out of the fit.
 
-    A task whose prompts the router cannot tell from those of an earlier one, see :data:`SEPARABLE`,
-    is that task returning: the newer adapter is then used for the prompts of both. No past
-    text is kept; per task ``n_samples * dim`` values are, on the host. In an online stream the
-    parts of a task are one task. Task labels are not used. Example::
+    A task whose prompts the router cannot tell from those of earlier ones, see :data:`SEPARABLE`,
+    is that task returning: its adapter in the bank becomes the mean of theirs, and is used for the
+    prompts of all. No past text is kept; per task ``n_samples * dim`` values are, on the host. In an
+    online stream the parts of a task are one task. Task labels are not used. Example::
 
         tree, bank = AdapterTree(), AdapterBank()
         view = RoutedLanguageModel(add_lora(model), bank)
@@ -109,10 +112,21 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         task = self._n_tasks
         name = str(getattr(strategy.experience, "task_name", f"task {task}"))
         new = RoutedTask(task, name, self._features(strategy))
-        self.tasks = _joined(self.tasks, new, self.n_samples)
+        self.tasks, earlier = _joined(self.tasks, new, self.n_samples)
         self._n_tasks += 1
+        if earlier is not None:
+            self._average(strategy.model.bank, self.tasks[-1], earlier)
         self._fit(strategy.model)
         self._parts.finish(strategy.experience)
+
+    def _average(self, bank: AdapterBank, new: RoutedTask, earlier: RoutedTask) -> None:
+        """Replaces the new task's adapter by the mean over all tasks that it stands for."""
+        kept, other = self._adapter_of(new.task), self._adapter_of(earlier.task)
+        if kept != other:  # else the tree has merged them
+            bank.average(kept, other, 1 / new.n_tasks)
+
+    def _adapter_of(self, task: int) -> int:
+        return task if self.tree is None else self.tree.adapter_of_task[task]
 
     def _features(self, strategy: Any) -> Tensor:
         view: RoutedLanguageModel = strategy.model
@@ -137,9 +151,7 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         features = [task.features for task in self.tasks]
         threshold, spread = self._calibrate(features)
         tasks = tuple(task.task for task in self.tasks)
-        adapters = [
-            task if self.tree is None else self.tree.adapter_of_task[task] for task in tasks
-        ]
+        adapters = [self._adapter_of(task) for task in tasks]
         view.router = PromptRouter(
             Discriminant(*(part.to(device) for part in Discriminant.fit(features))),
             torch.tensor(adapters, device=device),
@@ -196,10 +208,12 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         self._n_tasks, self._parts.task = state["n_tasks"], state["task"]
 
 
-def _joined(tasks: list[RoutedTask], new: RoutedTask, n_samples: int) -> list[RoutedTask]:
-    """Returns the tasks with a new one, which may be an earlier one that returns."""
+def _joined(
+    tasks: list[RoutedTask], new: RoutedTask, n_samples: int
+) -> tuple[list[RoutedTask], RoutedTask | None]:
+    """Returns the tasks with a new one, and the earlier one that returns, if it does."""
     if not tasks:
-        return [new]
+        return [new], None
     told = _told_apart([task.features for task in tasks], new.features)
     nearest = min(range(len(tasks)), key=told.__getitem__)
     if told[nearest] >= SEPARABLE:
@@ -207,17 +221,18 @@ def _joined(tasks: list[RoutedTask], new: RoutedTask, n_samples: int) -> list[Ro
             "the router tells the prompts of %s from those of the nearest task, %s, in %.0f%%",
             *(new.name, tasks[nearest].name, 100 * told[nearest]),
         )
-        return [*tasks, new]
+        return [*tasks, new], None
     earlier = tasks[nearest]
     logger.info(
-        "the router cannot tell the prompts of %s from those of %s (right in %.0f%%): the adapter "
-        "of %s is used for both",
-        *(new.name, earlier.name, 100 * told[nearest], new.name),
+        "the router cannot tell the prompts of %s from those of %s (right in %.0f%%): the mean of "
+        "their adapters is used for both",
+        *(new.name, earlier.name, 100 * told[nearest]),
     )
     # Of both equally many, so that neither hides the other.
     n_earlier = min(len(earlier.features), max(n_samples // 2, n_samples - len(new.features)))
     both = torch.cat([earlier.features[:n_earlier], new.features[: n_samples - n_earlier]])
-    return [*tasks[:nearest], *tasks[nearest + 1 :], new._replace(features=both)]
+    new = new._replace(features=both, n_tasks=earlier.n_tasks + 1)
+    return [*tasks[:nearest], *tasks[nearest + 1 :], new], earlier
 
 
 def _told_apart(tasks: list[Tensor], new: Tensor) -> list[float]:
