@@ -52,8 +52,8 @@ class PromptRouterPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
 
     A task whose prompts the router cannot tell from those of earlier ones, see :data:`SEPARABLE`,
     is that task returning: its adapter in the bank becomes the mean of theirs, and is used for the
-    prompts of all. No past text is kept; per task ``n_samples * dim`` values are, on the host. In an
-    online stream the parts of a task are one task. Task labels are not used. Example::
+    prompts of all. No past text is kept; per task ``n_samples * dim`` values are, on the host. In
+    an online stream the parts of a task are one task. Task labels are not used. Example::
 
         tree, bank = AdapterTree(), AdapterBank()
         view = RoutedLanguageModel(add_lora(model), bank)
