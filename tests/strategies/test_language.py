@@ -316,7 +316,7 @@ def test_accumulation_is_refused_where_gradients_are_compared(model):
     before = model.network
     with pytest.raises(
         ValueError,
-        match=r"should be 1 with WithinTaskGEMPlugin, which compares the gradient.*but is 2",
+        match=r"should be 1 with GEMPlugin, which compares the gradient.*but is 2",
     ):
         GEMLoRA(model, accumulation_steps=2)
     with pytest.raises(ValueError, match="`accumulation_steps` should be at least 1, but is 0"):
