@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.extraction import experience_features
 from treelora_avalanche.models.features.gaussians import (
     Gaussians,
     StatisticsKind,
@@ -18,7 +18,6 @@ from treelora_avalanche.models.features.gaussians import (
 from treelora_avalanche.models.views.router import RoutedView
 from treelora_avalanche.plugins.task_parts import TaskParts
 from treelora_avalanche.plugins.within_task_loss import WithinTaskLossPlugin
-from treelora_avalanche.processes import shared_work
 from treelora_avalanche.state import check_keys
 
 
@@ -63,12 +62,12 @@ class ClassStatisticsPlugin(WithinTaskLossPlugin, supports_distributed=True):  #
         super().before_training_exp(strategy, *args, **kwargs)
         self._check_backbone(strategy.model)
         if self._follows_drift(strategy):
-            self._before, _ = self._features(strategy)
+            self._before, _ = experience_features(strategy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Computes the statistics of the new classes, and fits the head to all."""
         super().after_training_exp(strategy, *args, **kwargs)
-        features, targets = self._features(strategy)
+        features, targets = experience_features(strategy)
         self.statistics = move_statistics(self.statistics, features.device)
         if self._follows_drift(strategy):
             drift = feature_drift(self._before, features)
@@ -105,15 +104,6 @@ class ClassStatisticsPlugin(WithinTaskLossPlugin, supports_distributed=True):  #
                 f"the features of the model should have {means.shape[-1]} values, as the class "
                 f"statistics, but have {dim}. Load statistics of the same backbone."
             )
-
-    def _features(self, strategy: Any) -> tuple[Tensor, Tensor]:
-        return extract_features(
-            strategy.model,
-            strategy.experience.dataset.eval(),
-            batch_size=strategy.eval_mb_size,
-            device=strategy.device,
-            processes=shared_work(strategy),
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the statistics of the classes so far, as tensors and plain values."""

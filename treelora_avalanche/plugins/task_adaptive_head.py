@@ -9,7 +9,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.extraction import experience_features
 from treelora_avalanche.models.features.gaussians import (
     ClassStatistics,
     move_statistics,
@@ -23,7 +23,6 @@ from treelora_avalanche.models.features.regularised import (
 from treelora_avalanche.models.views.discriminant_head import DiscriminantHead
 from treelora_avalanche.models.views.frozen import check_frozen_backbone, frozen_features
 from treelora_avalanche.plugins.class_statistics import ClassStatisticsPlugin
-from treelora_avalanche.processes import shared_work
 from treelora_avalanche.state import check_keys, check_same_settings
 
 FROZEN_SHARE = 0.2
@@ -118,14 +117,7 @@ class TaskAdaptiveHeadPlugin(ClassStatisticsPlugin, supports_distributed=True): 
         self._attach(strategy)
 
     def _add_frozen_statistics(self, strategy: Any) -> None:
-        features, targets = extract_features(
-            strategy.model,
-            strategy.experience.dataset.eval(),
-            batch_size=strategy.eval_mb_size,
-            device=strategy.device,
-            processes=shared_work(strategy),
-            compute=partial(frozen_features, strategy.model),
-        )
+        features, targets = experience_features(strategy, partial(frozen_features, strategy.model))
         kept = move_statistics(self.frozen_statistics, features.device)
         self.frozen_statistics = kept + self.kind.of(features, targets, self.n_tasks - 1)
 

@@ -29,6 +29,9 @@ class TrainedHeadPlugin(ClassStatisticsPlugin, supports_distributed=True):  # ty
     :param seed: seed of the pseudo-features.
     """
 
+    temperature: float | None = None
+    """See :func:`~treelora_avalanche.models.features.gaussians.train_head`."""
+
     def __init__(
         self,
         *,
@@ -52,4 +55,5 @@ class TrainedHeadPlugin(ClassStatisticsPlugin, supports_distributed=True):  # ty
             n_per_class=self.n_per_class,
             learning_rate=self.learning_rate,
             generator=torch.Generator().manual_seed(self.seed + self.n_tasks),
+            temperature=self.temperature,
         )

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
 from treelora_avalanche.defaults import VISION_TRAINING
-from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.extraction import experience_features
 from treelora_avalanche.models.features.random_projection import (
     check_projections,
     project_classifier,
@@ -48,12 +48,7 @@ class NearestMeanHeadPlugin(SupervisedPlugin, supports_distributed=True):  # typ
     @torch.no_grad()
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Adds the experience's features to the means."""
-        features, targets = extract_features(
-            strategy.model,
-            strategy.experience.dataset.eval(),
-            batch_size=strategy.eval_mb_size,
-            device=strategy.device,
-        )
+        features, targets = experience_features(strategy)
         head = classifier_of(strategy.model)
         if self._sums is None or self._counts is None:
             self._sums = torch.zeros_like(head.weight)

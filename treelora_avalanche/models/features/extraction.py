@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from treelora_avalanche.adapters.trainable_view import (
     at_least_float32,
     evaluating,
 )
-
-if TYPE_CHECKING:
-    from treelora_avalanche.processes import Processes
+from treelora_avalanche.processes import Processes, shared_work
 
 
 @contextmanager
@@ -47,6 +45,26 @@ def features_of(model: nn.Module, samples: Tensor) -> Tensor:
     with recorded_features(model) as features, evaluating(model):
         active_forward(model)(samples)
     return features[0]
+
+
+def experience_features(
+    strategy: Any, compute: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns :func:`extract_features` of a strategy's current training experience.
+
+    The processes of distributed training divide the samples among them.
+
+    :param strategy: the strategy.
+    :param compute: see :func:`extract_features`.
+    """
+    return extract_features(
+        strategy.model,
+        strategy.experience.dataset.eval(),
+        batch_size=strategy.eval_mb_size,
+        device=strategy.device,
+        processes=shared_work(strategy),
+        compute=compute,
+    )
 
 
 def extract_features(

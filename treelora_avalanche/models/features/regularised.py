@@ -40,22 +40,23 @@ class RegularisedDiscriminant(NamedTuple):
         fitted.classes[fitted.log_probabilities(features).argmax(1)]
 
     :param classes: the classes, ascending, ``(n_classes,)``.
-    :param places: index among the classes, and among the Gaussians of its class, of every
-        Gaussian, ``(2, n_gaussians)``.
+    :param of_class: indices of the Gaussians of each class, then -1, ``(n_classes, n_tasks)``.
     :param center: mean of the means, ``(dim,)``.
     :param whitening: W, ``(dim, dim)``.
     :param means: ``W^T (m_k - center)``, ``(n_gaussians, dim)``.
     :param own: P_k, ``(n_gaussians, rank, dim)``.
+    :param own_means: ``P_k W^T (m_k - center)``, ``(n_gaussians, rank)``.
     :param offsets: ``-log |L_k|`` minus the logarithm of the number of Gaussians of the class,
         ``(n_gaussians,)``.
     """
 
     classes: Tensor
-    places: Tensor
+    of_class: Tensor
     center: Tensor
     whitening: Tensor
     means: Tensor
     own: Tensor
+    own_means: Tensor
     offsets: Tensor
 
     @classmethod
@@ -75,18 +76,23 @@ class RegularisedDiscriminant(NamedTuple):
         shared = _Shared.of(statistics, own, diagonal)
         classes, index, counts = shared.labels.unique(return_inverse=True, return_counts=True)
         before = (shared.labels[:, None] == shared.labels).tril(-1).sum(1)  # of the same class
+        of_class = index.new_full((len(classes), int(counts.max())), -1)
+        of_class[index, before] = torch.arange(len(index), device=index.device)
         factors = stacked_factors(statistics)  # (n_gaussians, rank, dim)
         whitening = shared.whitening.to(factors)
         white = (own * (1 - diagonal)) ** 0.5 * factors @ whitening
         inner = torch.eye(white.shape[1]).to(white) + white @ white.mT
         root = torch.linalg.cholesky(inner)  # (n_gaussians, rank, rank)
+        means = (shared.centered @ shared.whitening).to(factors)
+        projections = torch.linalg.solve_triangular(root, white, upper=False)
         return cls(
             classes,
-            torch.stack((index, before)),
+            of_class,
             shared.center.to(factors),
             whitening,
-            (shared.centered @ shared.whitening).to(factors),
-            torch.linalg.solve_triangular(root, white, upper=False),
+            means,
+            projections,
+            (projections @ means[:, :, None])[:, :, 0],
             -root.diagonal(dim1=1, dim2=2).log().sum(1) - counts[index].to(root).log(),
         )
 
@@ -98,12 +104,10 @@ class RegularisedDiscriminant(NamedTuple):
         white = (features.to(self.center) - self.center) @ self.whitening
         apart = torch.cdist(white, self.means, compute_mode="donot_use_mm_for_euclid_dist")
         along = (white @ self.own.flatten(0, 1).T).unflatten(1, self.own.shape[:2])
-        along = along - (self.own @ self.means[:, :, None])[:, :, 0]  # P_k W^T (x - m_k)
+        along = along - self.own_means  # P_k W^T (x - m_k)
         density = self.offsets - 0.5 * (apart.square() - along.square().sum(2))
-        n_tasks = int(self.places[1].max()) + 1
-        table = density.new_full((len(density), len(self.classes), n_tasks), float("-inf"))
-        table[:, self.places[0], self.places[1]] = density
-        return table.logsumexp(2).log_softmax(1)
+        density = nn.functional.pad(density, (0, 1), value=float("-inf"))  # at index -1
+        return density[:, self.of_class].logsumexp(2).log_softmax(1)
 
 
 class _Shared(NamedTuple):

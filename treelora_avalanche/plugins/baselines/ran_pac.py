@@ -10,7 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from treelora_avalanche.adapters.classifier import check_classes, classifier_of
-from treelora_avalanche.models.features.extraction import extract_features
+from treelora_avalanche.models.features.extraction import experience_features
 from treelora_avalanche.models.features.random_projection import (
     RandomProjectionClassifier,
     choose_strength,
@@ -18,7 +18,6 @@ from treelora_avalanche.models.features.random_projection import (
     ridge_weight,
 )
 from treelora_avalanche.models.views.split import SplitView
-from treelora_avalanche.processes import shared_work
 from treelora_avalanche.state import check_keys, check_same_settings
 
 
@@ -29,8 +28,8 @@ class RidgeHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     ``C = sum h y^T`` over all samples so far, the classifier is ``W = (G + λ I)^-1 C`` (Algorithm 1
     and Eq. 4 to 6). λ is chosen after every experience, on a fifth of its samples, see
     :func:`~treelora_avalanche.models.features.random_projection.choose_strength`, and exceeds the
-    rounding errors of G. G and C are sums:
-    for one λ, W does not depend on the order of the experiences, as long as the features stay.
+    rounding errors of G. G and C are sums: for one λ, W does not depend on the order of the
+    experiences, as long as the features stay.
 
     Stores ``n_projections * (n_projections + n_classes)`` values. Costs one pass over the data of
     an experience. The model's classifier must be a
@@ -69,13 +68,7 @@ class RidgeHeadPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     @torch.no_grad()
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Adds the experience to G and C, chooses λ and fits the classifier."""
-        features, targets = extract_features(
-            strategy.model,
-            strategy.experience.dataset.eval(),
-            batch_size=strategy.eval_mb_size,
-            device=strategy.device,
-            processes=shared_work(strategy),
-        )
+        features, targets = experience_features(strategy)
         head: Any = classifier_of(strategy.model)
         samples = head.project(features)
         gram, sums = samples.T @ samples, self._sums(samples, targets, head.out_features)

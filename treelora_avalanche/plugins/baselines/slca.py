@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from treelora_avalanche.adapters.classifier import classifier_of
-from treelora_avalanche.models.features.gaussians import Gaussians, train_head
-from treelora_avalanche.plugins.class_statistics import ClassStatisticsPlugin
+from treelora_avalanche.models.features.gaussians import Gaussians
+from treelora_avalanche.plugins.trained_head import TrainedHeadPlugin
 
 
-class ClassifierAlignmentPlugin(ClassStatisticsPlugin, supports_distributed=True):  # type: ignore[call-arg]
+class ClassifierAlignmentPlugin(TrainedHeadPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Aligns the classifier after every task, on features drawn from one Gaussian per class.
 
     The features of class c are drawn from ``N(mean_c, cov_c)``, as they were after the task of the
@@ -38,31 +35,18 @@ class ClassifierAlignmentPlugin(ClassStatisticsPlugin, supports_distributed=True
         learning_rate: float = 0.01,
         seed: int = 0,
     ):
-        super().__init__(kind=Gaussians(shrinkage=0.0))
+        super().__init__(
+            epochs=epochs,
+            n_per_class=n_per_class,
+            learning_rate=learning_rate,
+            kind=Gaussians(shrinkage=0.0),
+            seed=seed,
+        )
         if not temperature > 0:
             raise ValueError(
                 f"`temperature` should be above 0, but is {temperature}. The paper's is 0.1."
             )
         self.temperature = temperature
-        self.epochs = epochs
-        self.n_per_class = n_per_class
-        self.learning_rate = learning_rate
-        self.seed = seed
-
-    def fit_head(self, strategy: Any) -> None:
-        """Trains the classifier of all classes seen so far on their Gaussians.
-
-        :param strategy: the strategy, at the end of an experience.
-        """
-        train_head(
-            classifier_of(strategy.model),
-            self.kind.draws(self.statistics),
-            epochs=self.epochs,
-            n_per_class=self.n_per_class,
-            learning_rate=self.learning_rate,
-            generator=torch.Generator().manual_seed(self.seed + self.n_tasks),
-            temperature=self.temperature,
-        )
 
     def _follows_drift(self, strategy: Any) -> bool:
         return False
