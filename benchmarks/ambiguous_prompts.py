@@ -175,11 +175,13 @@ def ambiguous_prompts(
 
 
 def _report(name: str, tasks: list[str], results: list[dict[str, Any]], n_test: int) -> list[str]:
-    rows, ops = [], {}
+    rows: list[tuple[str, ...]] = []
+    ops: dict[str, float] = {}
+    widths: dict[str, float] = {}
     for inference, result in zip(METHODS, results, strict=True):
         final = result["accuracy_matrix"]["generated"][-1]
         op = ops[inference] = sum(final) / len(final)
-        width = 1.96 * math.sqrt(op * (1 - op) / (n_test * len(tasks)))
+        width = widths[inference] = 1.96 * math.sqrt(op * (1 - op) / (n_test * len(tasks)))
         each = ", ".join(f"{100 * score:.0f}" for score in final)
         scores = (f"{100 * op:.1f} ± {100 * width:.1f}", each, f"{100 * final[-1]:.0f}")
         rows.append((inference, *scores, routes_of(result)))
@@ -187,10 +189,9 @@ def _report(name: str, tasks: list[str], results: list[dict[str, Any]], n_test: 
         f"{name}: {', '.join(tasks)}", ("inference", "Op %", "each", "newest", "routes"), rows
     )
     best = max(ops, key=ops.__getitem__)
-    width = 1.96 * math.sqrt(ops[best] * (1 - ops[best]) / (n_test * len(tasks)))
-    if ops[best] - ops["routed"] <= width:
+    if ops[best] - ops["routed"] <= widths[best]:
         return []
-    return [f"{name}: routed has {ops['routed']:.3f}, {best} {ops[best]:.3f} ± {width:.3f}"]
+    return [f"{name}: routed has {ops['routed']:.3f}, {best} {ops[best]:.3f} ± {widths[best]:.3f}"]
 
 
 if __name__ == "__main__":

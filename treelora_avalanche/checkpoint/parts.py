@@ -166,6 +166,13 @@ def apply_predicting(strategy: Any, state: State) -> None:
     _apply_items("plugins", plugins, state, strategy.device)
 
 
+def prepare_loaded(strategy: Any) -> None:
+    """Lets plugins prepare the strategy's model from their state, which was loaded."""
+    for plugin in strategy.plugins:
+        if hasattr(plugin, "prepare_loaded"):
+            plugin.prepare_loaded(strategy)
+
+
 def _predicting(strategy: Any) -> dict[str, Any]:
     return {key: p for key, p in _plugins(strategy).items() if needed_to_predict(p)}
 

@@ -8,6 +8,7 @@ from treelora_avalanche.checkpoint.parts import (
     apply_predicting,
     check_model_fits,
     predicting_parts,
+    prepare_loaded,
 )
 from treelora_avalanche.state import State, backbone_fingerprint, check_keys
 
@@ -46,9 +47,7 @@ def load_prediction_state(strategy: Any, state: State) -> None:
         )
     check_model_fits(strategy, state)
     apply_predicting(strategy, state)
-    for plugin in strategy.plugins:
-        if hasattr(plugin, "prepare_loaded"):
-            plugin.prepare_loaded(strategy)
+    prepare_loaded(strategy)
 
 
 __all__ = ["load_prediction_state", "prediction_state"]

@@ -22,6 +22,7 @@ from treelora_avalanche.checkpoint.parts import (
     check_fits,
     collect,
     differing_options,
+    prepare_loaded,
     undo_steps,
 )
 from treelora_avalanche.provenance import versions
@@ -120,10 +121,7 @@ def load_strategy_state(strategy: Any, state: State, past: Sequence[Any] = ()) -
         undo.pop_all()
     strategy.experience = None
     rebuild_memory(strategy, past)
-    for plugin in strategy.plugins:
-        # Some plugins prepare the strategy's model from their state.
-        if hasattr(plugin, "prepare_loaded"):
-            plugin.prepare_loaded(strategy)
+    prepare_loaded(strategy)
     if overruled:
         logger.warning(
             "the optimizer goes on with the options of the state, %s; to change one, set it in "

@@ -92,7 +92,7 @@ def resolve_config(
     }
     # epochs and epochs_per_task exclude each other
     absent = ("epochs", "epochs_per_task", "scenario_options", "method_options", "tune_tasks")
-    for name in absent:
+    for name in (*absent, "plain_text"):
         if config.get(name, 0) is None:
             del config[name]
     for name, without in (("merge", "none"), ("dropout", 0.0), ("precision", "fp32")):
@@ -100,10 +100,8 @@ def resolve_config(
             del config[name]
     if not settings.on_language and config.get("limit", 0) is None:
         del config["limit"]
-    if config.get("plain_text", "") is None:
-        del config["plain_text"]
-    elif settings.plain_text is not None:
-        config["plain_text"] = str(Path(settings.plain_text).expanduser().resolve())
+    if "plain_text" in config:
+        config["plain_text"] = str(Path(config["plain_text"]).expanduser().resolve())
     if options:
         config["method_options"] = {method: options}
     if "model" in config:
